@@ -1,0 +1,24 @@
+"""SRPO (arXiv 2604.02288) losses from hidden states and the LM head, without the logits."""
+
+from srpo_kernels.config import SRPOConfig
+from srpo_kernels.functional import srpo_loss, teacher_stats, token_stats
+from srpo_kernels.metrics import summarize_metrics
+from srpo_kernels.modules import SRPOLoss
+from srpo_kernels.routing import group_advantages, route_samples
+from srpo_kernels.types import Normalizers, Routing, SRPOOutput, TeacherStats, TokenStats
+
+__all__ = [
+    "Normalizers",
+    "Routing",
+    "SRPOConfig",
+    "SRPOLoss",
+    "SRPOOutput",
+    "TeacherStats",
+    "TokenStats",
+    "group_advantages",
+    "route_samples",
+    "srpo_loss",
+    "summarize_metrics",
+    "teacher_stats",
+    "token_stats",
+]

@@ -1,0 +1,104 @@
+"""One chunk of distillation rows: from both models' logits to statistics, and from a scale per row to dlogits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from srpo_kernels import objective
+from srpo_kernels import rows_torch as row_passes
+from srpo_kernels.config import SRPOConfig
+from srpo_kernels.rows import RowSpec
+
+
+class DistilledChunk(NamedTuple):
+    """Statistics ``[n]`` of a chunk.
+
+    ``loss`` is the token loss before any weight, ``divergence`` what a log should show of it. ``gradient_(scale)``
+    takes the ``[n]`` upstream gradients of ``loss`` and leaves dlogits in the student's buffer.
+    """
+
+    log_probs: Tensor
+    teacher_entropy: Tensor
+    divergence: Tensor
+    loss: Tensor
+    gradient_: Callable[[Tensor], None]
+
+
+def distill_chunk(
+    z: Tensor, y: Tensor, target_ids: Tensor, spec: RowSpec, config: SRPOConfig, *, gradient: bool
+) -> DistilledChunk:
+    """Reduce the student's logits ``z`` and the teacher's ``y``, ``[n, V]`` both, after ``distillation_mode``."""
+    if config.distillation_mode == "full":
+        return _full(z, y, target_ids, spec, gradient)
+    if config.distillation_mode == "sampled":
+        return _sampled(z, y, target_ids, spec)
+    return _topk(z, y, target_ids, spec, config)
+
+
+def _full(z: Tensor, y: Tensor, target_ids: Tensor, spec: RowSpec, gradient: bool) -> DistilledChunk:
+    stats = row_passes.divergence_stats(z, y, spec, target_ids=target_ids, gradient=gradient)
+
+    def gradient_(scale: Tensor) -> None:
+        row_passes.divergence_gradient_(z, scale)
+
+    return DistilledChunk(
+        stats.log_probs, stats.teacher_entropy, stats.divergence, stats.divergence, gradient_
+    )
+
+
+def _sampled(z: Tensor, y: Tensor, target_ids: Tensor, spec: RowSpec) -> DistilledChunk:
+    student = row_passes.row_stats(z, spec, target_ids=target_ids)
+    teacher = row_passes.row_stats(y, spec, target_ids=target_ids, entropy=True)
+    assert teacher.entropy is not None
+    with torch.enable_grad():
+        log_probs = student.log_probs.detach().requires_grad_()
+        loss = objective.sampled_divergence(log_probs, teacher.log_probs)
+
+    def gradient_(scale: Tensor) -> None:
+        (grad,) = torch.autograd.grad(loss, log_probs, scale)
+        row_passes.log_prob_gradient_(
+            z,
+            student,
+            spec,
+            ids=target_ids[:, None],
+            log_probs=student.log_probs[:, None],
+            grad_log_probs=grad[:, None],
+        )
+
+    difference = student.log_probs - teacher.log_probs
+    return DistilledChunk(student.log_probs, teacher.entropy, difference, loss.detach(), gradient_)
+
+
+def _topk(z: Tensor, y: Tensor, target_ids: Tensor, spec: RowSpec, config: SRPOConfig) -> DistilledChunk:
+    student = row_passes.row_stats(z, spec, target_ids=target_ids)
+    ids = student.support_ids
+    teacher = row_passes.row_stats(y, spec, target_ids=target_ids, support_ids=ids, entropy=True)
+    assert ids is not None and student.support_log_probs is not None
+    assert teacher.entropy is not None and teacher.support_log_probs is not None
+    student_log_probs = student.support_log_probs
+    with torch.enable_grad():
+        log_p = student_log_probs.detach().requires_grad_()
+        log_tail = None if student.log_tail is None else student.log_tail.detach().requires_grad_()
+        loss = objective.support_divergence(
+            log_p, teacher.support_log_probs, log_tail, teacher.log_tail, config
+        )
+
+    def gradient_(scale: Tensor) -> None:
+        variables = [log_p] if log_tail is None else [log_p, log_tail]
+        grad_log_probs, *grad_tail = torch.autograd.grad(loss, variables, scale)
+        row_passes.log_prob_gradient_(
+            z,
+            student,
+            spec,
+            ids=ids,
+            log_probs=student_log_probs,
+            grad_log_probs=grad_log_probs,
+            grad_tail=grad_tail[0] if grad_tail else None,
+        )
+
+    divergence = loss.detach()
+    return DistilledChunk(student.log_probs, teacher.entropy, divergence, divergence, gradient_)

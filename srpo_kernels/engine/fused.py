@@ -1,0 +1,246 @@
+"""The fused path: loss and gradients in one forward, chunk by chunk of rows.
+
+Per chunk: logits by one product, the row pass, the objective on vectors (its autograd gives the coefficients), dlogits
+in the same buffer, then dX and dW by one product each. Distillation rows come first: their entropy weights are divided
+by their mean once it is known, before any policy row is added.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from srpo_kernels import objective
+from srpo_kernels import rows_torch as row_passes
+from srpo_kernels.config import SRPOConfig
+from srpo_kernels.engine import gemm
+from srpo_kernels.engine.batch import Batch, FusedResult, Head, Needs
+from srpo_kernels.engine.distillation import distill_chunk
+from srpo_kernels.engine.plan import Plan
+from srpo_kernels.rows import RowSpec, RowStats
+from srpo_kernels.types import METRICS
+
+
+class FusedPass:
+    """One run of the loss over a batch, after a plan."""
+
+    def __init__(self, batch: Batch, plan: Plan, config: SRPOConfig, needs: Needs) -> None:
+        self.batch, self.plan, self.config, self.needs = batch, plan, config, needs
+        self.vocab_size = len(batch.head.weight)
+        self.dtype = gemm.accumulation_dtype(batch.hidden, batch.head.weight)
+        topk = min(config.topk, self.vocab_size) if config.distillation_mode == "topk" else 0
+        self.policy_spec = RowSpec(
+            temperature=config.temperature, logit_scale=config.logit_scale, softcap=config.softcap
+        )
+        self.distillation_spec = replace(
+            self.policy_spec,
+            divergence=config.divergence if config.distillation_mode == "full" else None,
+            alpha=config.alpha,
+            topk=topk,
+            add_tail=config.add_tail and 0 < topk < self.vocab_size,
+        )
+        self.buffer = batch.hidden.new_empty(plan.buffer_rows * self.vocab_size, dtype=self.dtype)
+        self.log_probs = batch.hidden.new_zeros(len(batch.target_ids), dtype=self.dtype)
+        self.grad_hidden = torch.zeros_like(batch.hidden, dtype=self.dtype) if needs.hidden else None
+        self.grad_head = gemm.HeadGradient(
+            batch.head.weight if needs.weight else None, batch.head.bias if needs.bias else None, self.dtype
+        )
+        self.metrics = dict.fromkeys(METRICS, self.log_probs.new_zeros(()))
+
+    def run(self) -> FusedResult:
+        """Distillation rows, then policy rows, then rows that only metrics want."""
+        loss = self.log_probs.new_zeros(())
+        if self.plan.distillation_chunks:
+            loss = loss + self._distill()
+        if self.plan.policy_segments or self.plan.inactive_chunks:
+            loss = loss + self._policy()
+        self.grad_head.finish()
+        order = self.plan.order
+        self._count("sdpo_tokens", len(order.distillation))
+        self._count("policy_tokens", len(order.policy) + len(order.inactive))
+        self._count("active_rows", len(order.distillation) + len(order.policy))
+        grad_head = self.grad_head
+        return FusedResult(
+            loss, self.log_probs, self.metrics, self.grad_hidden, grad_head.weight, grad_head.bias
+        )
+
+    def _distill(self) -> Tensor:
+        order, beta = self.plan.order.distillation, self.config.dw_beta
+        log_mean = self.batch.log_mean
+        if self.plan.teacher_first:
+            log_mean = objective.log_mean_exp(-beta * self._teacher_entropies())
+        # The gradient is linear in 1 / mean(weights). Until the last chunk has shown that mean, weights are relative
+        # to the middle of the range they can have; that chunk's products bring the others' gradients to scale.
+        reference = (
+            self.log_probs.new_tensor(-0.5 * beta * math.log(self.vocab_size))
+            if log_mean is None
+            else log_mean
+        )
+        parts: list[tuple[Tensor, ...]] = []
+        for chunk in self.plan.distillation_chunks:
+            rows = order[chunk]
+            hidden, z = self._logits(rows)
+            y = self._teacher_logits(rows, offset=len(rows))
+            distilled = distill_chunk(
+                z,
+                y,
+                self.batch.target_ids[rows],
+                self.distillation_spec,
+                self.config,
+                gradient=any(self.needs),
+            )
+            parts.append(
+                (distilled.log_probs, distilled.teacher_entropy, distilled.divergence, distilled.loss)
+            )
+            rescale = None
+            if log_mean is None and chunk.stop == len(order):
+                log_mean = objective.log_mean_exp(-beta * torch.cat([part[1] for part in parts]))
+                rescale, reference = torch.exp(reference - log_mean), log_mean
+            if any(self.needs):
+                weights = torch.exp(-beta * distilled.teacher_entropy - reference)
+                distilled.gradient_(
+                    self.batch.factors[rows] * weights * self._correction(distilled.log_probs, rows)
+                )
+                if rescale is not None and self.grad_hidden is not None:
+                    self.grad_hidden[order[: chunk.start]] *= rescale
+                self._accumulate(z, hidden, rows, rescale)
+
+        log_probs, teacher_entropy, divergence, token_loss = map(torch.cat, zip(*parts, strict=True))
+        self.log_probs[order] = log_probs
+        weights = torch.exp(-beta * teacher_entropy - reference)
+        weighted = weights * self._correction(log_probs, order) * token_loss
+        self._count("sdpo_loss_sum", weighted)
+        self._count("teacher_entropy_sum", teacher_entropy)
+        self._count("dw_weight_sum", weights)
+        self._count("dw_weight_sq_sum", weights.square())
+        self._count("divergence_sum", divergence)
+        self._count("nonfinite_rows", ~weighted.isfinite())
+        return (self.batch.factors[order] * weighted).sum()
+
+    def _policy(self) -> Tensor:
+        order = self.plan.order
+        stats: list[RowStats] = []
+        for segment in self.plan.policy_segments:
+            segment_stats = [self._policy_stats(order.policy[chunk])[-1] for chunk in segment[:-1]]
+            hidden, z, last_stats = self._policy_stats(order.policy[segment[-1]])
+            segment_stats.append(last_stats)
+            stats += segment_stats
+            if not any(self.needs):
+                continue
+            rows = order.policy[segment[0].start : segment[-1].stop]
+            grad_log_probs, grad_entropy = self._policy_gradients(segment_stats, rows)
+            # The last chunk's logits are still in the buffer; those of the earlier ones are computed again.
+            for chunk in reversed(segment):
+                rows = order.policy[chunk]
+                if chunk is not segment[-1]:
+                    hidden, z, last_stats = self._policy_stats(rows)
+                local = slice(chunk.start - segment[0].start, chunk.stop - segment[0].start)
+                row_passes.log_prob_gradient_(
+                    z,
+                    last_stats,
+                    self.policy_spec,
+                    ids=self.batch.target_ids[rows, None],
+                    log_probs=last_stats.log_probs[:, None],
+                    grad_log_probs=grad_log_probs[local, None],
+                    grad_entropy=None if grad_entropy is None else grad_entropy[local],
+                )
+                self._accumulate(z, hidden, rows)
+        stats += [self._policy_stats(order.inactive[chunk])[-1] for chunk in self.plan.inactive_chunks]
+
+        active = len(order.policy)
+        rows = torch.cat([order.policy, order.inactive]) if self.plan.inactive_chunks else order.policy
+        log_probs, entropy = _concatenate(stats)
+        self.log_probs[rows] = log_probs
+        inputs = self.batch.inputs.select(rows)
+        terms = objective.policy_terms(log_probs, entropy, inputs, self.config)
+        token_loss = terms.loss[:active]
+        self._count("policy_loss_sum", token_loss)
+        self._count("scored_policy_tokens", len(rows))
+        self._count("clip_low_count", terms.clip_low)
+        self._count("clip_high_count", terms.clip_high)
+        self._count("dual_clip_count", terms.dual_clip)
+        self._count("approx_kl_sum", terms.approx_kl)
+        self._count("ref_kl_sum", terms.ref_kl)
+        self._count("nonfinite_rows", ~terms.loss.isfinite())
+        if entropy is not None:
+            self._count("entropy_sum", entropy)
+            self._count("entropy_tokens", len(entropy))
+        return (self.batch.factors[rows[:active]] * token_loss).sum()
+
+    def _policy_stats(self, rows: Tensor) -> tuple[Tensor, Tensor, RowStats]:
+        hidden, z = self._logits(rows)
+        entropy = self.config.entropy_coef != 0.0
+        stats = row_passes.row_stats(
+            z, self.policy_spec, target_ids=self.batch.target_ids[rows], entropy=entropy
+        )
+        return hidden, z, stats
+
+    def _policy_gradients(self, stats: list[RowStats], rows: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Gradients of the rows' share of the loss with respect to their log-probs and entropies."""
+        log_probs, entropy = _concatenate(stats)
+        variables = [log_probs.requires_grad_()]
+        if entropy is not None:
+            variables.append(entropy.requires_grad_())
+        with torch.enable_grad():
+            loss = objective.policy_terms(
+                log_probs, entropy, self.batch.inputs.select(rows), self.config
+            ).loss
+            grad_log_probs, *grad_entropy = torch.autograd.grad(loss, variables, self.batch.factors[rows])
+        return grad_log_probs, grad_entropy[0] if grad_entropy else None
+
+    def _teacher_entropies(self) -> Tensor:
+        entropies = []
+        for chunk in self.plan.distillation_chunks:
+            rows = self.plan.order.distillation[chunk]
+            stats = row_passes.row_stats(
+                self._teacher_logits(rows, offset=0),
+                self.policy_spec,
+                target_ids=self.batch.target_ids[rows],
+                entropy=True,
+            )
+            assert stats.entropy is not None
+            entropies.append(stats.entropy)
+        return torch.cat(entropies)
+
+    def _logits(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """The rows' hidden states as an operand, and their logits at the front of the buffer."""
+        return self._project(self.batch.hidden, rows, self.batch.head, 0)
+
+    def _teacher_logits(self, rows: Tensor, offset: int) -> Tensor:
+        batch = self.batch
+        assert batch.teacher_hidden is not None
+        return self._project(batch.teacher_hidden, batch.teacher_rows[rows], batch.teacher_head, offset)[1]
+
+    def _project(self, hidden: Tensor, rows: Tensor, head: Head, offset: int) -> tuple[Tensor, Tensor]:
+        start, stop = offset * self.vocab_size, (offset + len(rows)) * self.vocab_size
+        logits = self.buffer[start:stop].view(len(rows), self.vocab_size)
+        states = gemm.operand(hidden[rows], head.weight, self.dtype)
+        gemm.project(states, head.weight, head.bias, out=logits)
+        return states, logits
+
+    def _accumulate(
+        self, dlogits: Tensor, hidden: Tensor, rows: Tensor, rescale: Tensor | None = None
+    ) -> None:
+        """Add a chunk's dX rows and its part of dW and db."""
+        weight = self.batch.head.weight
+        dlogits = gemm.operand(dlogits, weight, self.dtype)
+        if self.grad_hidden is not None:
+            grad = self.grad_hidden.new_empty(hidden.shape)
+            gemm.backproject(dlogits, weight, out=grad)
+            self.grad_hidden[rows] = grad
+        self.grad_head.add(dlogits, hidden, rescale)
+
+    def _correction(self, log_probs: Tensor, rows: Tensor) -> Tensor:
+        return objective.distillation_weights(log_probs, self.batch.inputs.select(rows), self.config)
+
+    def _count(self, name: str, value: Tensor | int) -> None:
+        self.metrics[name] = self.metrics[name] + (value.sum() if isinstance(value, Tensor) else value)
+
+
+def _concatenate(stats: list[RowStats]) -> tuple[Tensor, Tensor | None]:
+    """The log-probs and, where they were computed, the entropies of consecutive chunks."""
+    entropies = [s.entropy for s in stats if s.entropy is not None]
+    return torch.cat([s.log_probs for s in stats]), torch.cat(entropies) if entropies else None

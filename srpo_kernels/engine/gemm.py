@@ -1,0 +1,121 @@
+"""The products: logits, dX and dW, with results in the accumulation dtype.
+
+The accumulation dtype is fp32, or fp64 when an input is fp64. Operands keep the model's dtype where the device has a
+product of low-precision operands with an fp32 result; elsewhere the weight is widened slab by slab, never as a whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+# Elements of one widened slab of the weight: 32 MiB in fp32.
+_SLAB_ELEMENTS = 1 << 23
+
+
+def accumulation_dtype(*tensors: Tensor | None) -> torch.dtype:
+    """fp64 if any tensor is fp64, else fp32."""
+    return (
+        torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
+    )
+
+
+def operand(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """``x`` in the dtype in which it is multiplied with ``weight`` for a result in ``dtype``.
+
+    fp16 is widened too: dlogits of a mean over many tokens lie below its smallest number.
+    """
+    return x.to(torch.bfloat16 if weight.is_cuda and weight.dtype == torch.bfloat16 else dtype)
+
+
+def project(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    """``out = hidden @ weight.T + bias``: ``[n, H]``, ``[V, H]``, ``[V]``, ``[n, V]``; ``hidden`` is an operand."""
+    for ids, slab in _slabs(weight, hidden.dtype):
+        _mm(hidden, slab.t(), out=out[:, ids])
+    if bias is not None:
+        out.add_(bias)
+
+
+def backproject(dlogits: Tensor, weight: Tensor, out: Tensor, *, accumulate: bool = False) -> None:
+    """``out = dlogits @ weight``, or ``out +=`` with ``accumulate``: ``[n, V]``, ``[V, H]``, ``[n, H]``."""
+    for ids, slab in _slabs(weight, dlogits.dtype):
+        if accumulate or ids.start:
+            _addmm(dlogits[:, ids], slab, out=out)
+        else:
+            _mm(dlogits[:, ids], slab, out=out)
+
+
+def weight_product(dlogits: Tensor, hidden: Tensor, out: Tensor) -> None:
+    """``out = dlogits.T @ hidden`` in any floating dtype of ``out``: ``[n, V]``, ``[n, H]``, ``[V, H]``."""
+    if out.dtype == dlogits.dtype:
+        torch.mm(dlogits.t(), hidden, out=out)
+    else:
+        out.copy_(dlogits.t() @ hidden)
+
+
+def slab_height(weight: Tensor) -> int:
+    """Rows of the weight that are widened at a time."""
+    return max(1, _SLAB_ELEMENTS // weight.shape[1])
+
+
+class HeadGradient:
+    """dW ``[V, H]`` and db ``[V]``, summed over chunks of rows in the accumulation dtype.
+
+    The first chunk writes, later ones add; ``rescale`` multiplies what was there before, within the same product.
+    """
+
+    def __init__(self, weight: Tensor | None, bias: Tensor | None, dtype: torch.dtype) -> None:
+        self.weight = None if weight is None else torch.empty(weight.shape, dtype=dtype, device=weight.device)
+        self.bias = None if bias is None else torch.zeros(bias.shape, dtype=dtype, device=bias.device)
+        self._empty = True
+
+    def add(self, dlogits: Tensor, hidden: Tensor, rescale: Tensor | None = None) -> None:
+        """Add ``dlogits.T @ hidden`` (``[n, V]``, ``[n, H]``) and the column sums of ``dlogits``."""
+        if self.weight is not None:
+            if self._empty:
+                _mm(dlogits.t(), hidden, out=self.weight)
+            elif rescale is not None and not self.weight.is_cuda:
+                self.weight.addmm_(dlogits.t(), hidden, beta=rescale.item())
+            else:
+                # A factor that the host reads would stall the accelerator's queue.
+                if rescale is not None:
+                    self.weight.mul_(rescale)
+                _addmm(dlogits.t(), hidden, out=self.weight)
+        if self.bias is not None:
+            if rescale is not None:
+                self.bias.mul_(rescale)
+            self.bias.add_(dlogits.sum(0, dtype=self.bias.dtype))
+        self._empty = False
+
+    def finish(self) -> None:
+        """Make the gradient of no rows at all a zero."""
+        if self._empty and self.weight is not None:
+            self.weight.zero_()
+
+
+def _slabs(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """Vocabulary slices of ``weight`` in ``dtype``; the whole of it when it already is."""
+    vocab_size = len(weight)
+    if weight.dtype == dtype:
+        yield slice(0, vocab_size), weight
+        return
+    height = slab_height(weight)
+    for start in range(0, vocab_size, height):
+        ids = slice(start, min(start + height, vocab_size))
+        yield ids, weight[ids].to(dtype)
+
+
+def _mm(a: Tensor, b: Tensor, out: Tensor) -> None:
+    if a.dtype == out.dtype:
+        torch.mm(a, b, out=out)
+    else:
+        torch.mm(a, b, out_dtype=out.dtype, out=out)
+
+
+def _addmm(a: Tensor, b: Tensor, out: Tensor) -> None:
+    if a.dtype == out.dtype:
+        out.addmm_(a, b)
+    else:
+        torch.addmm(out, a, b, out_dtype=out.dtype, out=out)

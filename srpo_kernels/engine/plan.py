@@ -1,0 +1,186 @@
+"""Which rows are computed, in which order and chunks, and what that costs.
+
+Rows that cannot move a weight are left out: masked ones, and policy rows whose advantage is 0 while neither the KL nor
+the entropy term is on. The row index is built once, with one read by the host.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from srpo_kernels.config import SRPOConfig
+from srpo_kernels.rows_torch import SCRATCH_BLOCKS, block_rows
+
+# Rows of a default chunk: enough for the products to run at their best, few enough that the buffers stay small.
+_DEFAULT_ROWS_CPU = 512
+_DEFAULT_ROWS_ACCELERATOR = 1024
+# Beyond this spread of -dw_beta * H_t, weights that are normalised only at the end could leave fp32's range.
+_MAX_LOG_WEIGHT_SPREAD = 60.0
+
+
+@dataclass(frozen=True)
+class RowOrder:
+    """Row indices into the flattened batch, int64.
+
+    ``policy`` is sorted by sequence; ``inactive`` are valid policy rows that cannot move a weight.
+    """
+
+    distillation: Tensor
+    policy: Tensor
+    inactive: Tensor
+
+
+def order_rows(
+    valid: Tensor,
+    routed: Tensor,
+    advantages: Tensor,
+    sequences: Tensor | None,
+    num_sequences: int,
+    config: SRPOConfig,
+) -> RowOrder:
+    """Sort rows into distillation, active policy, inactive policy and masked ones.
+
+    ``valid`` and ``routed`` are bool ``[N]``, ``advantages`` ``[N]``, ``sequences`` int64 ``[N]`` (for gspo, which is
+    active by the sequence: a token with advantage 0 still moves the sequence's ratio).
+    """
+    policy = valid & ~routed
+    moves = advantages != 0
+    if config.kl_coef != 0.0 or config.entropy_coef != 0.0:
+        moves = torch.ones_like(moves)
+    elif config.loss_type == "gspo" and sequences is not None:
+        moving = torch.zeros(num_sequences, dtype=torch.int64, device=valid.device)
+        moves = moving.index_add_(0, sequences, (policy & moves).long())[sequences] > 0
+    kind = torch.full_like(advantages, 3, dtype=torch.int64)
+    kind[policy] = 2
+    kind[policy & moves] = 1
+    kind[valid & routed] = 0
+    key = kind if sequences is None else kind * num_sequences + sequences
+    order = torch.argsort(key, stable=True)
+    distillation, active, inactive, _ = order.split(torch.bincount(kind, minlength=4).tolist())
+    return RowOrder(distillation, active, inactive)
+
+
+def workspace_floor(vocab_size: int, itemsize: int, models: int) -> int:
+    """Bytes that one row of ``models`` models' logits needs, with its scratch."""
+    return vocab_size * itemsize * (models + SCRATCH_BLOCKS)
+
+
+def chunk_capacity(
+    vocab_size: int, itemsize: int, models: int, workspace_bytes: int | None, device: torch.device
+) -> int:
+    """Rows of a chunk whose logits and scratch fit into the workspace; a default where none is given."""
+    if workspace_bytes is None:
+        return _DEFAULT_ROWS_CPU if device.type == "cpu" else _DEFAULT_ROWS_ACCELERATOR
+    rows = workspace_bytes // (vocab_size * itemsize)
+    block = block_rows(vocab_size, device)
+    capacity = max(
+        (rows - SCRATCH_BLOCKS * block) // models, min(block, rows // (models + SCRATCH_BLOCKS)), 1
+    )
+    if device.type != "cpu" and capacity > _DEFAULT_ROWS_ACCELERATOR:
+        capacity -= capacity % _DEFAULT_ROWS_ACCELERATOR
+    return capacity
+
+
+def row_chunks(num_rows: int, capacity: int) -> list[slice]:
+    """Split ``num_rows`` into the fewest chunks of at most ``capacity`` rows, nearly equal ones."""
+    count = -(-num_rows // capacity)
+    bounds = [num_rows * i // count for i in range(count + 1)] if count else [0]
+    return [slice(start, stop) for start, stop in pairwise(bounds)]
+
+
+def sequence_segments(lengths: list[int], capacity: int) -> list[list[slice]]:
+    """Group rows that are sorted by sequence so that no group cuts a sequence.
+
+    Each group is a list of chunks of at most ``capacity`` rows: one chunk with as many whole sequences as fit, or
+    several chunks of one long sequence.
+    """
+    segments: list[list[slice]] = []
+    start = stop = 0
+    for length in [*(n for n in lengths if n), 0]:
+        if length == 0 or stop + length - start > capacity:
+            if stop > start:
+                chunks = row_chunks(stop - start, capacity)
+                segments.append([slice(c.start + start, c.stop + start) for c in chunks])
+            start = stop
+        stop += length
+    return segments
+
+
+def weights_need_teacher_first(config: SRPOConfig, vocab_size: int) -> bool:
+    """Whether entropy weights may span more than fp32 can hold until their mean is known.
+
+    Entropies lie in ``[0, log V]``; where ``dw_beta`` spreads the weights too far, the teacher's entropies are
+    computed in a pass of their own (one more product per distillation row).
+    """
+    return config.dw_beta * math.log(vocab_size) > _MAX_LOG_WEIGHT_SPREAD
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How one call runs: rows, their chunks (slices of the index vectors), and what it costs.
+
+    ``policy_segments`` are lists of chunks whose objective is evaluated together. A segment of several chunks, which
+    only gspo has, computes its log-probs first and its logits once more. ``student_products`` and ``teacher_products``
+    count rows times products, in units of ``H * V`` multiply-adds: 3 per active policy row, 4 per distillation row.
+    """
+
+    order: RowOrder
+    distillation_chunks: list[slice]
+    policy_segments: list[list[slice]]
+    inactive_chunks: list[slice]
+    teacher_first: bool
+    student_products: int
+    teacher_products: int
+
+    @property
+    def buffer_rows(self) -> int:
+        """Rows of logits, of either model, that are alive at a time."""
+        policy = [chunk for segment in self.policy_segments for chunk in segment]
+        widths = [2 * _length(chunk) for chunk in self.distillation_chunks]
+        return max(widths + [_length(chunk) for chunk in policy + self.inactive_chunks], default=0)
+
+
+def make_plan(
+    order: RowOrder,
+    sequence_lengths: list[int] | None,
+    config: SRPOConfig,
+    *,
+    vocab_size: int,
+    itemsize: int,
+    device: torch.device,
+    workspace_bytes: int | None,
+    gradients: int,
+    log_mean_known: bool,
+) -> Plan:
+    """Lay out the chunks. ``sequence_lengths`` are those of the active policy rows, for gspo alone.
+
+    ``gradients`` is how many of dX and dW are wanted.
+    """
+    policy_rows = chunk_capacity(vocab_size, itemsize, 1, workspace_bytes, device)
+    distillation_rows = chunk_capacity(vocab_size, itemsize, 2, workspace_bytes, device)
+    if sequence_lengths is None:
+        segments = [[chunk] for chunk in row_chunks(len(order.policy), policy_rows)]
+    else:
+        segments = sequence_segments(sequence_lengths, policy_rows)
+    inactive = len(order.inactive) if config.count_inactive else 0
+    distilled = len(order.distillation)
+    teacher_first = bool(distilled) and not log_mean_known and weights_need_teacher_first(config, vocab_size)
+    repeated = sum(_length(chunk) for segment in segments if len(segment) > 1 for chunk in segment)
+    return Plan(
+        order,
+        row_chunks(distilled, distillation_rows),
+        segments,
+        row_chunks(inactive, policy_rows),
+        teacher_first,
+        (len(order.policy) + distilled) * (1 + gradients) + (repeated if gradients else 0) + inactive,
+        distilled * (1 + teacher_first),
+    )
+
+
+def _length(chunk: slice) -> int:
+    return int(chunk.stop - chunk.start)

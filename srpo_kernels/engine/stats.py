@@ -1,0 +1,136 @@
+"""The composable path: per-row statistics that carry gradient into any loss of the caller's.
+
+Forward over chunks of rows, whose logits are then gone. Backward over slices of the vocabulary: the normalisers are
+known, so each slice of dW is one product written once, and only dX accumulates.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from srpo_kernels import rows_torch as row_passes
+from srpo_kernels.engine import gemm, plan
+from srpo_kernels.engine.batch import Head, Needs
+from srpo_kernels.rows import DivergenceStats, RowGradients, RowSpec, RowStats
+
+# Columns of a slice are a multiple of this where possible: products like whole tiles.
+_COLUMN_ALIGNMENT = 128
+
+
+class StatsCall(NamedTuple):
+    """What ``token_stats`` works on beside the student: ``rows`` (int64 ``[n]``) of N are computed."""
+
+    target_ids: Tensor
+    rows: Tensor
+    spec: RowSpec
+    teacher_hidden: Tensor | None
+    teacher_head: Head
+    workspace_bytes: int | None
+
+    @property
+    def models(self) -> int:
+        """How many models' logits are alive at a time."""
+        return 1 if self.teacher_hidden is None else 2
+
+
+def forward(hidden: Tensor, head: Head, call: StatsCall) -> RowStats | DivergenceStats:
+    """Statistics of ``call.rows``, ``[n]`` each."""
+    dtype, vocab_size = gemm.accumulation_dtype(hidden, head.weight), len(head.weight)
+    capacity = plan.chunk_capacity(
+        vocab_size, dtype.itemsize, call.models, call.workspace_bytes, hidden.device
+    )
+    chunks = plan.row_chunks(len(call.rows), capacity) or [slice(0, 0)]
+    longest = max(chunk.stop - chunk.start for chunk in chunks)
+    buffer = hidden.new_empty(call.models, longest, vocab_size, dtype=dtype)
+    parts: list[RowStats | DivergenceStats] = []
+    for chunk in chunks:
+        rows = call.rows[chunk]
+        target_ids, z = call.target_ids[rows], buffer[0, : len(rows)]
+        gemm.project(gemm.operand(hidden[rows], head.weight, dtype), head.weight, head.bias, out=z)
+        if call.teacher_hidden is None:
+            parts.append(row_passes.row_stats(z, call.spec, target_ids=target_ids, entropy=True))
+            continue
+        y, teacher = buffer[1, : len(rows)], call.teacher_head
+        gemm.project(
+            gemm.operand(call.teacher_hidden[rows], teacher.weight, dtype),
+            teacher.weight,
+            teacher.bias,
+            out=y,
+        )
+        parts.append(
+            row_passes.divergence_stats(z, y, call.spec, target_ids=target_ids, gradient=False, entropy=True)
+        )
+    columns = zip(*parts, strict=True)
+    return type(parts[0])._make(None if column[0] is None else torch.cat(column) for column in columns)
+
+
+def backward(
+    hidden: Tensor,
+    head: Head,
+    call: StatsCall,
+    stats: RowStats | DivergenceStats,
+    grads: RowGradients,
+    needs: Needs,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """dX ``[N, H]``, dW ``[V, H]``, db ``[V]`` in the dtypes of their inputs, for ``grads`` ``[n]`` of ``call.rows``.
+
+    Rows whose gradients are all 0 cost nothing.
+    """
+    dtype, vocab_size = gemm.accumulation_dtype(hidden, head.weight), len(head.weight)
+    moving = torch.stack([g != 0 for g in grads if g is not None]).any(0).nonzero().squeeze(1)
+    rows = call.rows[moving]
+    stats = type(stats)._make(None if x is None else x[moving] for x in stats)
+    grads = RowGradients._make(None if x is None else x[moving] for x in grads)
+    target_ids = call.target_ids[rows]
+    states = gemm.operand(hidden[rows], head.weight, dtype)
+    teacher = call.teacher_head
+    teacher_states = None
+    if call.teacher_hidden is not None:
+        teacher_states = gemm.operand(call.teacher_hidden[rows], teacher.weight, dtype)
+
+    grad_states = torch.zeros(states.shape, dtype=dtype, device=hidden.device) if needs.hidden else None
+    grad_weight = torch.zeros_like(head.weight) if needs.weight else None
+    grad_bias = torch.zeros_like(head.bias) if needs.bias and head.bias is not None else None
+    width = _slice_width(len(rows), head, call, dtype)
+    buffer = states.new_empty(call.models * len(rows) * width, dtype=dtype)
+    for first in range(0, vocab_size if len(rows) else 0, width):
+        ids = slice(first, min(first + width, vocab_size))
+        size = len(rows) * (ids.stop - ids.start)
+        weight = gemm.operand(head.weight[ids], head.weight, dtype)
+        z = buffer[:size].view(len(rows), -1)
+        gemm.project(states, weight, None if head.bias is None else head.bias[ids], out=z)
+        y = None
+        if teacher_states is not None:
+            y = buffer[size : 2 * size].view(len(rows), -1)
+            bias = None if teacher.bias is None else teacher.bias[ids]
+            gemm.project(teacher_states, teacher.weight[ids], bias, out=y)
+        row_passes.slice_gradient_(z, y, stats, grads, call.spec, target_ids=target_ids, first_id=first)
+        if grad_bias is not None:
+            grad_bias[ids] = z.sum(0)
+        dlogits = gemm.operand(z, head.weight, dtype)
+        if grad_states is not None:
+            gemm.backproject(dlogits, weight, out=grad_states, accumulate=True)
+        if grad_weight is not None:
+            gemm.weight_product(dlogits, states, out=grad_weight[ids])
+
+    grad_hidden = None
+    if grad_states is not None:
+        grad_hidden = torch.zeros_like(hidden)
+        grad_hidden[rows] = grad_states.to(hidden.dtype)
+    return grad_hidden, grad_weight, grad_bias
+
+
+def _slice_width(num_rows: int, head: Head, call: StatsCall, dtype: torch.dtype) -> int:
+    """Columns of a vocabulary slice whose logits fit into the workspace that the forward had."""
+    vocab_size = len(head.weight)
+    capacity = plan.chunk_capacity(
+        vocab_size, dtype.itemsize, call.models, call.workspace_bytes, head.weight.device
+    )
+    width = capacity * vocab_size // max(num_rows, 1)
+    if head.weight.dtype != dtype:
+        width = min(width, gemm.slab_height(head.weight))
+    width = min(width - width % _COLUMN_ALIGNMENT if width > _COLUMN_ALIGNMENT else width, vocab_size)
+    return max(width, 1)

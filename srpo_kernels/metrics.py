@@ -1,0 +1,51 @@
+"""The means that a log wants, from the sums and counts of ``SRPOOutput.metrics``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from srpo_kernels.types import METRICS
+
+
+def summarize_metrics(metrics: Mapping[str, Tensor]) -> dict[str, float]:
+    """Means of the metrics of one call, or of their sums over micro-batches and ranks.
+
+    ``metrics``: the dict of ``SRPOOutput``, or one with the same keys and added-up values. Losses are per token of
+    their branch; entropies, divergences and KL estimates are in nats per token; the clip fractions and the KL estimates
+    are over the policy tokens whose log-probability was computed; ``srpo/nonfinite_rows`` is a count. A mean over no
+    token is 0. Reads the tensors in one transfer to the host. Raises ValueError naming the keys that are missing.
+    """
+    missing = [name for name in METRICS if name not in metrics]
+    if missing:
+        raise ValueError(f"metrics must have the keys of SRPOOutput.metrics, got none of {missing}")
+    totals = dict(
+        zip(METRICS, torch.stack([metrics[name].detach() for name in METRICS]).tolist(), strict=True)
+    )
+    policy, scored, sdpo = totals["policy_tokens"], totals["scored_policy_tokens"], totals["sdpo_tokens"]
+    weight_mean = _mean(totals["dw_weight_sum"], sdpo)
+    weight_variance = _mean(totals["dw_weight_sq_sum"], sdpo) - weight_mean**2
+    return {
+        "srpo/policy_loss": _mean(totals["policy_loss_sum"], policy),
+        "srpo/sdpo_loss": _mean(totals["sdpo_loss_sum"], sdpo),
+        "srpo/sdpo_token_fraction": _mean(sdpo, sdpo + policy),
+        "srpo/active_fraction": _mean(totals["active_rows"], sdpo + policy),
+        "srpo/clip_low_fraction": _mean(totals["clip_low_count"], scored),
+        "srpo/clip_high_fraction": _mean(totals["clip_high_count"], scored),
+        "srpo/dual_clip_fraction": _mean(totals["dual_clip_count"], scored),
+        "srpo/ref_kl": _mean(totals["ref_kl_sum"], scored),
+        "srpo/approx_kl": _mean(totals["approx_kl_sum"], scored),
+        "srpo/entropy": _mean(totals["entropy_sum"], totals["entropy_tokens"]),
+        "srpo/teacher_entropy": _mean(totals["teacher_entropy_sum"], sdpo),
+        "srpo/divergence": _mean(totals["divergence_sum"], sdpo),
+        "srpo/dw_weight_mean": weight_mean,
+        # Rounding can take the variance of equal weights below zero.
+        "srpo/dw_weight_std": max(weight_variance, 0.0) ** 0.5,
+        "srpo/nonfinite_rows": totals["nonfinite_rows"],
+    }
+
+
+def _mean(total: float, count: float) -> float:
+    return total / count if count else 0.0

@@ -1,0 +1,266 @@
+"""Every check of what a caller hands over, and its message: the argument, what came, what was expected.
+
+Checks that read no tensor data come first and cost no synchronisation; ``check_row_values`` reads three flags at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from srpo_kernels.config import SRPOConfig
+from srpo_kernels.types import Normalizers
+
+_FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_INTEGER = (torch.int64, torch.int32)
+_BOOL = (torch.bool,)
+_BACKENDS = ("auto", "torch", "triton")
+
+
+def check_backend(backend: str) -> None:
+    """A backend that this version has."""
+    if backend not in _BACKENDS:
+        raise ValueError(f"backend must be one of {_BACKENDS}, got {backend!r}")
+    if backend == "triton":
+        raise ValueError("backend='triton' is not in this version, use 'auto' or 'torch'")
+
+
+def check_config(config: object) -> None:
+    """An ``SRPOConfig``."""
+    if not isinstance(config, SRPOConfig):
+        raise TypeError(f"config must be an SRPOConfig, got {type(config).__name__}")
+
+
+def check_no_vocab_parallel(group: object) -> None:
+    """No vocabulary shards in this version."""
+    if group is not None:
+        raise ValueError("vocab_parallel_group is not in this version: pass the whole weight and None")
+
+
+def check_workspace(workspace_bytes: int | None, floor: int) -> None:
+    """None, or enough bytes for one row."""
+    if workspace_bytes is None:
+        return
+    if isinstance(workspace_bytes, bool) or not isinstance(workspace_bytes, int):
+        raise TypeError(f"workspace_bytes must be an int or None, got {type(workspace_bytes).__name__}")
+    if workspace_bytes < floor:
+        raise ValueError(
+            f"workspace_bytes must be at least {floor} to hold one row of logits, got {workspace_bytes}"
+        )
+
+
+def check_transform(temperature: float, logit_scale: float, softcap: float | None) -> None:
+    """The logit transform's numbers; ``SRPOConfig`` knows their ranges."""
+    SRPOConfig(temperature=temperature, logit_scale=logit_scale, softcap=softcap)
+
+
+def check_divergence(divergence: str, alpha: float) -> None:
+    """The divergence's name and number; ``SRPOConfig`` knows their ranges."""
+    SRPOConfig(divergence=divergence, alpha=alpha)  # type: ignore[arg-type]
+
+
+def check_head(
+    hidden: object, weight: object, bias: object, names: tuple[str, str, str] = ("hidden", "weight", "bias")
+) -> None:
+    """Hidden states ``[..., H]``, an LM head ``[V, H]`` and its bias ``[V]`` or None, on one device."""
+    hidden = _tensor(names[0], hidden, _FLOATING, None)
+    weight = _tensor(names[1], weight, _FLOATING, hidden.device)
+    if hidden.ndim < 2:
+        raise ValueError(f"{names[0]} must have shape [..., H] with rows before H, got {list(hidden.shape)}")
+    if weight.ndim != 2 or 0 in weight.shape:
+        raise ValueError(
+            f"{names[1]} must have shape [V, H] with V and H at least 1, got {list(weight.shape)}"
+        )
+    if hidden.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"{names[0]} and {names[1]} must agree in their last dimension, "
+            f"got {list(hidden.shape)} and {list(weight.shape)}"
+        )
+    if bias is not None:
+        bias = _tensor(names[2], bias, _FLOATING, hidden.device)
+        _shape(names[2], bias, [weight.shape[:1]], f"[V] of {names[1]} {list(weight.shape)}")
+
+
+def check_target_ids(target_ids: object, hidden: Tensor) -> None:
+    """Integer ids, one per row of ``hidden``; whether they lie in the vocabulary is checked by ``check_row_values``."""
+    target_ids = _tensor("target_ids", target_ids, _INTEGER, hidden.device)
+    _shape("target_ids", target_ids, [hidden.shape[:-1]], f"the rows of hidden {list(hidden.shape)}")
+
+
+def check_mask(mask: object, target_ids: Tensor) -> None:
+    """None, or bool in ``target_ids``' shape."""
+    if mask is not None:
+        mask = _tensor("mask", mask, _BOOL, target_ids.device)
+        _shape("mask", mask, [target_ids.shape], "the shape of target_ids")
+
+
+def check_teacher(
+    teacher_hidden: object,
+    teacher_weight: object,
+    teacher_bias: object,
+    weight: Tensor,
+    bias: Tensor | None,
+    sdpo_mask: Tensor | None,
+) -> None:
+    """The teacher of ``srpo_loss``: no part of it without ``sdpo_mask``, no head without its hidden states."""
+    for name, value in (("teacher_hidden", teacher_hidden), ("teacher_weight", teacher_weight)):
+        if value is not None and sdpo_mask is None:
+            raise ValueError(f"{name} needs sdpo_mask, which says what rows it teaches; got sdpo_mask=None")
+    _check_teacher_head(teacher_hidden, teacher_weight, teacher_bias, weight, bias)
+
+
+def check_stats_teacher(
+    teacher_hidden: object,
+    teacher_weight: object,
+    teacher_bias: object,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+) -> None:
+    """The teacher of ``token_stats``: a state for every row of ``hidden``."""
+    _check_teacher_head(teacher_hidden, teacher_weight, teacher_bias, weight, bias)
+    if isinstance(teacher_hidden, Tensor):
+        rows = hidden.shape[:-1]
+        _shape(
+            "teacher_hidden",
+            teacher_hidden,
+            [rows + teacher_hidden.shape[-1:]],
+            "the rows of hidden, and H_t",
+        )
+
+
+def _check_teacher_head(
+    teacher_hidden: object, teacher_weight: object, teacher_bias: object, weight: Tensor, bias: Tensor | None
+) -> None:
+    if teacher_weight is None and teacher_bias is not None:
+        raise ValueError("teacher_bias needs teacher_weight: without it the teacher uses weight and bias")
+    if teacher_hidden is None:
+        if teacher_weight is not None:
+            raise ValueError("teacher_weight needs teacher_hidden, got None")
+        return
+    if teacher_weight is None:
+        check_head(
+            teacher_hidden, weight, bias, ("teacher_hidden", "weight (for want of teacher_weight)", "bias")
+        )
+    else:
+        check_head(
+            teacher_hidden, teacher_weight, teacher_bias, ("teacher_hidden", "teacher_weight", "teacher_bias")
+        )
+        teacher_weight = _tensor("teacher_weight", teacher_weight, _FLOATING, weight.device)
+        if len(teacher_weight) != len(weight):
+            raise ValueError(
+                f"teacher_weight and weight must have one vocabulary, got {list(teacher_weight.shape)} "
+                f"and {list(weight.shape)}"
+            )
+    _tensor("teacher_hidden", teacher_hidden, _FLOATING, weight.device)
+
+
+def check_loss_rows(
+    target_ids: Tensor,
+    *,
+    advantages: object,
+    sdpo_mask: object,
+    old_log_probs: object,
+    ref_log_probs: object,
+    is_weights: object,
+    sequence_ids: object,
+) -> None:
+    """Everything that ``srpo_loss`` takes per row or per sequence."""
+    device, rows = target_ids.device, target_ids.shape
+    if target_ids.ndim not in (1, 2):
+        raise ValueError(f"target_ids must have shape [B, T] or [N], got {list(rows)}")
+    per_sequence, meaning = [rows[:1], rows], "[B], or the shape of target_ids"
+    if advantages is not None:
+        _shape("advantages", _tensor("advantages", advantages, _FLOATING, device), per_sequence, meaning)
+    if sdpo_mask is not None:
+        _shape("sdpo_mask", _tensor("sdpo_mask", sdpo_mask, _BOOL, device), per_sequence, meaning)
+    per_row = {"old_log_probs": old_log_probs, "ref_log_probs": ref_log_probs, "is_weights": is_weights}
+    for name, value in per_row.items():
+        if value is not None:
+            _shape(name, _tensor(name, value, _FLOATING, device), [rows], "the shape of target_ids")
+    if sequence_ids is not None:
+        if target_ids.ndim != 1:
+            raise ValueError(f"sequence_ids is for packed rows: target_ids must be [N], got {list(rows)}")
+        sequence_ids = _tensor("sequence_ids", sequence_ids, _INTEGER, device)
+        _shape("sequence_ids", sequence_ids, [rows], "the shape of target_ids")
+
+
+def check_options(
+    config: SRPOConfig, target_ids: Tensor, ref_log_probs: Tensor | None, sequence_ids: Tensor | None,
+    normalizers: object,
+) -> None:  # fmt: skip
+    """What the configuration needs from the other arguments."""
+    if config.kl_coef != 0.0 and ref_log_probs is None:
+        raise ValueError(
+            f"ref_log_probs is required when kl_coef is not 0, got None with kl_coef={config.kl_coef}"
+        )
+    by_sequence = config.loss_type == "gspo" or config.reduction in ("sequence", "constant")
+    if by_sequence and target_ids.ndim == 1 and sequence_ids is None:
+        raise ValueError(
+            "sequence_ids is required for packed rows [N] with "
+            f"loss_type={config.loss_type!r} and reduction={config.reduction!r}, got None"
+        )
+    if normalizers is None:
+        return
+    if not isinstance(normalizers, Normalizers):
+        raise TypeError(f"normalizers must be a Normalizers or None, got {type(normalizers).__name__}")
+    if config.reduction != "token" and normalizers.sequence_count is None:
+        raise ValueError(
+            f"normalizers.sequence_count is required when reduction={config.reduction!r}, got None"
+        )
+
+
+def check_teacher_rows(teacher_hidden: Tensor, target_ids: Tensor, routed_rows: int) -> None:
+    """Teacher states for every row, or for the ``routed_rows`` first-dimension entries that are routed."""
+    full, routed = target_ids.shape, (routed_rows, *target_ids.shape[1:])
+    width = teacher_hidden.shape[-1:]
+    _shape(
+        "teacher_hidden",
+        teacher_hidden,
+        [full + width, routed + width],
+        "every row, or the routed ones alone",
+    )
+
+
+def check_row_values(
+    target_ids: Tensor,
+    valid: Tensor,
+    routed: Tensor,
+    vocab_size: int,
+    *,
+    has_teacher: bool,
+    has_advantages: bool,
+) -> None:
+    """Ids in the vocabulary, a teacher where a valid row is routed, advantages where one is not: one host read."""
+    outside = valid & ((target_ids < 0) | (target_ids >= vocab_size))
+    flags = torch.stack([outside.any(), (valid & routed).any(), (valid & ~routed).any()]).tolist()
+    if flags[0]:
+        row = int(outside.nonzero()[0])
+        raise ValueError(
+            f"target_ids must lie in [0, {vocab_size}) wherever mask is true, got {int(target_ids[row])} at row {row}"
+        )
+    if flags[1] and not has_teacher:
+        raise ValueError(
+            "teacher_hidden is required when sdpo_mask routes a valid row to distillation, got None"
+        )
+    if flags[2] and not has_advantages:
+        raise ValueError("advantages is required when a valid row is in the policy branch, got None")
+
+
+def _tensor(name: str, value: object, dtypes: Sequence[torch.dtype], device: torch.device | None) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+    if value.dtype not in dtypes:
+        expected = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise TypeError(f"{name} must be {expected}, got {str(value.dtype).removeprefix('torch.')}")
+    if device is not None and value.device != device:
+        raise ValueError(f"{name} must be on the device of the other arguments, {device}, got {value.device}")
+    return value
+
+
+def _shape(name: str, tensor: Tensor, expected: Sequence[tuple[int, ...]], meaning: str) -> None:
+    if tuple(tensor.shape) not in {tuple(shape) for shape in expected}:
+        shapes = " or ".join(dict.fromkeys(str(list(shape)) for shape in expected))
+        raise ValueError(f"{name} must have shape {shapes} ({meaning}), got {list(tensor.shape)}")
