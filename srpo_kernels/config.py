@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
+
+from srpo_kernels.checks import require_number
 
 LossType = Literal["grpo", "cispo", "gspo", "sapo", "reinforce"]
 KLType = Literal["k1", "k2", "k3"]
@@ -22,48 +23,50 @@ REDUCTIONS: tuple[Reduction, ...] = get_args(Reduction)
 
 @dataclass(frozen=True, kw_only=True)
 class SRPOConfig:
-    """The options of the SRPO loss. The defaults are the paper's, with the full vocabulary in place of its top 100.
+    """The options of the SRPO loss. The defaults are the paper's, with the full vocabulary for its top 100.
 
-    Policy branch, with ``rho = exp(log_probs - old_log_probs)`` and the advantage ``A``:
-
-    - ``loss_type``: ``"grpo"`` (clipped ratio), ``"cispo"`` (clipped, detached ratio as a weight), ``"gspo"`` (``"grpo"``
-      with one ratio per sequence), ``"sapo"`` (sigmoid gate in place of the clip) or ``"reinforce"`` (no ratio).
-    - ``epsilon_low``, ``epsilon_high``: the ratio is clipped to ``[1 - epsilon_low, 1 + epsilon_high]``; at least 0.
-    - ``delta``: upper bound of the unclipped ratio as well; positive, None for none. grpo and gspo only.
-    - ``dual_clip``: bound ``c`` of the loss where ``A < 0``, which is at most ``-c A``; above 1, None for none. grpo and
-      gspo only.
-    - ``log_ratio_clamp``: the log-ratio is clamped to plus or minus this, in nats; positive, None for none.
-    - ``kl_coef``: weight of the divergence from ``ref_log_probs``; at least 0.
-    - ``kl_type``: its estimator, with ``d = log_probs - ref_log_probs``: ``"k1"`` is ``d``, ``"k2"`` is ``d^2 / 2``,
-      ``"k3"`` is ``exp(-d) + d - 1``.
-    - ``entropy_coef``: weight of the entropy bonus ``H(p)``, which is subtracted from the loss; either sign.
-
-    Distillation branch, from the student ``p`` to the teacher ``q``:
-
-    - ``divergence``: ``"forward_kl"`` is ``KL(q || p)``, ``"reverse_kl"`` is ``KL(p || q)``, ``"jsd"`` is
-      ``(1 - alpha) KL(p || m) + alpha KL(q || m)`` with ``m = (1 - alpha) p + alpha q``.
-    - ``alpha``: the weight of the teacher in ``"jsd"``, strictly between 0 and 1; the other two do not read it.
-    - ``distillation_mode``: ``"full"`` compares whole vocabularies; ``"topk"`` the student's ``topk`` likeliest tokens;
-      ``"sampled"`` the sampled token alone.
-    - ``topk``: how many tokens ``"topk"`` compares; at least 1, a larger vocabulary than there is means all of it.
-    - ``add_tail``: whether ``"topk"`` puts the remaining probability in one more bucket, or renormalises without it.
-    - ``distillation_is_clip``: upper bound of the detached importance weight ``exp(log_probs - old_log_probs)``;
-      positive, None for no importance weight.
-    - ``dw_beta``: strength of the entropy-aware weight ``exp(-dw_beta H(q))``, per nat; at least 0, 0 weighs all alike.
-
-    Both branches:
-
-    - ``temperature``, ``logit_scale``, ``softcap``: the logits of student and teacher become
-      ``softcap * tanh(x * logit_scale / softcap) / temperature``; positive, None for no softcap.
-    - ``reduction``: ``"token"`` divides by the valid tokens of both branches, ``"sequence"`` takes the mean of each
-      sequence and then of the sequences, ``"constant"`` divides by sequences times ``max_length``.
-    - ``max_length``: the constant of ``"constant"``, in tokens; given with it and with nothing else.
-    - ``count_inactive``: also compute the log-probabilities of tokens that cannot move a weight, for the metrics.
-
-    Every number is finite. A value of the wrong type raises TypeError; a value out of its range, an unknown name or two
-    options that contradict each other raise ValueError.
-
+    ``rho = exp(log_probs - old_log_probs)`` is the ratio, ``A`` the advantage, ``p`` the student and ``q``
+    the teacher; the logits of both become ``softcap * tanh(x * logit_scale / softcap) / temperature``.
     Source: SRPO (arXiv 2604.02288), sections 3.1 to 3.3 and appendix B.
+
+    Args:
+        loss_type: the policy branch: ``"grpo"`` (clipped rho), ``"cispo"`` (clipped rho as a detached
+            weight), ``"gspo"`` (``"grpo"`` with one rho per sequence), ``"sapo"`` (a sigmoid gate in place of
+            the clip) or ``"reinforce"`` (no rho).
+        epsilon_low: rho is clipped to at least ``1 - epsilon_low``; >= 0.
+        epsilon_high: rho is clipped to at most ``1 + epsilon_high``; >= 0.
+        delta: upper bound of the unclipped rho; > 0, for ``"grpo"`` and ``"gspo"`` only. None: no bound.
+        dual_clip: the loss is at most ``-dual_clip * A`` where ``A < 0``; > 1, for ``"grpo"`` and ``"gspo"``
+            only. None: no bound.
+        log_ratio_clamp: bound of ``|log rho|`` (nats); > 0. None: no bound.
+        kl_coef: weight of the divergence from ``ref_log_probs``; >= 0.
+        kl_type: its estimator, with ``d = log_probs - ref_log_probs``: ``"k1"`` is ``d``, ``"k2"`` is
+            ``d**2 / 2``, ``"k3"`` is ``exp(-d) + d - 1``.
+        entropy_coef: weight of the bonus ``H(p)``, which the loss subtracts; of either sign.
+        divergence: the distillation branch: ``"forward_kl"`` is ``KL(q || p)``, ``"reverse_kl"`` is
+            ``KL(p || q)``, ``"jsd"`` is ``(1 - alpha) KL(p || m) + alpha KL(q || m)`` with the mixture
+            ``m = (1 - alpha) p + alpha q``.
+        alpha: the teacher's share in the mixture of ``"jsd"``, strictly between 0 and 1; the other two do not
+            read it, but it must lie in [0, 1].
+        distillation_mode: what is compared: ``"full"``, the whole vocabulary; ``"topk"``, the student's
+            ``topk`` likeliest tokens; ``"sampled"``, the sampled token.
+        topk: the number of tokens that ``"topk"`` compares, at most all; >= 1.
+        add_tail: ``"topk"`` keeps the remaining probability in one more bucket. False: it renormalises.
+        distillation_is_clip: upper bound of rho as a detached weight of the divergence; > 0. None: not
+            weighted by rho.
+        dw_beta: strength of the entropy-aware weight ``exp(-dw_beta * H(q))`` (per nat); >= 0.
+        temperature: divides the logits; > 0.
+        logit_scale: multiplies the logits, before the softcap; > 0.
+        softcap: bounds the scaled logits; > 0. None: no bound.
+        reduction: ``"token"`` divides the sum by the valid tokens of both branches; ``"sequence"`` takes the
+            mean of each sequence, then that of the sequences; ``"constant"`` divides by sequences times
+            ``max_length``.
+        max_length: the length of ``"constant"`` (tokens); >= 1. None with the other reductions.
+        count_inactive: also compute the log-probs of tokens that cannot move a weight, for the metrics.
+
+    Raises:
+        TypeError: a value of the wrong type; a bool is no number.
+        ValueError: a value out of its range or not finite, an unknown name, contradictory options.
     """
 
     loss_type: LossType = "grpo"
@@ -125,22 +128,14 @@ class SRPOConfig:
 
     @classmethod
     def from_alpha(cls, alpha: float, **options: Any) -> SRPOConfig:
-        """The config whose divergence is named by one number, as in SDPO and TRL.
+        """The config whose divergence one number names, as in SDPO and TRL; ``options`` are the other fields.
 
-        ``alpha`` is 0 for ``"forward_kl"``, 1 for ``"reverse_kl"``, and the weight of the teacher in ``"jsd"`` between
-        them. ``options`` are the other fields. Raises as the constructor does.
+        ``alpha`` in [0, 1]: 0 is ``"forward_kl"``, 1 is ``"reverse_kl"``, anything between is ``"jsd"``.
+        Raises as the constructor does.
         """
         require_number("alpha", alpha, *_RANGES["alpha"])
         divergence: Divergence = "forward_kl" if alpha == 0 else "reverse_kl" if alpha == 1 else "jsd"
         return cls(divergence=divergence, alpha=alpha, **options)
-
-
-def require_number(name: str, value: object, expected: str, holds: Callable[[float], bool]) -> None:
-    """Raise TypeError unless ``value`` is an int or a float, ValueError unless it is finite and ``holds``."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{name} must be a number {expected}, got {value!r}")
-    if not (math.isfinite(value) and holds(value)):
-        raise ValueError(f"{name} must be a finite number {expected}, got {value!r}")
 
 
 def _require_choice(name: str, value: object, choices: tuple[str, ...]) -> None:

@@ -8,9 +8,9 @@ from torch import Tensor
 
 
 def gather_ranks(values: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
-    """``values`` of every rank of ``group``, in rank order: ``[world_size, *values.shape]``, the same on all ranks.
+    """``values`` of every rank in rank order, ``[world_size, *values.shape]``: the same tensor on all ranks.
 
-    One ``all_gather``. None is the default group; without one, this process is the only rank.
+    One ``all_gather``. ``group=None`` is the default group; without one this process is the only rank.
     """
     if group is None and not (dist.is_available() and dist.is_initialized()):
         return values.unsqueeze(0)

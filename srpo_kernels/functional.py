@@ -394,7 +394,5 @@ def _rows_to_compute(mask: Tensor | None, targets: Tensor) -> Tensor:
 
 def _spread(values: Tensor, rows: Tensor, shape: torch.Size) -> Tensor:
     """Values of ``rows`` in the shape of all rows, 0 elsewhere."""
-    flat = (
-        values if len(rows) == shape.numel() else values.new_zeros(shape.numel()).index_put((rows,), values)
-    )
+    flat = values if len(rows) == shape.numel() else values.new_zeros(shape.numel()).index_put((rows,), values)
     return flat.view(shape)

@@ -11,19 +11,23 @@ from srpo_kernels.types import METRICS
 
 
 def summarize_metrics(metrics: Mapping[str, Tensor]) -> dict[str, float]:
-    """Means of the metrics of one call, or of their sums over micro-batches and ranks.
+    """Means over tokens, for a log, from the sums and counts of ``SRPOOutput.metrics``.
 
-    ``metrics``: the dict of ``SRPOOutput``, or one with the same keys and added-up values. Losses are per token of
-    their branch; entropies, divergences and KL estimates are in nats per token; the clip fractions and the KL estimates
-    are over the policy tokens whose log-probability was computed; ``srpo/nonfinite_rows`` is a count. A mean over no
-    token is 0. Reads the tensors in one transfer to the host. Raises ValueError naming the keys that are missing.
+    A loss is per token of its branch. Entropies, divergences and KL estimates are in nats per token. Clip
+    fractions and KL estimates are over the policy tokens whose log-prob was computed. ``srpo/nonfinite_rows``
+    is a count. A mean over no token is 0. One transfer to the host.
+
+    Args:
+        metrics: the dict of an ``SRPOOutput``, or the sums of several over micro-batches and ranks.
+
+    Raises:
+        ValueError: a key is missing.
     """
     missing = [name for name in METRICS if name not in metrics]
     if missing:
-        raise ValueError(f"metrics must have the keys of SRPOOutput.metrics, got none of {missing}")
-    totals = dict(
-        zip(METRICS, torch.stack([metrics[name].detach() for name in METRICS]).tolist(), strict=True)
-    )
+        raise ValueError(f"metrics must have every key of SRPOOutput.metrics, {missing} not found")
+    values = torch.stack([metrics[name].detach() for name in METRICS]).tolist()
+    totals = dict(zip(METRICS, values, strict=True))
     policy, scored, sdpo = totals["policy_tokens"], totals["scored_policy_tokens"], totals["sdpo_tokens"]
     weight_mean = _mean(totals["dw_weight_sum"], sdpo)
     weight_variance = _mean(totals["dw_weight_sq_sum"], sdpo) - weight_mean**2

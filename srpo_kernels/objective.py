@@ -49,9 +49,7 @@ class PolicyTerms(NamedTuple):
     ref_kl: Tensor
 
 
-def policy_terms(
-    log_probs: Tensor, entropy: Tensor | None, inputs: RowInputs, config: SRPOConfig
-) -> PolicyTerms:
+def policy_terms(log_probs: Tensor, entropy: Tensor | None, inputs: RowInputs, config: SRPOConfig) -> PolicyTerms:
     """Token losses of the policy branch, ``[n]``: clipped ratio, times is_weights, plus KL, minus entropy.
 
     Differentiable in ``log_probs`` and ``entropy`` (``[n]``; None when ``entropy_coef`` is 0).
@@ -87,9 +85,7 @@ def policy_terms(
     return PolicyTerms(loss, clip_low, clip_high, dual_clip, approx_kl, ref_kl.detach())
 
 
-def _policy_loss(
-    log_probs: Tensor, ratio: Tensor, advantages: Tensor, config: SRPOConfig
-) -> tuple[Tensor, Tensor]:
+def _policy_loss(log_probs: Tensor, ratio: Tensor, advantages: Tensor, config: SRPOConfig) -> tuple[Tensor, Tensor]:
     """The loss of ``config.loss_type`` per row, and where the dual clip holds it."""
     clipped = ratio.clamp(1.0 - config.epsilon_low, 1.0 + config.epsilon_high)
     nowhere = torch.zeros_like(ratio, dtype=torch.bool)
@@ -131,9 +127,7 @@ def distillation_weights(log_probs: Tensor, inputs: RowInputs, config: SRPOConfi
     """``kappa * is_weights``, detached, ``[n]``: the correction for distilling tokens of an older policy."""
     weights = torch.ones_like(log_probs)
     if inputs.old_log_probs is not None and config.distillation_is_clip is not None:
-        log_ratio = (log_probs.detach() - inputs.old_log_probs).clamp(
-            -_IS_LOG_RATIO_CLAMP, _IS_LOG_RATIO_CLAMP
-        )
+        log_ratio = (log_probs.detach() - inputs.old_log_probs).clamp(-_IS_LOG_RATIO_CLAMP, _IS_LOG_RATIO_CLAMP)
         weights = log_ratio.exp().clamp(max=config.distillation_is_clip)
     return weights if inputs.is_weights is None else weights * inputs.is_weights
 

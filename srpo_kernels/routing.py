@@ -7,7 +7,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from srpo_kernels.config import require_number
+from srpo_kernels.checks import BOOL, FLOATING, INTEGER, require_number, require_shape, require_tensor
 from srpo_kernels.types import Routing, wide_dtype
 
 AdvantageScale = Literal["none", "group", "batch"]
@@ -22,31 +22,36 @@ def route_samples(
     feedback_available: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> Routing:
-    """Send failed rollouts that can be taught to distillation and all others to the policy branch.
+    """Send failed rollouts that can be taught to distillation, all others to the policy branch.
 
-    ``correct = rewards >= success_threshold``; ``sdpo_mask = not correct and (a correct sibling or feedback)``, where a
-    sibling is another rollout of the same group. A failed rollout of an all-failed group stays in the policy branch.
+    ``correct = rewards >= success_threshold`` and ``sdpo_mask = not correct and (has a correct sibling or
+    feedback)``, a sibling being another rollout of the same group. A failed rollout of an all-failed group
+    stays in the policy branch, where its advantage is 0. Source: SRPO (arXiv 2604.02288), section 3.1,
+    appendix B.5 and table 7.
 
-    ``rewards``: ``[B]``, any real dtype. ``group_ids``: ``[B]``, any integers; the members of a group need not be
-    adjacent. ``feedback_available``: ``[B]`` bool, true where feedback can teach a rollout that has no correct sibling.
-    ``generator``: draws the teachers, uniformly among the correct siblings.
+    Args:
+        rewards: ``[B]``, floating, integer or bool.
+        group_ids: ``[B]``, integers: rollouts of one prompt share a number, in any order.
+        success_threshold: the least reward of a correct rollout.
+        feedback_available: ``[B]``, bool: rollouts that feedback can teach where no sibling can. None: none.
+        generator: draws the teachers, each correct sibling alike. None: the default one of the device.
 
-    Returns a ``Routing`` on the device of ``rewards``. ``teacher_index`` is drawn for correct rollouts too; it is -1
-    where there is no correct sibling, also where ``sdpo_mask`` is true because of feedback.
+    Returns:
+        ``sdpo_mask``, ``teacher_index`` (for correct rollouts too; -1 where there is no correct sibling,
+        feedback or not) and ``correct``, each ``[B]`` on the device of ``rewards``.
 
-    Raises TypeError or ValueError for a wrong type, shape, dtype or device, and for a reward that is not finite.
-
-    Source: SRPO (arXiv 2604.02288), section 3.1, appendix B.5 and table 7.
+    Raises:
+        TypeError: an argument of the wrong type or dtype.
+        ValueError: a wrong shape or device, or a reward that is not finite.
     """
     _check_groups(rewards, group_ids)
     require_number("success_threshold", success_threshold, "to compare rewards with", lambda value: True)
     if feedback_available is not None:
-        _check_like_rewards("feedback_available", feedback_available, rewards)
-        if feedback_available.dtype != torch.bool:
-            raise TypeError(f"feedback_available must be bool, got {feedback_available.dtype}")
+        require_tensor("feedback_available", feedback_available, BOOL, rewards.device)
+        require_shape("feedback_available", feedback_available, [rewards.shape], "that of rewards")
 
     correct = rewards >= success_threshold
-    _, group, group_size = group_ids.unique(return_inverse=True, return_counts=True)
+    _, group, group_size = torch.unique(group_ids, return_inverse=True, return_counts=True)
     num_correct = torch.zeros_like(group_size).index_add_(0, group, correct.to(group_size.dtype))
 
     # Groups one after the other, the correct rollouts of each group first: `rank` counts within the group.
@@ -71,23 +76,26 @@ def route_samples(
     return Routing(sdpo_mask=~correct & teachable, teacher_index=teacher_index, correct=correct)
 
 
-def group_advantages(
-    rewards: Tensor, group_ids: Tensor, scale: AdvantageScale = "none", eps: float = 1e-4
-) -> Tensor:
-    """The reward of each rollout relative to its group.
+def group_advantages(rewards: Tensor, group_ids: Tensor, scale: AdvantageScale = "none", eps: float = 1e-4) -> Tensor:
+    """The advantage of each rollout: its reward, relative to its group.
 
-    ``A = (r - mean_group) / d`` with ``d = 1`` for ``scale="none"``, ``std_group + eps`` for ``"group"`` and
-    ``std_batch + eps`` for ``"batch"``. Standard deviations are the unbiased ones (n - 1).
+    ``A = (r - mean_group) / d``, where ``d`` is 1 for ``scale="none"``, ``std_group + eps`` for ``"group"``
+    and ``std_batch + eps`` for ``"batch"``; the standard deviations are unbiased (n - 1). A group of equal
+    rewards, and so a group of one, has advantage exactly 0: the loss skips its tokens. Source: SRPO (arXiv
+    2604.02288), section 3.1; ``"none"`` is Dr. GRPO (arXiv 2503.20783).
 
-    ``rewards``: ``[B]``, any real dtype. ``group_ids``: ``[B]``, any integers; the members of a group need not be
-    adjacent. ``eps``: positive, in units of reward.
+    Args:
+        rewards: ``[B]``, floating, integer or bool.
+        group_ids: ``[B]``, integers: rollouts of one prompt share a number, in any order.
+        scale: ``"none"``, ``"group"`` or ``"batch"``.
+        eps: added to the standard deviation (units of reward); > 0.
 
-    Returns ``[B]`` on the device of ``rewards``, float64 for float64 rewards and float32 otherwise, without gradient.
-    A group of equal rewards, and so a group of one, has advantage exactly 0: its tokens are then skipped by the loss.
+    Returns:
+        ``[B]`` on the device of ``rewards``, fp32 (fp64 for fp64 rewards), without gradient.
 
-    Raises TypeError or ValueError for a wrong type, shape, dtype or device, and for a reward that is not finite.
-
-    Source: SRPO (arXiv 2604.02288), section 3.1; ``"none"`` is Dr. GRPO (arXiv 2503.20783), section 3.2.
+    Raises:
+        TypeError: an argument of the wrong type or dtype.
+        ValueError: a wrong shape or device, an unknown scale, or a reward that is not finite.
     """
     _check_groups(rewards, group_ids)
     require_number("eps", eps, "> 0", lambda value: value > 0)
@@ -95,12 +103,12 @@ def group_advantages(
         raise ValueError(f"scale must be one of {ADVANTAGE_SCALES}, got {scale!r}")
 
     values = rewards.detach().to(wide_dtype(rewards.device))
-    _, group, group_size = group_ids.unique(return_inverse=True, return_counts=True)
+    _, group, group_size = torch.unique(group_ids, return_inverse=True, return_counts=True)
     per_group = values.new_zeros(len(group_size))
     # Measured from the lowest of the group, equal rewards are zeros and their mean rounds to nothing else.
     above_lowest = values - per_group.scatter_reduce(0, group, values, "amin", include_self=False)[group]
     mean = per_group.index_add(0, group, above_lowest) / group_size
-    advantages = above_lowest - mean[group]
+    advantages: Tensor = above_lowest - mean[group]
 
     if scale == "group":
         variance = per_group.index_add(0, group, advantages.square()) / (group_size - 1).clamp(min=1)
@@ -113,25 +121,10 @@ def group_advantages(
 
 
 def _check_groups(rewards: Tensor, group_ids: Tensor) -> None:
-    if not isinstance(rewards, Tensor):
-        raise TypeError(f"rewards must be a tensor, got {type(rewards).__name__}")
-    if rewards.is_complex():
-        raise TypeError(f"rewards must be real, got {rewards.dtype}")
+    require_tensor("rewards", rewards, FLOATING + INTEGER + BOOL)
     if rewards.dim() != 1:
         raise ValueError(f"rewards must have shape [B], got {list(rewards.shape)}")
-    if rewards.is_floating_point() and not rewards.isfinite().all():
+    if not rewards.isfinite().all():
         raise ValueError(f"rewards must be finite, got {rewards.tolist()}")
-    _check_like_rewards("group_ids", group_ids, rewards)
-    if group_ids.is_floating_point() or group_ids.is_complex() or group_ids.dtype == torch.bool:
-        raise TypeError(f"group_ids must be integers, got {group_ids.dtype}")
-
-
-def _check_like_rewards(name: str, value: Tensor, rewards: Tensor) -> None:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
-    if value.shape != rewards.shape:
-        raise ValueError(
-            f"{name} must have the shape of rewards, {list(rewards.shape)}, got {list(value.shape)}"
-        )
-    if value.device != rewards.device:
-        raise ValueError(f"{name} must be on the device of rewards, {rewards.device}, got {value.device}")
+    require_tensor("group_ids", group_ids, INTEGER, rewards.device)
+    require_shape("group_ids", group_ids, [rewards.shape], "that of rewards")

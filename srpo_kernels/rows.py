@@ -6,9 +6,11 @@ numbers, or turns the buffer into the gradient of the logits. ``rows_torch`` imp
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -33,6 +35,16 @@ class RowSpec:
         """Slope of the transform at zero: the whole of it when there is no softcap."""
         return self.logit_scale / self.temperature
 
+    @property
+    def constant_slope(self) -> float:
+        """The transform's slope where it is one number; 1 with a softcap, whose slope the passes apply themselves."""
+        return self.scale if self.softcap is None else 1.0
+
+    @property
+    def divergence_slope(self) -> float:
+        """What dD/dz has in front of ``p (log-ratio - center)``."""
+        return 1.0 - self.alpha if self.divergence == "jsd" else 1.0
+
 
 class RowStats(NamedTuple):
     """The reductions of one model's rows.
@@ -49,6 +61,15 @@ class RowStats(NamedTuple):
     support_ids: Tensor | None
     support_log_probs: Tensor | None
     log_tail: Tensor | None
+
+    @classmethod
+    def concatenate(cls, parts: Sequence[RowStats]) -> RowStats:
+        """The statistics of consecutive rows."""
+        return cls._make(_concatenate(parts))
+
+    def select(self, rows: Tensor) -> RowStats:
+        """The statistics of some rows."""
+        return type(self)._make(_select(self, rows))
 
 
 class DivergenceStats(NamedTuple):
@@ -68,6 +89,15 @@ class DivergenceStats(NamedTuple):
     divergence: Tensor
     center: Tensor
 
+    @classmethod
+    def concatenate(cls, parts: Sequence[DivergenceStats]) -> DivergenceStats:
+        """The statistics of consecutive rows."""
+        return cls._make(_concatenate(parts))
+
+    def select(self, rows: Tensor) -> DivergenceStats:
+        """The statistics of some rows."""
+        return type(self)._make(_select(self, rows))
+
 
 class RowGradients(NamedTuple):
     """Upstream gradients of the rows' statistics, ``[n]`` each; ``divergence`` is None without a teacher."""
@@ -75,3 +105,17 @@ class RowGradients(NamedTuple):
     log_probs: Tensor
     entropy: Tensor
     divergence: Tensor | None
+
+    def select(self, rows: Tensor) -> RowGradients:
+        """The gradients of some rows."""
+        return type(self)._make(_select(self, rows))
+
+
+def _concatenate(parts: Sequence[Sequence[Tensor | None]]) -> list[Tensor | None]:
+    """Field by field; a field that is None in one part is None in all."""
+    columns = [[x for x in column if x is not None] for column in zip(*parts, strict=True)]
+    return [torch.cat(column) if column else None for column in columns]
+
+
+def _select(fields: Sequence[Tensor | None], rows: Tensor) -> list[Tensor | None]:
+    return [None if x is None else x[rows] for x in fields]

@@ -2,11 +2,12 @@
 
 Each pass walks over blocks of a few rows that stay in the cache and works in place on the caller's buffer; nothing of
 the buffer's size is allocated. A pass *consumes* the logits: what it leaves in the buffer is what the matching gradient
-pass wants to find there, so that no exponential is taken twice.
+wants to find there, so that no exponential is taken twice. A gradient is the buffer times a factor per row, which the
+products apply to their ``[n, H]`` side: a pass over the buffer less.
 
 - ``row_stats`` leaves ``exp(z - shift)``, or ``z - shift`` where the gradient needs logits (entropy, softcap);
   ``log_prob_gradient_`` turns either into dlogits.
-- ``divergence_stats`` leaves dD/dlogits itself, one multiplication per row away from dlogits.
+- ``divergence_stats`` leaves dD/dlogits up to the factor of ``divergence_gradient``.
 - ``slice_gradient_`` starts from fresh logits of any vocabulary slice and the saved statistics.
 """
 
@@ -47,49 +48,44 @@ def row_stats(
     ``support_ids`` ``[n, K]`` names the support; with None and ``spec.topk`` it is the row's own top-k. Leaves
     ``exp(z - shift)`` in ``logits``; with ``entropy`` or a softcap, ``z - shift``.
     """
-    n = logits.shape[0]
-    shift, sum_exp = logits.new_empty(n, 1), logits.new_empty(n, 1)
-    log_probs, entropies, log_tail = logits.new_empty(n), logits.new_empty(n), logits.new_empty(n)
-    choose_support = support_ids is None
-    if support_ids is None:
-        support_ids = target_ids.new_empty(n, spec.topk)
-    support_log_probs = logits.new_empty(support_ids.shape)
     keep_logits = entropy or spec.softcap is not None
-
+    parts = []
     for rows, scratch in _blocks(logits, 1 if keep_logits else 0):
-        z, support = logits[rows], support_ids[rows]
+        z = logits[rows]
         _transform_(z, spec)
-        if spec.topk and choose_support:
-            support.copy_(z.topk(spec.topk, dim=1).indices)
-        shift[rows] = z.amax(1, keepdim=True)
-        z.sub_(shift[rows])
-        target_logits, support_logits = z.gather(1, target_ids[rows, None]), z.gather(1, support)
+        support = None if support_ids is None else support_ids[rows]
+        if spec.topk and support is None:
+            support = z.topk(spec.topk, dim=1).indices
+        shift = z.amax(1, keepdim=True)
+        z.sub_(shift)
+        log_probs = z.gather(1, target_ids[rows, None])
+        support_log_probs = None if support is None else z.gather(1, support)
         if entropy:
             _floor_(z)
         exp = torch.exp(z, out=scratch[0] if keep_logits else z)
-        if spec.add_tail:
+        tail = None
+        if spec.add_tail and support is not None and support_log_probs is not None:
             # The complement is summed on its own: 1 - sum(support) would lose a small tail to rounding.
-            support_exp = support_logits.exp()
+            support_exp = support_log_probs.exp()
             tail = exp.scatter_(1, support, 0.0).sum(1, keepdim=True)
             exp.scatter_(1, support, support_exp)
-            sum_exp[rows] = tail + support_exp.sum(1, keepdim=True)
-            log_tail[rows] = (tail / sum_exp[rows]).clamp_min(torch.finfo(z.dtype).tiny).log().squeeze(1)
+            sum_exp = tail + support_exp.sum(1, keepdim=True)
+            tail = (tail / sum_exp).clamp_min(torch.finfo(z.dtype).tiny).log()
         else:
-            sum_exp[rows] = exp.sum(1, keepdim=True)
-        log_sum = sum_exp[rows].log()
-        log_probs[rows] = (target_logits - log_sum).squeeze(1)
-        support_log_probs[rows] = support_logits - log_sum
-        if entropy:
-            entropies[rows] = (log_sum - exp.mul_(z).sum(1, keepdim=True) / sum_exp[rows]).squeeze(1)
-    return RowStats(
-        shift,
-        sum_exp,
-        log_probs,
-        entropies if entropy else None,
-        support_ids if spec.topk else None,
-        support_log_probs if spec.topk else None,
-        log_tail if spec.add_tail else None,
-    )
+            sum_exp = exp.sum(1, keepdim=True)
+        log_sum = sum_exp.log()
+        parts.append(
+            RowStats(
+                shift,
+                sum_exp,
+                (log_probs - log_sum).squeeze(1),
+                (log_sum - _dot(exp, z, out=exp) / sum_exp).squeeze(1) if entropy else None,
+                support,
+                None if support_log_probs is None else support_log_probs - log_sum,
+                None if tail is None else tail.squeeze(1),
+            )
+        )
+    return RowStats.concatenate(parts)
 
 
 def divergence_stats(
@@ -103,59 +99,53 @@ def divergence_stats(
 ) -> DivergenceStats:
     """Reduce both models' logits ``[n, V]`` to their statistics and the divergence; consume both buffers.
 
-    With ``gradient``, leaves dD/dlogits in ``student_logits``. ``entropy`` adds the student's entropy; the teacher's
-    is always there.
+    With ``gradient``, leaves dD/dlogits in ``student_logits`` up to the factor of ``divergence_gradient``. ``entropy``
+    adds the student's entropy; the teacher's is always there.
     """
-    n = student_logits.shape[0]
-    shift, sum_exp, teacher_shift, teacher_sum_exp, center = (
-        student_logits.new_empty(n, 1) for _ in range(5)
-    )
-    log_probs, entropies, teacher_entropy, divergence = (student_logits.new_empty(n) for _ in range(4))
-    needs_slope = gradient and spec.softcap is not None
-
-    for rows, (p, q, work, *slope) in _blocks(student_logits, 4 if needs_slope else 3):
+    capped = gradient and spec.softcap is not None
+    parts = []
+    for rows, (p, q, work, *slope) in _blocks(student_logits, 4 if capped else 3):
         z, y = student_logits[rows], teacher_logits[rows]
         _transform_(z, spec, *slope)
         _transform_(y, spec)
-        target_logits = z.gather(1, target_ids[rows, None])
-        shift[rows] = z.amax(1, keepdim=True)
-        teacher_shift[rows] = y.amax(1, keepdim=True)
-        _exp_of_shifted_(z, shift[rows], spec, out=p)
-        _exp_of_shifted_(y, teacher_shift[rows], spec, out=q)
-        sum_exp[rows] = p.sum(1, keepdim=True)
-        teacher_sum_exp[rows] = q.sum(1, keepdim=True)
-        p.div_(sum_exp[rows])
-        q.div_(teacher_sum_exp[rows])
+        log_probs = z.gather(1, target_ids[rows, None])
+        shift, teacher_shift = z.amax(1, keepdim=True), y.amax(1, keepdim=True)
+        _exp_of_shifted_(z, shift, spec, out=p)
+        _exp_of_shifted_(y, teacher_shift, spec, out=q)
+        sum_exp, teacher_sum_exp = p.sum(1, keepdim=True), q.sum(1, keepdim=True)
+        p.mul_(sum_exp.reciprocal())
+        q.mul_(teacher_sum_exp.reciprocal())
+        log_sum, teacher_log_sum = sum_exp.log(), teacher_sum_exp.log()
+        entropies = log_sum - _dot(p, z, out=work) if entropy else None
+        teacher_entropy = teacher_log_sum - _dot(q, y, out=work)
 
-        log_sum, teacher_log_sum = sum_exp[rows].log(), teacher_sum_exp[rows].log()
-        log_probs[rows] = (target_logits - shift[rows] - log_sum).squeeze(1)
-        teacher_entropy[rows] = (teacher_log_sum - _dot(q, y, out=work)).squeeze(1)
-        if entropy:
-            entropies[rows] = (log_sum - _dot(p, z, out=work)).squeeze(1)
         _log_ratio_(z, y, p, q, log_sum - teacher_log_sum, spec, mixture=work)
         if spec.divergence == "forward_kl":
-            center[rows] = 0.0
-            value = -_dot(q, z, out=y)
+            center = torch.zeros_like(log_sum)
+            divergence = -_dot(q, z, out=y)
         else:
-            center[rows] = value = _dot(p, z, out=y)
+            center = divergence = _dot(p, z, out=y)
         if spec.divergence == "jsd":
             teacher_kl = _dot(q, torch.div(q, work, out=work).log_(), out=y)
-            value = value * (1.0 - spec.alpha) + teacher_kl * spec.alpha
-        divergence[rows] = value.squeeze(1)
+            divergence = center * (1.0 - spec.alpha) + teacher_kl * spec.alpha
         if gradient:
-            _divergence_gradient_(z, p, q, center[rows], spec)
-            _apply_slope_(z, spec, *slope)
-    return DivergenceStats(
-        shift,
-        sum_exp,
-        log_probs,
-        entropies if entropy else None,
-        teacher_shift,
-        teacher_sum_exp,
-        teacher_entropy,
-        divergence,
-        center,
-    )
+            _divergence_gradient_(z, p, q, center, spec)
+            if slope:
+                z.mul_(*slope)
+        parts.append(
+            DivergenceStats(
+                shift,
+                sum_exp,
+                (log_probs - shift - log_sum).squeeze(1),
+                None if entropies is None else entropies.squeeze(1),
+                teacher_shift,
+                teacher_sum_exp,
+                teacher_entropy.squeeze(1),
+                divergence.squeeze(1),
+                center,
+            )
+        )
+    return DivergenceStats.concatenate(parts)
 
 
 def log_prob_gradient_(
@@ -168,14 +158,18 @@ def log_prob_gradient_(
     grad_log_probs: Tensor,
     grad_tail: Tensor | None = None,
     grad_entropy: Tensor | None = None,
-) -> None:
+) -> Tensor:
     """Turn what ``row_stats`` left in ``buffer`` ``[n, V]`` into dlogits, for K log-probs, their tail and the entropy.
 
     ``ids``, ``log_probs`` and their upstream gradients g are ``[n, K]``: ``dz_v = sum_k g_k (1[v = k] - p_v)``. The
     tail adds ``g_tail (1[v outside] p_v / tail - p_v)``, the entropy ``-g_H p_v (log p_v + H)``; the latter needs a
-    buffer left by ``row_stats(entropy=True)``.
+    buffer left by ``row_stats(entropy=True)``. Returns the factor ``[n, 1]`` that is left to apply.
     """
     total = grad_log_probs.sum(1, keepdim=True)
+    if ids.shape[1] == 1 and grad_tail is None and grad_entropy is None and spec.softcap is None:
+        # dz = -g / s (exp(z - shift) - s 1[v = id]): the buffer needs one number changed.
+        buffer.scatter_add_(1, ids, -stats.sum_exp)
+        return -total * spec.scale / stats.sum_exp
     # dlogits outside of the ids is this number times exp(z - shift); at an id the value is set, not added, so that a
     # large tail term never has to cancel there.
     outside = -total / stats.sum_exp
@@ -183,10 +177,9 @@ def log_prob_gradient_(
         total = total + grad_tail[:, None]
         outside = (grad_tail[:, None] * torch.exp(-stats.log_tail[:, None]) - total) / stats.sum_exp
     at_ids = grad_log_probs - total * log_probs.exp()
-    if spec.softcap is None and stats.entropy is None:
-        buffer.mul_(outside * spec.scale)
-        buffer.scatter_(1, ids, at_ids * spec.scale)
-        return
+    if spec.softcap is None and grad_entropy is None:
+        buffer.mul_(outside).scatter_(1, ids, at_ids)
+        return torch.full_like(total, spec.constant_slope)
     for rows, (exp, slope) in _blocks(buffer, 2):
         z = buffer[rows]
         if spec.softcap is not None:
@@ -199,12 +192,14 @@ def log_prob_gradient_(
         else:
             z.zero_()
         z.add_(exp.mul_(outside[rows]).scatter_(1, ids[rows], at_ids[rows]))
-        _apply_slope_(z, spec, slope if spec.softcap is not None else None)
+        if spec.softcap is not None:
+            z.mul_(slope)
+    return torch.full_like(total, spec.constant_slope)
 
 
-def divergence_gradient_(buffer: Tensor, grad_divergence: Tensor) -> None:
-    """Turn what ``divergence_stats(gradient=True)`` left in ``buffer`` into dlogits; ``grad_divergence`` is ``[n]``."""
-    buffer.mul_(grad_divergence[:, None])
+def divergence_gradient(grad_divergence: Tensor, spec: RowSpec) -> Tensor:
+    """The factor ``[n, 1]`` that turns what ``divergence_stats`` left into dlogits, for ``grad_divergence`` ``[n]``."""
+    return grad_divergence[:, None] * (spec.constant_slope * spec.divergence_slope)
 
 
 def slice_gradient_(
@@ -240,17 +235,16 @@ def slice_gradient_(
             _exp_of_shifted_(y, stats.teacher_shift[rows], spec, out=q).div_(stats.teacher_sum_exp[rows])
             _log_ratio_(z, y, p, q, log_sum - stats.teacher_sum_exp[rows].log(), spec, mixture=work)
             _divergence_gradient_(z, p, q, stats.center[rows], spec)
-            total.addcmul_(z, grads.divergence[rows, None])
-        z.copy_(total)
-        _apply_slope_(z, spec, *slope)
+            total.addcmul_(z, grads.divergence[rows, None], value=spec.divergence_slope)
+        torch.mul(total, *slope or (spec.scale,), out=z)
 
 
 def _blocks(buffer: Tensor, count: int) -> Iterator[tuple[slice, list[Tensor]]]:
-    """Row slices of ``buffer`` that fit the cache, each with ``count`` scratch blocks of its shape."""
+    """Row slices of ``buffer`` that fit the cache, each with ``count`` scratch blocks of its shape; at least one."""
     n, width = buffer.shape
-    height = min(n, block_rows(width, buffer.device))
+    height = max(1, min(n, block_rows(width, buffer.device)))
     scratch = buffer.new_empty(count, height, width)
-    for start in range(0, n, height):
+    for start in range(0, max(n, 1), height):
         rows = slice(start, min(start + height, n))
         yield rows, list(scratch[:, : rows.stop - rows.start])
 
@@ -269,13 +263,6 @@ def _transform_(z: Tensor, spec: RowSpec, slope: Tensor | None = None) -> None:
 
 def _slope_of_tanh_(tanh: Tensor, spec: RowSpec) -> None:
     tanh.square_().neg_().add_(1.0).mul_(spec.scale)
-
-
-def _apply_slope_(dz: Tensor, spec: RowSpec, slope: Tensor | None = None) -> None:
-    if slope is not None:
-        dz.mul_(slope)
-    elif spec.scale != 1.0:
-        dz.mul_(spec.scale)
 
 
 def _floor_(shifted: Tensor) -> None:
@@ -310,10 +297,8 @@ def _log_ratio_(
 
 
 def _divergence_gradient_(z: Tensor, p: Tensor, q: Tensor, center: Tensor, spec: RowSpec) -> None:
-    """Overwrite the log-ratio ``z`` with dD/dz (before the transform's slope)."""
+    """Overwrite the log-ratio ``z`` with dD/dz, up to ``spec.divergence_slope`` and the transform's slope."""
     if spec.divergence == "forward_kl":
         torch.sub(p, q, out=z)
-        return
-    z.sub_(center).mul_(p)
-    if spec.divergence == "jsd":
-        z.mul_(1.0 - spec.alpha)
+    else:
+        z.sub_(center).mul_(p)

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from srpo_kernels.config import require_number
+from srpo_kernels.checks import BOOL, FLOATING, INTEGER, require_number, require_shape, require_tensor
 from srpo_kernels.distributed import gather_ranks
 
 METRICS = (
@@ -35,10 +35,10 @@ METRICS = (
 
 
 class Routing(NamedTuple):
-    """Where each of the ``[B]`` rollouts of a batch goes, and who can teach it.
+    """Where each of ``B`` rollouts goes and who can teach it.
 
-    ``sdpo_mask``: bool, true for the distillation branch, false for the policy branch. ``teacher_index``: int64, another
-    correct rollout of the same group, or -1. ``correct``: bool.
+    ``sdpo_mask`` ``[B]`` bool: true for distillation, false for the policy branch. ``teacher_index`` ``[B]``
+    int64: another correct rollout of the same group, or -1. ``correct`` ``[B]`` bool.
     """
 
     sdpo_mask: Tensor
@@ -49,9 +49,9 @@ class Routing(NamedTuple):
 class SRPOOutput(NamedTuple):
     """What ``srpo_loss`` returns.
 
-    ``loss``: a scalar that carries gradient. ``metrics``: detached scalar sums and counts, which add up over
-    micro-batches and ranks; ``summarize_metrics`` turns them into means. ``log_probs``: of the shape of ``target_ids``,
-    detached, in nats, 0 for rows that were not computed.
+    ``loss``: scalar, carries gradient. ``metrics``: detached scalar sums and counts, which add up over
+    micro-batches and ranks; ``summarize_metrics`` makes means of them. ``log_probs``: ``target_ids``' shape,
+    in nats, detached, 0 for rows that were not computed.
     """
 
     loss: Tensor
@@ -60,10 +60,10 @@ class SRPOOutput(NamedTuple):
 
 
 class TokenStats(NamedTuple):
-    """What ``token_stats`` returns, each of the shape of ``target_ids``, in nats.
+    """What ``token_stats`` returns: ``target_ids``' shape each, in nats.
 
-    ``log_probs`` of the targets, ``entropy`` of the student and the student's ``divergence`` from the teacher carry
-    gradient; ``teacher_entropy`` does not. The last two are None without a teacher.
+    The targets' ``log_probs``, the student's ``entropy`` and its ``divergence`` from the teacher carry
+    gradient, ``teacher_entropy`` does not. The last two are None without a teacher.
     """
 
     log_probs: Tensor
@@ -73,24 +73,20 @@ class TokenStats(NamedTuple):
 
 
 class TeacherStats(NamedTuple):
-    """What ``teacher_stats`` returns: ``entropy`` and ``logsumexp`` of each row, in nats, without gradient."""
+    """What ``teacher_stats`` returns: ``entropy`` and ``logsumexp`` of each row, in nats, detached."""
 
     entropy: Tensor
     logsumexp: Tensor
 
 
 class Normalizers(NamedTuple):
-    """The two numbers, and their counts, that tie the micro-batches and ranks of one optimizer step together.
+    """What the micro-batches and ranks of one optimizer step must agree on: scalar tensors, without gradient.
 
-    With the ``Normalizers`` of the whole batch, the losses of its parts add up to the loss of the whole. Scalar tensors:
-
-    - ``token_count``: valid tokens of both branches.
-    - ``dw_log_mean``: ``log mean exp(-dw_beta H)`` over the valid distillation tokens, ``H`` the teacher's entropy; 0
-      when there is none.
-    - ``sdpo_count``: how many tokens that mean is over; None where unknown, which ``merge`` refuses.
-    - ``sequence_count``: the sequences, fully masked ones of a ``[B, T]`` batch included; None where unknown.
-
-    Source: SRPO (arXiv 2604.02288), sections 3.2 and 3.3.
+    With those of the whole batch, the losses of its parts add up to the loss of the whole. ``token_count``:
+    valid tokens of both branches. ``dw_log_mean``: ``log(mean(exp(-dw_beta * H)))`` over the valid
+    distillation tokens, ``H`` the teacher's entropy; 0 without any. ``sdpo_count``: the tokens of that mean;
+    ``merge`` needs it. ``sequence_count``: sequences, the fully masked ones of a ``[B, T]`` batch included;
+    None where not known. Source: SRPO (arXiv 2604.02288), sections 3.2 and 3.3.
     """
 
     token_count: Tensor
@@ -109,49 +105,51 @@ class Normalizers(NamedTuple):
     ) -> Normalizers:
         """The normalizers of one micro-batch.
 
-        ``mask``: ``[B, T]`` or packed ``[N]`` bool, true for valid tokens. ``sdpo_mask``: bool, ``[B]`` or the shape of
-        ``mask``; None routes nothing to distillation. ``teacher_entropy``: in nats, the shape of ``mask``, or the
-        routed sequences alone, ``[B_sdpo, T]`` (packed: the routed rows, ``[n_sdpo_rows]``); what it holds at other
-        than valid distillation tokens is never read. It may be None when nothing is routed or ``dw_beta`` is 0.
-        ``dw_beta``: at least 0, per nat. ``sequence_ids``: ``[N]`` integers, for packed rows only, which have no
-        ``sequence_count`` without them; a sequence belongs to one micro-batch.
+        Args:
+            mask: ``[B, T]`` or packed ``[N]``, bool: the valid tokens.
+            sdpo_mask: ``[B]`` or ``mask``'s shape, bool: the tokens to distill. None: none.
+            teacher_entropy: ``mask``'s shape, or the routed entries of its first dimension alone, in order:
+                ``[B_sdpo, T]`` (packed: ``[N_sdpo]``). Read at valid distillation tokens only; may be None
+                when there are none, or ``dw_beta`` is 0.
+            dw_beta: strength of the entropy-aware weight (per nat); >= 0.
+            sequence_ids: ``[N]``, integers: the sequence of a packed row. None: ``sequence_count`` is None. A
+                sequence must lie in one micro-batch as a whole.
 
-        The counts are int64, the log-mean is float64 (float32 where the device has no float64). No gradient. Raises
-        TypeError or ValueError for a wrong type, shape, dtype, device or range.
+        Returns:
+            int64 counts and the fp64 log-mean (fp32 on a device without fp64).
+
+        Raises:
+            TypeError: an argument of the wrong type or dtype.
+            ValueError: a wrong shape, device or value, or no ``teacher_entropy`` where it is needed.
         """
         require_number("dw_beta", dw_beta, ">= 0", lambda value: value >= 0)
-        _check_mask("mask", mask, mask)
+        require_tensor("mask", mask, BOOL)
         if mask.dim() not in (1, 2):
             raise ValueError(f"mask must have shape [B, T] or [N], got {list(mask.shape)}")
         if sdpo_mask is None:
             sdpo_mask = torch.zeros_like(mask)
-        _check_mask("sdpo_mask", sdpo_mask, mask)
-        if sdpo_mask.shape not in (mask.shape, mask.shape[:1]):
-            raise ValueError(
-                f"sdpo_mask must have shape {list(mask.shape[:1])} or that of mask, {list(mask.shape)}, "
-                f"got {list(sdpo_mask.shape)}"
-            )
+        require_tensor("sdpo_mask", sdpo_mask, BOOL, mask.device)
+        require_shape("sdpo_mask", sdpo_mask, [mask.shape[:1], mask.shape], "[B], or the shape of mask")
 
         distilled = mask & (sdpo_mask if sdpo_mask.shape == mask.shape else sdpo_mask[:, None])
         sdpo_count = distilled.sum()
+        dtype = wide_dtype(mask.device)
         if teacher_entropy is None:
-            if dw_beta > 0 and distilled.any():
-                raise ValueError(
-                    "teacher_entropy must be given when sdpo_mask routes valid tokens and dw_beta > 0"
-                )
-            log_mean = torch.zeros((), dtype=wide_dtype(mask.device), device=mask.device)
+            if dw_beta > 0 and sdpo_count > 0:
+                raise ValueError(f"teacher_entropy is required for valid sdpo tokens, got None with {dw_beta=}")
+            log_mean = torch.zeros((), dtype=dtype, device=mask.device)
         else:
-            distilled = _rows_of_teacher(teacher_entropy, mask, sdpo_mask, distilled)
-            log_weights = -dw_beta * teacher_entropy.detach().to(wide_dtype(mask.device))
-            log_sum = log_weights.masked_fill(~distilled, -math.inf).flatten().logsumexp(0)
-            log_mean = (log_sum - sdpo_count.log()).masked_fill(sdpo_count == 0, 0.0)
+            distilled = _distilled_entries(teacher_entropy, sdpo_mask, distilled)
+            log_weights = (-dw_beta * teacher_entropy.detach().to(dtype)).masked_fill(~distilled, -math.inf)
+            log_sum = log_weights.flatten().logsumexp(0)
+            log_mean = (log_sum - sdpo_count.to(dtype).log()).masked_fill(sdpo_count == 0, 0.0)
         return cls(mask.sum(), log_mean, sdpo_count, _count_sequences(mask, sequence_ids))
 
     def merge(self, *others: Normalizers) -> Normalizers:
-        """The normalizers of this and ``others`` taken as one batch: exact, in any order and grouping.
+        """The normalizers of this and the ``others`` as one batch: exact, whatever the order.
 
-        Counts add up, and the log-mean is weighted by ``sdpo_count``. ``sequence_count`` is None where a part's is.
-        Raises ValueError when a part has no ``sdpo_count``, TypeError when a part is no ``Normalizers``.
+        ``sequence_count`` is None where that of a part is. Raises TypeError for a part that is no
+        ``Normalizers``, ValueError for one without ``sdpo_count``.
         """
         for other in others:
             if not isinstance(other, Normalizers):
@@ -159,11 +157,11 @@ class Normalizers(NamedTuple):
         return _merge_rows(torch.stack([part._to_row() for part in (self, *others)]))
 
     def all_reduce(self, group: dist.ProcessGroup | None = None) -> Normalizers:
-        """The normalizers of all ranks of ``group`` taken as one batch, bit-identical on every rank.
+        """The normalizers of all ranks of ``group`` as one batch, bit-identical on every rank.
 
-        One collective of four numbers per rank, on the device of the tensors, which every rank has to join, also one
-        without a distillation token. None is the default group; without one, the result is this rank's own. Raises as
-        ``merge`` does, on every rank alike.
+        One collective of four numbers, on the device of the tensors; every rank must join it, one without
+        distillation tokens too. None is the default group; without one the result is this process's own.
+        Raises ValueError, on every rank, when one has no ``sdpo_count``.
         """
         return _merge_rows(gather_ranks(self._to_row(), group))
 
@@ -194,53 +192,23 @@ def _merge_rows(rows: Tensor) -> Normalizers:
     )
 
 
-def _check_mask(name: str, value: Tensor, mask: Tensor) -> None:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a bool tensor, got {type(value).__name__}")
-    if value.dtype != torch.bool:
-        raise TypeError(f"{name} must be bool, got {value.dtype}")
-    _check_device(name, value, mask)
-
-
-def _check_device(name: str, value: Tensor, mask: Tensor) -> None:
-    if value.device != mask.device:
-        raise ValueError(f"{name} must be on the device of mask, {mask.device}, got {value.device}")
-
-
-def _rows_of_teacher(entropy: Tensor, mask: Tensor, sdpo_mask: Tensor, distilled: Tensor) -> Tensor:
-    """``distilled``, at the rows that ``entropy`` has."""
-    if not isinstance(entropy, Tensor):
-        raise TypeError(f"teacher_entropy must be a tensor, got {type(entropy).__name__}")
-    if not entropy.is_floating_point():
-        raise TypeError(f"teacher_entropy must be floating point, got {entropy.dtype}")
-    _check_device("teacher_entropy", entropy, mask)
-    if entropy.shape == mask.shape:
+def _distilled_entries(entropy: Tensor, sdpo_mask: Tensor, distilled: Tensor) -> Tensor:
+    """``distilled``, or its routed entries alone where ``entropy`` has no others."""
+    require_tensor("teacher_entropy", entropy, FLOATING, distilled.device)
+    if entropy.shape == distilled.shape:
         return distilled
-    routed = distilled[sdpo_mask if sdpo_mask.dim() == 1 else sdpo_mask.any(1)]
-    if entropy.shape != routed.shape:
-        raise ValueError(
-            f"teacher_entropy must have the shape of mask, {list(mask.shape)}, or of its routed part, "
-            f"{list(routed.shape)}, got {list(entropy.shape)}"
-        )
+    routed = distilled[sdpo_mask.any(1) if sdpo_mask.dim() == 2 else sdpo_mask]
+    require_shape("teacher_entropy", entropy, [distilled.shape, routed.shape], "all entries, or the routed ones")
     return routed
 
 
 def _count_sequences(mask: Tensor, sequence_ids: Tensor | None) -> Tensor | None:
     if mask.dim() == 2:
         if sequence_ids is not None:
-            raise ValueError(
-                f"sequence_ids must be None unless mask is packed [N], got mask {list(mask.shape)}"
-            )
+            raise ValueError(f"sequence_ids is for packed rows: mask must be [N], got {list(mask.shape)}")
         return torch.tensor(len(mask), device=mask.device)
     if sequence_ids is None:
         return None
-    if not isinstance(sequence_ids, Tensor):
-        raise TypeError(f"sequence_ids must be a tensor, got {type(sequence_ids).__name__}")
-    if sequence_ids.is_floating_point() or sequence_ids.is_complex() or sequence_ids.dtype == torch.bool:
-        raise TypeError(f"sequence_ids must be integers, got {sequence_ids.dtype}")
-    if sequence_ids.shape != mask.shape:
-        raise ValueError(
-            f"sequence_ids must have the shape of mask, {list(mask.shape)}, got {list(sequence_ids.shape)}"
-        )
-    _check_device("sequence_ids", sequence_ids, mask)
-    return torch.tensor(sequence_ids[mask].unique().numel(), device=mask.device)
+    require_tensor("sequence_ids", sequence_ids, INTEGER, mask.device)
+    require_shape("sequence_ids", sequence_ids, [mask.shape], "the shape of mask")
+    return torch.tensor(len(torch.unique(sequence_ids[mask])), device=mask.device)

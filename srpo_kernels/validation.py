@@ -46,9 +46,7 @@ def check_workspace(workspace_bytes: int | None, floor: int) -> None:
     if isinstance(workspace_bytes, bool) or not isinstance(workspace_bytes, int):
         raise TypeError(f"workspace_bytes must be an int or None, got {type(workspace_bytes).__name__}")
     if workspace_bytes < floor:
-        raise ValueError(
-            f"workspace_bytes must be at least {floor} to hold one row of logits, got {workspace_bytes}"
-        )
+        raise ValueError(f"workspace_bytes must be at least {floor} to hold one row of logits, got {workspace_bytes}")
 
 
 def check_transform(temperature: float, logit_scale: float, softcap: float | None) -> None:
@@ -70,9 +68,7 @@ def check_head(
     if hidden.ndim < 2:
         raise ValueError(f"{names[0]} must have shape [..., H] with rows before H, got {list(hidden.shape)}")
     if weight.ndim != 2 or 0 in weight.shape:
-        raise ValueError(
-            f"{names[1]} must have shape [V, H] with V and H at least 1, got {list(weight.shape)}"
-        )
+        raise ValueError(f"{names[1]} must have shape [V, H] with V and H at least 1, got {list(weight.shape)}")
     if hidden.shape[-1] != weight.shape[1]:
         raise ValueError(
             f"{names[0]} and {names[1]} must agree in their last dimension, "
@@ -141,13 +137,9 @@ def _check_teacher_head(
             raise ValueError("teacher_weight needs teacher_hidden, got None")
         return
     if teacher_weight is None:
-        check_head(
-            teacher_hidden, weight, bias, ("teacher_hidden", "weight (for want of teacher_weight)", "bias")
-        )
+        check_head(teacher_hidden, weight, bias, ("teacher_hidden", "weight (for want of teacher_weight)", "bias"))
     else:
-        check_head(
-            teacher_hidden, teacher_weight, teacher_bias, ("teacher_hidden", "teacher_weight", "teacher_bias")
-        )
+        check_head(teacher_hidden, teacher_weight, teacher_bias, ("teacher_hidden", "teacher_weight", "teacher_bias"))
         teacher_weight = _tensor("teacher_weight", teacher_weight, _FLOATING, weight.device)
         if len(teacher_weight) != len(weight):
             raise ValueError(
@@ -193,9 +185,7 @@ def check_options(
 ) -> None:  # fmt: skip
     """What the configuration needs from the other arguments."""
     if config.kl_coef != 0.0 and ref_log_probs is None:
-        raise ValueError(
-            f"ref_log_probs is required when kl_coef is not 0, got None with kl_coef={config.kl_coef}"
-        )
+        raise ValueError(f"ref_log_probs is required when kl_coef is not 0, got None with kl_coef={config.kl_coef}")
     by_sequence = config.loss_type == "gspo" or config.reduction in ("sequence", "constant")
     if by_sequence and target_ids.ndim == 1 and sequence_ids is None:
         raise ValueError(
@@ -207,9 +197,7 @@ def check_options(
     if not isinstance(normalizers, Normalizers):
         raise TypeError(f"normalizers must be a Normalizers or None, got {type(normalizers).__name__}")
     if config.reduction != "token" and normalizers.sequence_count is None:
-        raise ValueError(
-            f"normalizers.sequence_count is required when reduction={config.reduction!r}, got None"
-        )
+        raise ValueError(f"normalizers.sequence_count is required when reduction={config.reduction!r}, got None")
 
 
 def check_teacher_rows(teacher_hidden: Tensor, target_ids: Tensor, routed_rows: int) -> None:
@@ -242,9 +230,7 @@ def check_row_values(
             f"target_ids must lie in [0, {vocab_size}) wherever mask is true, got {int(target_ids[row])} at row {row}"
         )
     if flags[1] and not has_teacher:
-        raise ValueError(
-            "teacher_hidden is required when sdpo_mask routes a valid row to distillation, got None"
-        )
+        raise ValueError("teacher_hidden is required when sdpo_mask routes a valid row to distillation, got None")
     if flags[2] and not has_advantages:
         raise ValueError("advantages is required when a valid row is in the policy branch, got None")
 

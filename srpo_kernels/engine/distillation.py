@@ -1,4 +1,4 @@
-"""One chunk of distillation rows: from both models' logits to statistics, and from a scale per row to dlogits."""
+"""One chunk of distillation rows: from both models' logits to statistics, and from upstream gradients to dlogits."""
 
 from __future__ import annotations
 
@@ -17,15 +17,16 @@ from srpo_kernels.rows import RowSpec
 class DistilledChunk(NamedTuple):
     """Statistics ``[n]`` of a chunk.
 
-    ``loss`` is the token loss before any weight, ``divergence`` what a log should show of it. ``gradient_(scale)``
-    takes the ``[n]`` upstream gradients of ``loss`` and leaves dlogits in the student's buffer.
+    ``loss`` is the token loss before any weight, ``divergence`` what a log should show of it. ``gradient_`` takes the
+    ``[n]`` upstream gradients of ``loss``, leaves dlogits in the student's buffer up to a factor ``[n, 1]`` per row,
+    and returns that factor.
     """
 
     log_probs: Tensor
     teacher_entropy: Tensor
     divergence: Tensor
     loss: Tensor
-    gradient_: Callable[[Tensor], None]
+    gradient_: Callable[[Tensor], Tensor]
 
 
 def distill_chunk(
@@ -42,12 +43,10 @@ def distill_chunk(
 def _full(z: Tensor, y: Tensor, target_ids: Tensor, spec: RowSpec, gradient: bool) -> DistilledChunk:
     stats = row_passes.divergence_stats(z, y, spec, target_ids=target_ids, gradient=gradient)
 
-    def gradient_(scale: Tensor) -> None:
-        row_passes.divergence_gradient_(z, scale)
+    def gradient_(upstream: Tensor) -> Tensor:
+        return row_passes.divergence_gradient(upstream, spec)
 
-    return DistilledChunk(
-        stats.log_probs, stats.teacher_entropy, stats.divergence, stats.divergence, gradient_
-    )
+    return DistilledChunk(stats.log_probs, stats.teacher_entropy, stats.divergence, stats.divergence, gradient_)
 
 
 def _sampled(z: Tensor, y: Tensor, target_ids: Tensor, spec: RowSpec) -> DistilledChunk:
@@ -58,9 +57,9 @@ def _sampled(z: Tensor, y: Tensor, target_ids: Tensor, spec: RowSpec) -> Distill
         log_probs = student.log_probs.detach().requires_grad_()
         loss = objective.sampled_divergence(log_probs, teacher.log_probs)
 
-    def gradient_(scale: Tensor) -> None:
-        (grad,) = torch.autograd.grad(loss, log_probs, scale)
-        row_passes.log_prob_gradient_(
+    def gradient_(upstream: Tensor) -> Tensor:
+        (grad,) = torch.autograd.grad(loss, log_probs, upstream)
+        return row_passes.log_prob_gradient_(
             z,
             student,
             spec,
@@ -83,14 +82,12 @@ def _topk(z: Tensor, y: Tensor, target_ids: Tensor, spec: RowSpec, config: SRPOC
     with torch.enable_grad():
         log_p = student_log_probs.detach().requires_grad_()
         log_tail = None if student.log_tail is None else student.log_tail.detach().requires_grad_()
-        loss = objective.support_divergence(
-            log_p, teacher.support_log_probs, log_tail, teacher.log_tail, config
-        )
+        loss = objective.support_divergence(log_p, teacher.support_log_probs, log_tail, teacher.log_tail, config)
 
-    def gradient_(scale: Tensor) -> None:
+    def gradient_(upstream: Tensor) -> Tensor:
         variables = [log_p] if log_tail is None else [log_p, log_tail]
-        grad_log_probs, *grad_tail = torch.autograd.grad(loss, variables, scale)
-        row_passes.log_prob_gradient_(
+        grad_log_probs, *grad_tail = torch.autograd.grad(loss, variables, upstream)
+        return row_passes.log_prob_gradient_(
             z,
             student,
             spec,

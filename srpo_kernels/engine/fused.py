@@ -63,9 +63,7 @@ class FusedPass:
         self._count("policy_tokens", len(order.policy) + len(order.inactive))
         self._count("active_rows", len(order.distillation) + len(order.policy))
         grad_head = self.grad_head
-        return FusedResult(
-            loss, self.log_probs, self.metrics, self.grad_hidden, grad_head.weight, grad_head.bias
-        )
+        return FusedResult(loss, self.log_probs, self.metrics, self.grad_hidden, grad_head.weight, grad_head.bias)
 
     def _distill(self) -> Tensor:
         order, beta = self.plan.order.distillation, self.config.dw_beta
@@ -74,11 +72,7 @@ class FusedPass:
             log_mean = objective.log_mean_exp(-beta * self._teacher_entropies())
         # The gradient is linear in 1 / mean(weights). Until the last chunk has shown that mean, weights are relative
         # to the middle of the range they can have; that chunk's products bring the others' gradients to scale.
-        reference = (
-            self.log_probs.new_tensor(-0.5 * beta * math.log(self.vocab_size))
-            if log_mean is None
-            else log_mean
-        )
+        reference = self.log_probs.new_tensor(-0.5 * beta * math.log(self.vocab_size)) if log_mean is None else log_mean
         parts: list[tuple[Tensor, ...]] = []
         for chunk in self.plan.distillation_chunks:
             rows = order[chunk]
@@ -92,21 +86,18 @@ class FusedPass:
                 self.config,
                 gradient=any(self.needs),
             )
-            parts.append(
-                (distilled.log_probs, distilled.teacher_entropy, distilled.divergence, distilled.loss)
-            )
+            parts.append((distilled.log_probs, distilled.teacher_entropy, distilled.divergence, distilled.loss))
             rescale = None
             if log_mean is None and chunk.stop == len(order):
                 log_mean = objective.log_mean_exp(-beta * torch.cat([part[1] for part in parts]))
                 rescale, reference = torch.exp(reference - log_mean), log_mean
             if any(self.needs):
                 weights = torch.exp(-beta * distilled.teacher_entropy - reference)
-                distilled.gradient_(
-                    self.batch.factors[rows] * weights * self._correction(distilled.log_probs, rows)
-                )
+                upstream = self.batch.factors[rows] * weights * self._correction(distilled.log_probs, rows)
+                factor = distilled.gradient_(upstream)
                 if rescale is not None and self.grad_hidden is not None:
                     self.grad_hidden[order[: chunk.start]] *= rescale
-                self._accumulate(z, hidden, rows, rescale)
+                self._accumulate(z, factor, hidden, rows, rescale)
 
         log_probs, teacher_entropy, divergence, token_loss = map(torch.cat, zip(*parts, strict=True))
         self.log_probs[order] = log_probs
@@ -138,7 +129,7 @@ class FusedPass:
                 if chunk is not segment[-1]:
                     hidden, z, last_stats = self._policy_stats(rows)
                 local = slice(chunk.start - segment[0].start, chunk.stop - segment[0].start)
-                row_passes.log_prob_gradient_(
+                factor = row_passes.log_prob_gradient_(
                     z,
                     last_stats,
                     self.policy_spec,
@@ -147,7 +138,7 @@ class FusedPass:
                     grad_log_probs=grad_log_probs[local, None],
                     grad_entropy=None if grad_entropy is None else grad_entropy[local],
                 )
-                self._accumulate(z, hidden, rows)
+                self._accumulate(z, factor, hidden, rows)
         stats += [self._policy_stats(order.inactive[chunk])[-1] for chunk in self.plan.inactive_chunks]
 
         active = len(order.policy)
@@ -173,9 +164,7 @@ class FusedPass:
     def _policy_stats(self, rows: Tensor) -> tuple[Tensor, Tensor, RowStats]:
         hidden, z = self._logits(rows)
         entropy = self.config.entropy_coef != 0.0
-        stats = row_passes.row_stats(
-            z, self.policy_spec, target_ids=self.batch.target_ids[rows], entropy=entropy
-        )
+        stats = row_passes.row_stats(z, self.policy_spec, target_ids=self.batch.target_ids[rows], entropy=entropy)
         return hidden, z, stats
 
     def _policy_gradients(self, stats: list[RowStats], rows: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -185,9 +174,7 @@ class FusedPass:
         if entropy is not None:
             variables.append(entropy.requires_grad_())
         with torch.enable_grad():
-            loss = objective.policy_terms(
-                log_probs, entropy, self.batch.inputs.select(rows), self.config
-            ).loss
+            loss = objective.policy_terms(log_probs, entropy, self.batch.inputs.select(rows), self.config).loss
             grad_log_probs, *grad_entropy = torch.autograd.grad(loss, variables, self.batch.factors[rows])
         return grad_log_probs, grad_entropy[0] if grad_entropy else None
 
@@ -222,16 +209,21 @@ class FusedPass:
         return states, logits
 
     def _accumulate(
-        self, dlogits: Tensor, hidden: Tensor, rows: Tensor, rescale: Tensor | None = None
+        self, dlogits: Tensor, factor: Tensor, hidden: Tensor, rows: Tensor, rescale: Tensor | None = None
     ) -> None:
-        """Add a chunk's dX rows and its part of dW and db."""
+        """Add a chunk's dX rows and its part of dW and db; its dlogits are ``factor * dlogits``."""
+        self.grad_head.add_bias(dlogits, factor, rescale)
+        if hidden.dtype != self.dtype:
+            # A factor on low-precision hidden states would be rounded once more than one on dlogits.
+            dlogits.mul_(factor)
+            factor = torch.ones_like(factor)
         weight = self.batch.head.weight
         dlogits = gemm.operand(dlogits, weight, self.dtype)
         if self.grad_hidden is not None:
             grad = self.grad_hidden.new_empty(hidden.shape)
             gemm.backproject(dlogits, weight, out=grad)
-            self.grad_hidden[rows] = grad
-        self.grad_head.add(dlogits, hidden, rescale)
+            self.grad_hidden[rows] = grad.mul_(factor)
+        self.grad_head.add_weight(dlogits, hidden * factor.to(hidden.dtype), rescale)
 
     def _correction(self, log_probs: Tensor, rows: Tensor) -> Tensor:
         return objective.distillation_weights(log_probs, self.batch.inputs.select(rows), self.config)

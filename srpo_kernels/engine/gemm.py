@@ -17,9 +17,7 @@ _SLAB_ELEMENTS = 1 << 23
 
 def accumulation_dtype(*tensors: Tensor | None) -> torch.dtype:
     """fp64 if any tensor is fp64, else fp32."""
-    return (
-        torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
-    )
+    return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
 def operand(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
@@ -71,23 +69,27 @@ class HeadGradient:
         self.bias = None if bias is None else torch.zeros(bias.shape, dtype=dtype, device=bias.device)
         self._empty = True
 
-    def add(self, dlogits: Tensor, hidden: Tensor, rescale: Tensor | None = None) -> None:
-        """Add ``dlogits.T @ hidden`` (``[n, V]``, ``[n, H]``) and the column sums of ``dlogits``."""
-        if self.weight is not None:
-            if self._empty:
-                _mm(dlogits.t(), hidden, out=self.weight)
-            elif rescale is not None and not self.weight.is_cuda:
-                self.weight.addmm_(dlogits.t(), hidden, beta=rescale.item())
-            else:
-                # A factor that the host reads would stall the accelerator's queue.
-                if rescale is not None:
-                    self.weight.mul_(rescale)
-                _addmm(dlogits.t(), hidden, out=self.weight)
+    def add_weight(self, dlogits: Tensor, hidden: Tensor, rescale: Tensor | None = None) -> None:
+        """Add ``dlogits.T @ hidden``: operands ``[n, V]`` and ``[n, H]``."""
+        if self.weight is None:
+            return
+        if self._empty:
+            _mm(dlogits.t(), hidden, out=self.weight)
+        elif rescale is not None and not self.weight.is_cuda:
+            self.weight.addmm_(dlogits.t(), hidden, beta=rescale.item())
+        else:
+            # A factor that the host reads would stall the accelerator's queue.
+            if rescale is not None:
+                self.weight.mul_(rescale)
+            _addmm(dlogits.t(), hidden, out=self.weight)
+        self._empty = False
+
+    def add_bias(self, dlogits: Tensor, factor: Tensor, rescale: Tensor | None = None) -> None:
+        """Add the column sums of ``factor * dlogits``: ``[n, 1]`` and ``[n, V]`` in the accumulation dtype."""
         if self.bias is not None:
             if rescale is not None:
                 self.bias.mul_(rescale)
-            self.bias.add_(dlogits.sum(0, dtype=self.bias.dtype))
-        self._empty = False
+            self.bias.addmv_(dlogits.t(), factor.squeeze(1))
 
     def finish(self) -> None:
         """Make the gradient of no rows at all a zero."""

@@ -13,12 +13,10 @@ from srpo_kernels.engine import stats
 from srpo_kernels.engine.batch import Batch, FusedResult, Head, Needs
 from srpo_kernels.engine.fused import FusedPass
 from srpo_kernels.engine.plan import Plan
-from srpo_kernels.rows import RowGradients
+from srpo_kernels.rows import DivergenceStats, RowGradients
 
 
-def fused_loss(
-    batch: Batch, plan: Plan, config: SRPOConfig, needs: Needs
-) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+def fused_loss(batch: Batch, plan: Plan, config: SRPOConfig, needs: Needs) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Loss, log-probs ``[N]`` and metrics; only the loss carries gradient, to the batch's hidden states and head."""
     loss, log_probs, metrics = _FusedLoss.apply(batch.hidden, *batch.head, batch, plan, config, needs)
     return loss, log_probs, metrics
@@ -83,7 +81,7 @@ class _TokenStats(torch.autograd.Function):
             result = stats.forward(hidden, Head(weight, bias), call)
         ctx.call, ctx.needs, ctx.stats_type = call, needs, type(result)
         ctx.save_for_backward(hidden, weight, bias, *result)
-        if not isinstance(result, stats.DivergenceStats):
+        if not isinstance(result, DivergenceStats):
             return result.log_probs, result.entropy, None, None
         ctx.mark_non_differentiable(result.teacher_entropy)
         return result.log_probs, result.entropy, result.divergence, result.teacher_entropy

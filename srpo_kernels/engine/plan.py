@@ -78,9 +78,7 @@ def chunk_capacity(
         return _DEFAULT_ROWS_CPU if device.type == "cpu" else _DEFAULT_ROWS_ACCELERATOR
     rows = workspace_bytes // (vocab_size * itemsize)
     block = block_rows(vocab_size, device)
-    capacity = max(
-        (rows - SCRATCH_BLOCKS * block) // models, min(block, rows // (models + SCRATCH_BLOCKS)), 1
-    )
+    capacity = max((rows - SCRATCH_BLOCKS * block) // models, min(block, rows // (models + SCRATCH_BLOCKS)), 1)
     if device.type != "cpu" and capacity > _DEFAULT_ROWS_ACCELERATOR:
         capacity -= capacity % _DEFAULT_ROWS_ACCELERATOR
     return capacity

@@ -39,32 +39,29 @@ class StatsCall(NamedTuple):
 def forward(hidden: Tensor, head: Head, call: StatsCall) -> RowStats | DivergenceStats:
     """Statistics of ``call.rows``, ``[n]`` each."""
     dtype, vocab_size = gemm.accumulation_dtype(hidden, head.weight), len(head.weight)
-    capacity = plan.chunk_capacity(
-        vocab_size, dtype.itemsize, call.models, call.workspace_bytes, hidden.device
-    )
+    capacity = plan.chunk_capacity(vocab_size, dtype.itemsize, call.models, call.workspace_bytes, hidden.device)
     chunks = plan.row_chunks(len(call.rows), capacity) or [slice(0, 0)]
     longest = max(chunk.stop - chunk.start for chunk in chunks)
     buffer = hidden.new_empty(call.models, longest, vocab_size, dtype=dtype)
-    parts: list[RowStats | DivergenceStats] = []
+
+    def logits(states: Tensor, head: Head, rows: Tensor, out: Tensor) -> Tensor:
+        gemm.project(gemm.operand(states[rows], head.weight, dtype), head.weight, head.bias, out=out)
+        return out
+
+    alone: list[RowStats] = []
+    paired: list[DivergenceStats] = []
     for chunk in chunks:
         rows = call.rows[chunk]
-        target_ids, z = call.target_ids[rows], buffer[0, : len(rows)]
-        gemm.project(gemm.operand(hidden[rows], head.weight, dtype), head.weight, head.bias, out=z)
+        target_ids = call.target_ids[rows]
+        z = logits(hidden, head, rows, buffer[0, : len(rows)])
         if call.teacher_hidden is None:
-            parts.append(row_passes.row_stats(z, call.spec, target_ids=target_ids, entropy=True))
-            continue
-        y, teacher = buffer[1, : len(rows)], call.teacher_head
-        gemm.project(
-            gemm.operand(call.teacher_hidden[rows], teacher.weight, dtype),
-            teacher.weight,
-            teacher.bias,
-            out=y,
-        )
-        parts.append(
-            row_passes.divergence_stats(z, y, call.spec, target_ids=target_ids, gradient=False, entropy=True)
-        )
-    columns = zip(*parts, strict=True)
-    return type(parts[0])._make(None if column[0] is None else torch.cat(column) for column in columns)
+            alone.append(row_passes.row_stats(z, call.spec, target_ids=target_ids, entropy=True))
+        else:
+            y = logits(call.teacher_hidden, call.teacher_head, rows, buffer[1, : len(rows)])
+            paired.append(
+                row_passes.divergence_stats(z, y, call.spec, target_ids=target_ids, gradient=False, entropy=True)
+            )
+    return DivergenceStats.concatenate(paired) if paired else RowStats.concatenate(alone)
 
 
 def backward(
@@ -82,8 +79,7 @@ def backward(
     dtype, vocab_size = gemm.accumulation_dtype(hidden, head.weight), len(head.weight)
     moving = torch.stack([g != 0 for g in grads if g is not None]).any(0).nonzero().squeeze(1)
     rows = call.rows[moving]
-    stats = type(stats)._make(None if x is None else x[moving] for x in stats)
-    grads = RowGradients._make(None if x is None else x[moving] for x in grads)
+    stats, grads = stats.select(moving), grads.select(moving)
     target_ids = call.target_ids[rows]
     states = gemm.operand(hidden[rows], head.weight, dtype)
     teacher = call.teacher_head
@@ -126,9 +122,7 @@ def backward(
 def _slice_width(num_rows: int, head: Head, call: StatsCall, dtype: torch.dtype) -> int:
     """Columns of a vocabulary slice whose logits fit into the workspace that the forward had."""
     vocab_size = len(head.weight)
-    capacity = plan.chunk_capacity(
-        vocab_size, dtype.itemsize, call.models, call.workspace_bytes, head.weight.device
-    )
+    capacity = plan.chunk_capacity(vocab_size, dtype.itemsize, call.models, call.workspace_bytes, head.weight.device)
     width = capacity * vocab_size // max(num_rows, 1)
     if head.weight.dtype != dtype:
         width = min(width, gemm.slab_height(head.weight))
