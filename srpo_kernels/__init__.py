@@ -1,6 +1,7 @@
 """SRPO (arXiv 2604.02288) losses from hidden states and the LM head, without the logits."""
 
 from srpo_kernels.config import SRPOConfig
+from srpo_kernels.engine.workspace import release as release_workspace
 from srpo_kernels.functional import srpo_loss, teacher_stats, token_stats
 from srpo_kernels.metrics import summarize_metrics
 from srpo_kernels.modules import SRPOLoss
@@ -16,6 +17,7 @@ __all__ = [
     "TeacherStats",
     "TokenStats",
     "group_advantages",
+    "release_workspace",
     "route_samples",
     "srpo_loss",
     "summarize_metrics",

@@ -21,7 +21,9 @@ def require_number(name: str, value: object, expected: str, holds: Callable[[flo
         raise ValueError(f"{name} must be a finite number {expected}, got {value!r}")
 
 
-def require_tensor(name: str, value: object, dtypes: Sequence[torch.dtype], device: torch.device | None = None) -> None:
+def require_tensor(
+    name: str, value: object, dtypes: Sequence[torch.dtype], device: torch.device | None = None
+) -> Tensor:
     """Raise TypeError unless ``value`` is a tensor of these dtypes, ValueError unless it is on ``device``."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
@@ -30,6 +32,7 @@ def require_tensor(name: str, value: object, dtypes: Sequence[torch.dtype], devi
         raise TypeError(f"{name} must be {expected}, got {str(value.dtype).removeprefix('torch.')}")
     if device is not None and value.device != device:
         raise ValueError(f"{name} must be on the device of the other arguments, {device}, got {value.device}")
+    return value
 
 
 def require_shape(name: str, value: Tensor, expected: Sequence[Sequence[int]], meaning: str) -> None:

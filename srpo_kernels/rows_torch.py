@@ -126,10 +126,11 @@ def divergence_stats(
         else:
             center = divergence = _dot(p, z, out=y)
         if spec.divergence == "jsd":
-            teacher_kl = _dot(q, torch.div(q, work, out=work).log_(), out=y)
+            teacher_kl = _dot(q, torch.div(q, work, out=work).log_(), out=work)
             divergence = center * (1.0 - spec.alpha) + teacher_kl * spec.alpha
         if gradient:
-            _divergence_gradient_(z, p, q, center, spec)
+            # y holds p * log-ratio.
+            _divergence_gradient(y, p, q, center, spec, out=z)
             if slope:
                 z.mul_(*slope)
         parts.append(
@@ -234,7 +235,7 @@ def slice_gradient_(
             _transform_(y, spec)
             _exp_of_shifted_(y, stats.teacher_shift[rows], spec, out=q).div_(stats.teacher_sum_exp[rows])
             _log_ratio_(z, y, p, q, log_sum - stats.teacher_sum_exp[rows].log(), spec, mixture=work)
-            _divergence_gradient_(z, p, q, stats.center[rows], spec)
+            _divergence_gradient(z.mul_(p), p, q, stats.center[rows], spec, out=z)
             total.addcmul_(z, grads.divergence[rows, None], value=spec.divergence_slope)
         torch.mul(total, *slope or (spec.scale,), out=z)
 
@@ -296,9 +297,9 @@ def _log_ratio_(
         z.sub_(y).sub_(log_sum_difference)
 
 
-def _divergence_gradient_(z: Tensor, p: Tensor, q: Tensor, center: Tensor, spec: RowSpec) -> None:
-    """Overwrite the log-ratio ``z`` with dD/dz, up to ``spec.divergence_slope`` and the transform's slope."""
+def _divergence_gradient(weighted: Tensor, p: Tensor, q: Tensor, center: Tensor, spec: RowSpec, out: Tensor) -> None:
+    """dD/dz up to ``spec.divergence_slope`` and the transform's slope; ``weighted`` is p times the log-ratio."""
     if spec.divergence == "forward_kl":
-        torch.sub(p, q, out=z)
+        torch.sub(p, q, out=out)
     else:
-        z.sub_(center).mul_(p)
+        torch.addcmul(weighted, p, center, value=-1.0, out=out)

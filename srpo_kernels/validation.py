@@ -5,17 +5,13 @@ Checks that read no tensor data come first and cost no synchronisation; ``check_
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
+from srpo_kernels.checks import BOOL, FLOATING, INTEGER, require_shape, require_tensor
 from srpo_kernels.config import SRPOConfig
 from srpo_kernels.types import Normalizers
 
-_FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_INTEGER = (torch.int64, torch.int32)
-_BOOL = (torch.bool,)
 _BACKENDS = ("auto", "torch", "triton")
 
 
@@ -63,8 +59,8 @@ def check_head(
     hidden: object, weight: object, bias: object, names: tuple[str, str, str] = ("hidden", "weight", "bias")
 ) -> None:
     """Hidden states ``[..., H]``, an LM head ``[V, H]`` and its bias ``[V]`` or None, on one device."""
-    hidden = _tensor(names[0], hidden, _FLOATING, None)
-    weight = _tensor(names[1], weight, _FLOATING, hidden.device)
+    hidden = require_tensor(names[0], hidden, FLOATING)
+    weight = require_tensor(names[1], weight, FLOATING, hidden.device)
     if hidden.ndim < 2:
         raise ValueError(f"{names[0]} must have shape [..., H] with rows before H, got {list(hidden.shape)}")
     if weight.ndim != 2 or 0 in weight.shape:
@@ -75,21 +71,21 @@ def check_head(
             f"got {list(hidden.shape)} and {list(weight.shape)}"
         )
     if bias is not None:
-        bias = _tensor(names[2], bias, _FLOATING, hidden.device)
-        _shape(names[2], bias, [weight.shape[:1]], f"[V] of {names[1]} {list(weight.shape)}")
+        bias = require_tensor(names[2], bias, FLOATING, hidden.device)
+        require_shape(names[2], bias, [weight.shape[:1]], f"[V] of {names[1]} {list(weight.shape)}")
 
 
 def check_target_ids(target_ids: object, hidden: Tensor) -> None:
     """Integer ids, one per row of ``hidden``; whether they lie in the vocabulary is checked by ``check_row_values``."""
-    target_ids = _tensor("target_ids", target_ids, _INTEGER, hidden.device)
-    _shape("target_ids", target_ids, [hidden.shape[:-1]], f"the rows of hidden {list(hidden.shape)}")
+    target_ids = require_tensor("target_ids", target_ids, INTEGER, hidden.device)
+    require_shape("target_ids", target_ids, [hidden.shape[:-1]], f"the rows of hidden {list(hidden.shape)}")
 
 
 def check_mask(mask: object, target_ids: Tensor) -> None:
     """None, or bool in ``target_ids``' shape."""
     if mask is not None:
-        mask = _tensor("mask", mask, _BOOL, target_ids.device)
-        _shape("mask", mask, [target_ids.shape], "the shape of target_ids")
+        mask = require_tensor("mask", mask, BOOL, target_ids.device)
+        require_shape("mask", mask, [target_ids.shape], "the shape of target_ids")
 
 
 def check_teacher(
@@ -119,7 +115,7 @@ def check_stats_teacher(
     _check_teacher_head(teacher_hidden, teacher_weight, teacher_bias, weight, bias)
     if isinstance(teacher_hidden, Tensor):
         rows = hidden.shape[:-1]
-        _shape(
+        require_shape(
             "teacher_hidden",
             teacher_hidden,
             [rows + teacher_hidden.shape[-1:]],
@@ -140,13 +136,13 @@ def _check_teacher_head(
         check_head(teacher_hidden, weight, bias, ("teacher_hidden", "weight (for want of teacher_weight)", "bias"))
     else:
         check_head(teacher_hidden, teacher_weight, teacher_bias, ("teacher_hidden", "teacher_weight", "teacher_bias"))
-        teacher_weight = _tensor("teacher_weight", teacher_weight, _FLOATING, weight.device)
+        teacher_weight = require_tensor("teacher_weight", teacher_weight, FLOATING, weight.device)
         if len(teacher_weight) != len(weight):
             raise ValueError(
                 f"teacher_weight and weight must have one vocabulary, got {list(teacher_weight.shape)} "
                 f"and {list(weight.shape)}"
             )
-    _tensor("teacher_hidden", teacher_hidden, _FLOATING, weight.device)
+    require_tensor("teacher_hidden", teacher_hidden, FLOATING, weight.device)
 
 
 def check_loss_rows(
@@ -165,18 +161,18 @@ def check_loss_rows(
         raise ValueError(f"target_ids must have shape [B, T] or [N], got {list(rows)}")
     per_sequence, meaning = [rows[:1], rows], "[B], or the shape of target_ids"
     if advantages is not None:
-        _shape("advantages", _tensor("advantages", advantages, _FLOATING, device), per_sequence, meaning)
+        require_shape("advantages", require_tensor("advantages", advantages, FLOATING, device), per_sequence, meaning)
     if sdpo_mask is not None:
-        _shape("sdpo_mask", _tensor("sdpo_mask", sdpo_mask, _BOOL, device), per_sequence, meaning)
+        require_shape("sdpo_mask", require_tensor("sdpo_mask", sdpo_mask, BOOL, device), per_sequence, meaning)
     per_row = {"old_log_probs": old_log_probs, "ref_log_probs": ref_log_probs, "is_weights": is_weights}
     for name, value in per_row.items():
         if value is not None:
-            _shape(name, _tensor(name, value, _FLOATING, device), [rows], "the shape of target_ids")
+            require_shape(name, require_tensor(name, value, FLOATING, device), [rows], "the shape of target_ids")
     if sequence_ids is not None:
         if target_ids.ndim != 1:
             raise ValueError(f"sequence_ids is for packed rows: target_ids must be [N], got {list(rows)}")
-        sequence_ids = _tensor("sequence_ids", sequence_ids, _INTEGER, device)
-        _shape("sequence_ids", sequence_ids, [rows], "the shape of target_ids")
+        sequence_ids = require_tensor("sequence_ids", sequence_ids, INTEGER, device)
+        require_shape("sequence_ids", sequence_ids, [rows], "the shape of target_ids")
 
 
 def check_options(
@@ -204,7 +200,7 @@ def check_teacher_rows(teacher_hidden: Tensor, target_ids: Tensor, routed_rows: 
     """Teacher states for every row, or for the ``routed_rows`` first-dimension entries that are routed."""
     full, routed = target_ids.shape, (routed_rows, *target_ids.shape[1:])
     width = teacher_hidden.shape[-1:]
-    _shape(
+    require_shape(
         "teacher_hidden",
         teacher_hidden,
         [full + width, routed + width],
@@ -233,20 +229,3 @@ def check_row_values(
         raise ValueError("teacher_hidden is required when sdpo_mask routes a valid row to distillation, got None")
     if flags[2] and not has_advantages:
         raise ValueError("advantages is required when a valid row is in the policy branch, got None")
-
-
-def _tensor(name: str, value: object, dtypes: Sequence[torch.dtype], device: torch.device | None) -> Tensor:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
-    if value.dtype not in dtypes:
-        expected = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-        raise TypeError(f"{name} must be {expected}, got {str(value.dtype).removeprefix('torch.')}")
-    if device is not None and value.device != device:
-        raise ValueError(f"{name} must be on the device of the other arguments, {device}, got {value.device}")
-    return value
-
-
-def _shape(name: str, tensor: Tensor, expected: Sequence[tuple[int, ...]], meaning: str) -> None:
-    if tuple(tensor.shape) not in {tuple(shape) for shape in expected}:
-        shapes = " or ".join(dict.fromkeys(str(list(shape)) for shape in expected))
-        raise ValueError(f"{name} must have shape {shapes} ({meaning}), got {list(tensor.shape)}")

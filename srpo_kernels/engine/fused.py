@@ -16,7 +16,7 @@ from torch import Tensor
 from srpo_kernels import objective
 from srpo_kernels import rows_torch as row_passes
 from srpo_kernels.config import SRPOConfig
-from srpo_kernels.engine import gemm
+from srpo_kernels.engine import gemm, workspace
 from srpo_kernels.engine.batch import Batch, FusedResult, Head, Needs
 from srpo_kernels.engine.distillation import distill_chunk
 from srpo_kernels.engine.plan import Plan
@@ -42,7 +42,7 @@ class FusedPass:
             topk=topk,
             add_tail=config.add_tail and 0 < topk < self.vocab_size,
         )
-        self.buffer = batch.hidden.new_empty(plan.buffer_rows * self.vocab_size, dtype=self.dtype)
+        self.buffer = workspace.borrow(plan.buffer_rows * self.vocab_size, self.dtype, batch.hidden.device)
         self.log_probs = batch.hidden.new_zeros(len(batch.target_ids), dtype=self.dtype)
         self.grad_hidden = torch.zeros_like(batch.hidden, dtype=self.dtype) if needs.hidden else None
         self.grad_head = gemm.HeadGradient(

@@ -16,9 +16,9 @@ from torch import Tensor
 from srpo_kernels.config import SRPOConfig
 from srpo_kernels.rows_torch import SCRATCH_BLOCKS, block_rows
 
-# Rows of a default chunk: enough for the products to run at their best, few enough that the buffers stay small.
-_DEFAULT_ROWS_CPU = 512
-_DEFAULT_ROWS_ACCELERATOR = 1024
+# Where none is given: enough rows for the products to run near their best at vocabularies up to 262k.
+_DEFAULT_WORKSPACE_CPU = 512 << 20
+_ROWS_ACCELERATOR = 1024
 # Beyond this spread of -dw_beta * H_t, weights that are normalised only at the end could leave fp32's range.
 _MAX_LOG_WEIGHT_SPREAD = 60.0
 
@@ -75,12 +75,14 @@ def chunk_capacity(
 ) -> int:
     """Rows of a chunk whose logits and scratch fit into the workspace; a default where none is given."""
     if workspace_bytes is None:
-        return _DEFAULT_ROWS_CPU if device.type == "cpu" else _DEFAULT_ROWS_ACCELERATOR
+        if device.type != "cpu":
+            return _ROWS_ACCELERATOR
+        workspace_bytes = max(_DEFAULT_WORKSPACE_CPU, workspace_floor(vocab_size, itemsize, models))
     rows = workspace_bytes // (vocab_size * itemsize)
     block = block_rows(vocab_size, device)
     capacity = max((rows - SCRATCH_BLOCKS * block) // models, min(block, rows // (models + SCRATCH_BLOCKS)), 1)
-    if device.type != "cpu" and capacity > _DEFAULT_ROWS_ACCELERATOR:
-        capacity -= capacity % _DEFAULT_ROWS_ACCELERATOR
+    if device.type != "cpu" and capacity > _ROWS_ACCELERATOR:
+        capacity -= capacity % _ROWS_ACCELERATOR
     return capacity
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from srpo_kernels import rows_torch as row_passes
-from srpo_kernels.engine import gemm, plan
+from srpo_kernels.engine import gemm, plan, workspace
 from srpo_kernels.engine.batch import Head, Needs
 from srpo_kernels.rows import DivergenceStats, RowGradients, RowSpec, RowStats
 
@@ -42,7 +42,8 @@ def forward(hidden: Tensor, head: Head, call: StatsCall) -> RowStats | Divergenc
     capacity = plan.chunk_capacity(vocab_size, dtype.itemsize, call.models, call.workspace_bytes, hidden.device)
     chunks = plan.row_chunks(len(call.rows), capacity) or [slice(0, 0)]
     longest = max(chunk.stop - chunk.start for chunk in chunks)
-    buffer = hidden.new_empty(call.models, longest, vocab_size, dtype=dtype)
+    buffer = workspace.borrow(call.models * longest * vocab_size, dtype, hidden.device)
+    buffer = buffer.view(call.models, longest, vocab_size)
 
     def logits(states: Tensor, head: Head, rows: Tensor, out: Tensor) -> Tensor:
         gemm.project(gemm.operand(states[rows], head.weight, dtype), head.weight, head.bias, out=out)
@@ -72,7 +73,7 @@ def backward(
     grads: RowGradients,
     needs: Needs,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """dX ``[N, H]``, dW ``[V, H]``, db ``[V]`` in the dtypes of their inputs, for ``grads`` ``[n]`` of ``call.rows``.
+    """Return dX ``[N, H]``, dW ``[V, H]``, db ``[V]`` in their inputs' dtypes, for ``grads`` ``[n]`` of ``call.rows``.
 
     Rows whose gradients are all 0 cost nothing.
     """
@@ -91,7 +92,7 @@ def backward(
     grad_weight = torch.zeros_like(head.weight) if needs.weight else None
     grad_bias = torch.zeros_like(head.bias) if needs.bias and head.bias is not None else None
     width = _slice_width(len(rows), head, call, dtype)
-    buffer = states.new_empty(call.models * len(rows) * width, dtype=dtype)
+    buffer = workspace.borrow(call.models * len(rows) * width, dtype, hidden.device)
     for first in range(0, vocab_size if len(rows) else 0, width):
         ids = slice(first, min(first + width, vocab_size))
         size = len(rows) * (ids.stop - ids.start)
