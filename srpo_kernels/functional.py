@@ -344,14 +344,14 @@ def _teacher_rows(teacher_hidden: Tensor, sdpo_mask: Tensor, target_ids: Tensor)
 def _number_sequences(
     target_ids: Tensor, sequence_ids: Tensor | None, valid: Tensor, config: SRPOConfig
 ) -> tuple[Tensor | None, int]:
-    """The sequence of every row, numbered from 0, and how many there are; None where no option needs them."""
+    """The sequence of every row, numbered from 0, and how many there are, at least 1; None where it is not needed."""
     if config.loss_type != "gspo" and config.reduction == "token":
         return None, 0
     if sequence_ids is None:
         count, length = target_ids.shape
-        return torch.arange(count, device=target_ids.device).repeat_interleave(length), count
+        return torch.arange(count, device=target_ids.device).repeat_interleave(length), max(count, 1)
     known, numbers = torch.unique(sequence_ids[valid], return_inverse=True)
-    return torch.zeros_like(sequence_ids, dtype=torch.int64).masked_scatter(valid, numbers), len(known)
+    return torch.zeros_like(sequence_ids, dtype=torch.int64).masked_scatter(valid, numbers), max(len(known), 1)
 
 
 def _factors(

