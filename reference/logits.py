@@ -1,0 +1,59 @@
+"""From hidden states to logits, log-probabilities and entropy."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def working_dtype(values: Tensor) -> torch.dtype:
+    """fp64 stays fp64; everything else is computed in fp32, because bf16 logits spoil the gradients."""
+    return torch.float64 if values.dtype == torch.float64 else torch.float32
+
+
+def transform(x: Tensor, *, temperature: float = 1.0, logit_scale: float = 1.0, softcap: float | None = None) -> Tensor:
+    """``softcap · tanh(x · logit_scale / softcap) / temperature``, or ``x · logit_scale / temperature``."""
+    x = x * logit_scale
+    if softcap is not None:
+        x = softcap * torch.tanh(x / softcap)
+    return x / temperature
+
+
+def head_logits(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    temperature: float = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+) -> Tensor:
+    """``transform(hidden @ weight.T + bias)``: ``[n, H]`` and ``[V, H]`` to ``[n, V]``, fp32 or fp64."""
+    dtype = working_dtype(hidden)
+    x = hidden.to(dtype) @ weight.to(dtype).T
+    if bias is not None:
+        x = x + bias.to(dtype)
+    return transform(x, temperature=temperature, logit_scale=logit_scale, softcap=softcap)
+
+
+def teacher_head(
+    weight: Tensor, bias: Tensor | None, teacher_weight: Tensor | None, teacher_bias: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """The teacher's own weight and bias, or the student's where it has none."""
+    return (weight, bias) if teacher_weight is None else (teacher_weight, teacher_bias)
+
+
+def select_log_probs(logits: Tensor, ids: Tensor) -> Tensor:
+    """``log p`` of K given tokens per row: ``[n, V]`` and ``[n, K]`` to ``[n, K]``."""
+    return logits.log_softmax(-1).gather(-1, ids)
+
+
+def token_log_probs(logits: Tensor, target_ids: Tensor) -> Tensor:
+    """``log p`` of the sampled token: ``[n, V]`` and ``[n]`` to ``[n]``."""
+    return select_log_probs(logits, target_ids[:, None])[:, 0]
+
+
+def entropy(logits: Tensor) -> Tensor:
+    """``H(p) = -Σ_v p_v log p_v`` in nats over the full vocabulary: ``[n, V]`` to ``[n]``."""
+    log_p = logits.log_softmax(-1)
+    return -(log_p.exp() * log_p).sum(-1)

@@ -1,0 +1,246 @@
+"""The combined objective. Paper 3.3."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from reference import distillation, policy
+from reference.logits import entropy, head_logits, teacher_head, token_log_probs, working_dtype
+
+
+class SRPOOutput(NamedTuple):
+    """``loss`` scalar; detached: ``metrics``, sums and counts, and ``log_probs`` in ``target_ids``' shape."""
+
+    loss: Tensor
+    metrics: dict[str, Tensor]
+    log_probs: Tensor
+
+
+class Branch(NamedTuple):
+    """Token losses with gradient, detached log-probs of the same rows, and this branch's metrics."""
+
+    losses: Tensor
+    log_probs: Tensor
+    metrics: dict[str, Tensor]
+
+
+def per_row(value: Tensor, target_ids: Tensor) -> Tensor:
+    """A per-sequence ``[B]`` value repeated over its tokens; a per-token value as it is."""
+    return value if value.shape == target_ids.shape else value[:, None].expand_as(target_ids)
+
+
+def resolve_sequence_ids(sequence_ids: Tensor | None, target_ids: Tensor, config: Any) -> Tensor:
+    """Which sequence each row belongs to: given for packed rows, the row number of ``[B, T]`` otherwise."""
+    if sequence_ids is not None:
+        return sequence_ids
+    if target_ids.ndim == 2:
+        return per_row(torch.arange(len(target_ids), device=target_ids.device), target_ids)
+    if config.loss_type == "gspo" or config.reduction != "token":
+        raise ValueError(f"sequence_ids: packed rows need them for {config.loss_type=}, {config.reduction=}")
+    return torch.zeros_like(target_ids)
+
+
+def teacher_rows(teacher_hidden: Tensor, routed: Tensor, rows: Tensor) -> Tensor:
+    """The teacher's hidden states at ``rows``, from all rows or from the routed sequences alone, in order."""
+    if teacher_hidden.shape[:-1] == routed.shape:
+        return teacher_hidden[rows]
+    routed_sequences = routed.any(dim=1) if routed.ndim == 2 else routed
+    return teacher_hidden[rows[routed_sequences]]
+
+
+def active_policy_rows(policy_rows: Tensor, advantages: Tensor, sequence_ids: Tensor, config: Any) -> Tensor:
+    """The policy rows that can move a weight: ``A != 0``, or all where a KL or entropy term is on.
+
+    In ``gspo`` a token moves its whole sequence's ratio, so one nonzero advantage makes the sequence active.
+    """
+    if config.kl_coef != 0 or config.entropy_coef != 0:
+        return policy_rows
+    moving = policy_rows & (advantages != 0)
+    if config.loss_type == "gspo":
+        return policy_rows & (policy.sequence_sum(moving.long(), sequence_ids) > 0)
+    return moving
+
+
+def reduction_factors(valid: Tensor, sequence_ids: Tensor, normalizers: Any, config: Any, dtype: torch.dtype) -> Tensor:
+    """What multiplies each valid token's loss, in either branch: they share one denominator. Paper 3.3.
+
+    ``token``: ``1 / N_tokens``, every valid token of either branch; ``sequence``:
+    ``1 / (len_i · n_sequences)``; ``constant``: ``1 / (n_sequences · max_length)``. Global counts come from
+    ``normalizers`` where given.
+    """
+    if config.reduction == "token":
+        tokens: Tensor = valid.sum() if normalizers is None else normalizers.token_count
+        return torch.ones(valid.shape, dtype=dtype, device=valid.device) / tokens
+    sequences: Tensor | int
+    if normalizers is not None:
+        sequences = normalizers.sequence_count
+    else:
+        sequences = len(valid) if valid.ndim == 2 else len(torch.unique(sequence_ids[valid]))
+    lengths = policy.sequence_sum(valid.to(dtype), sequence_ids)
+    if config.reduction == "constant":
+        lengths = torch.full_like(lengths, config.max_length)
+    return (lengths * sequences).reciprocal()
+
+
+def policy_branch(
+    logits: Tensor,
+    target_ids: Tensor,
+    advantages: Tensor,
+    old_log_probs: Tensor | None,
+    ref_log_probs: Tensor | None,
+    is_weights: Tensor | None,
+    sequence_ids: Tensor,
+    config: Any,
+) -> Branch:
+    """``l_t = is_t · policy loss + kl_coef · KL(ref) - entropy_coef · H(p)`` on the active policy rows."""
+    log_probs = token_log_probs(logits, target_ids)
+    ratio = policy.importance_ratio(log_probs, old_log_probs, sequence_ids, config)
+    losses = policy.policy_loss(ratio, log_probs, advantages, config)
+    metrics = policy.clip_counts(ratio, advantages, config)
+    if is_weights is not None:
+        losses = losses * is_weights
+    if config.kl_coef != 0:
+        if ref_log_probs is None:
+            raise ValueError(f"ref_log_probs: {config.kl_coef=} needs them, got None")
+        losses = losses + config.kl_coef * policy.kl_estimate(log_probs, ref_log_probs, config.kl_type)
+    if config.entropy_coef != 0:
+        entropies = entropy(logits)
+        losses = losses - config.entropy_coef * entropies
+        metrics |= {"entropy_sum": entropies.sum(), "entropy_tokens": torch.tensor(len(entropies))}
+    return Branch(losses, log_probs.detach(), metrics | {"policy_loss_sum": losses.sum()})
+
+
+def distillation_branch(
+    logits: Tensor,
+    teacher_logits: Tensor,
+    target_ids: Tensor,
+    old_log_probs: Tensor | None,
+    is_weights: Tensor | None,
+    normalizers: Any,
+    config: Any,
+) -> Branch:
+    """``w_t · kappa_t · is_t · D_t`` on the valid distillation rows."""
+    log_probs = token_log_probs(logits, target_ids)
+    teacher_entropy = entropy(teacher_logits)
+    if normalizers is None:
+        log_mean = distillation.weight_log_mean(teacher_entropy, config.dw_beta)
+    else:
+        log_mean = normalizers.dw_log_mean
+    weights = distillation.entropy_weights(teacher_entropy, config.dw_beta, log_mean)
+    kappa = distillation.importance_clip(log_probs, old_log_probs, config.distillation_is_clip)
+    token_losses, divergences = distillation.distillation_loss(logits, teacher_logits, target_ids, config)
+    losses = weights * kappa * token_losses
+    if is_weights is not None:
+        losses = losses * is_weights
+    metrics = {
+        "sdpo_loss_sum": losses.sum(),
+        "teacher_entropy_sum": teacher_entropy.sum(),
+        "dw_weight_sum": weights.sum(),
+        "dw_weight_sq_sum": (weights**2).sum(),
+        "divergence_sum": divergences.sum(),
+    }
+    return Branch(losses, log_probs.detach(), metrics)
+
+
+def srpo_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    target_ids: Tensor,
+    *,
+    advantages: Tensor | None = None,
+    mask: Tensor | None = None,
+    sdpo_mask: Tensor | None = None,
+    teacher_hidden: Tensor | None = None,
+    teacher_weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
+    old_log_probs: Tensor | None = None,
+    ref_log_probs: Tensor | None = None,
+    is_weights: Tensor | None = None,
+    sequence_ids: Tensor | None = None,
+    normalizers: Any = None,
+    config: Any,
+) -> SRPOOutput:
+    """The SRPO loss ``Σ_policy f_t l_t + Σ_sdpo f_t w_t kappa_t is_t D_t``, ``f_t`` the reduction. Paper 3.3.
+
+    ``hidden`` is ``[B, T, H]`` or packed ``[N, H]``, ``weight`` ``[V, H]``, ``target_ids`` ``[B, T]`` or
+    ``[N]``. Gradient reaches ``hidden``, ``weight`` and ``bias``. ``config`` needs the attributes of
+    ``SRPOConfig``, ``normalizers`` ``token_count``, ``dw_log_mean`` and ``sequence_count``. Each branch
+    selects its rows before any arithmetic, so inf or NaN in a masked row changes nothing.
+    """
+    dtype = working_dtype(hidden)
+    logits_of = partial(
+        head_logits, temperature=config.temperature, logit_scale=config.logit_scale, softcap=config.softcap
+    )
+
+    def select(value: Tensor | None, rows: Tensor) -> Tensor | None:
+        return None if value is None else per_row(value.detach(), target_ids)[rows].to(dtype)
+
+    valid = torch.ones_like(target_ids, dtype=torch.bool) if mask is None else mask
+    routed = torch.zeros_like(valid) if sdpo_mask is None else per_row(sdpo_mask, target_ids)
+    advantages = torch.zeros_like(target_ids) if advantages is None else per_row(advantages, target_ids)
+    sequence_ids = resolve_sequence_ids(sequence_ids, target_ids, config)
+    policy_rows, sdpo_rows = valid & ~routed, valid & routed
+    active = active_policy_rows(policy_rows, advantages, sequence_ids, config)
+
+    policy_part = policy_branch(
+        logits_of(hidden[active], weight, bias),
+        target_ids[active],
+        advantages.detach()[active].to(dtype),
+        select(old_log_probs, active),
+        select(ref_log_probs, active),
+        select(is_weights, active),
+        sequence_ids[active],
+        config,
+    )
+
+    student_logits = logits_of(hidden[sdpo_rows], weight, bias)
+    # Without distillation rows there may be no teacher: both models' logits are ``[0, V]``.
+    teacher_logits = student_logits.detach()
+    if sdpo_rows.any():
+        if teacher_hidden is None:
+            raise ValueError("teacher_hidden: distillation rows need it, got None")
+        head = teacher_head(weight, bias, teacher_weight, teacher_bias)
+        teacher_logits = logits_of(teacher_rows(teacher_hidden, routed, sdpo_rows), *head).detach()
+    sdpo_part = distillation_branch(
+        student_logits,
+        teacher_logits,
+        target_ids[sdpo_rows],
+        select(old_log_probs, sdpo_rows),
+        select(is_weights, sdpo_rows),
+        normalizers,
+        config,
+    )
+
+    factors = reduction_factors(valid, sequence_ids, normalizers, config, dtype)
+    loss = (factors[active] * policy_part.losses).sum() + (factors[sdpo_rows] * sdpo_part.losses).sum()
+
+    scored = policy_rows if config.count_inactive else active
+    idle = scored & ~active
+    log_probs = torch.zeros(target_ids.shape, dtype=dtype, device=hidden.device)
+    log_probs[active] = policy_part.log_probs
+    log_probs[sdpo_rows] = sdpo_part.log_probs
+    log_probs[idle] = token_log_probs(logits_of(hidden[idle], weight, bias), target_ids[idle]).detach()
+
+    zero = torch.zeros((), dtype=dtype, device=hidden.device)
+    old, ref = select(old_log_probs, scored), select(ref_log_probs, scored)
+    approx_kl = zero if old is None else policy.approx_kl(log_probs[scored], old, config.log_ratio_clamp)
+    ref_kl = zero if ref is None else policy.kl_estimate(log_probs[scored], ref, config.kl_type)
+    token_losses = torch.cat([policy_part.losses, sdpo_part.losses])
+    metrics = {
+        "policy_tokens": policy_rows.sum(),
+        "sdpo_tokens": sdpo_rows.sum(),
+        "active_rows": active.sum() + sdpo_rows.sum(),
+        "scored_policy_tokens": scored.sum(),
+        "ref_kl_sum": ref_kl.sum(),
+        "approx_kl_sum": approx_kl.sum(),
+        "entropy_sum": zero,
+        "entropy_tokens": zero,
+        "nonfinite_rows": (~token_losses.isfinite()).sum(),
+    }
+    metrics |= policy_part.metrics | sdpo_part.metrics
+    return SRPOOutput(loss, {name: value.detach().to(zero) for name, value in metrics.items()}, log_probs)

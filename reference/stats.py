@@ -1,0 +1,55 @@
+"""Per-token statistics, differentiable: what any other loss can be made of."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from reference import distillation
+from reference.logits import entropy, head_logits, teacher_head, token_log_probs
+
+
+class TokenStats(NamedTuple):
+    """Per row, 0 where masked; without a teacher the last two are None. ``teacher_entropy`` is detached."""
+
+    log_probs: Tensor
+    entropy: Tensor
+    divergence: Tensor | None
+    teacher_entropy: Tensor | None
+
+
+def token_stats(
+    hidden: Tensor,
+    weight: Tensor,
+    target_ids: Tensor,
+    *,
+    mask: Tensor | None = None,
+    teacher_hidden: Tensor | None = None,
+    teacher_weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
+    divergence: str = "jsd",
+    alpha: float = 0.5,
+    temperature: float = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+) -> TokenStats:
+    """``log p_t``, ``H(p)``, ``D(p, q)`` and ``H(q)`` of every valid row, each in ``target_ids``' shape."""
+    valid = torch.ones_like(target_ids, dtype=torch.bool) if mask is None else mask
+    logits_of = partial(head_logits, temperature=temperature, logit_scale=logit_scale, softcap=softcap)
+
+    def spread(values: Tensor) -> Tensor:
+        return values.new_zeros(target_ids.shape).masked_scatter(valid, values)
+
+    logits = logits_of(hidden[valid], weight, bias)
+    log_probs, entropies = spread(token_log_probs(logits, target_ids[valid])), spread(entropy(logits))
+    if teacher_hidden is None:
+        return TokenStats(log_probs, entropies, None, None)
+    head = teacher_head(weight, bias, teacher_weight, teacher_bias)
+    teacher_logits = logits_of(teacher_hidden[valid], *head).detach()
+    log_p, log_q = logits.log_softmax(-1), teacher_logits.log_softmax(-1)
+    divergences = distillation.divergence(log_p, log_q, divergence, alpha)
+    return TokenStats(log_probs, entropies, spread(divergences), spread(entropy(teacher_logits)))
