@@ -155,7 +155,7 @@ class FusedPass:
         self._count("dual_clip_count", terms.dual_clip)
         self._count("approx_kl_sum", terms.approx_kl)
         self._count("ref_kl_sum", terms.ref_kl)
-        self._count("nonfinite_rows", ~terms.loss.isfinite())
+        self._count("nonfinite_rows", ~token_loss.isfinite())
         if entropy is not None:
             self._count("entropy_sum", entropy)
             self._count("entropy_tokens", len(entropy))

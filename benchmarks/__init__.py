@@ -1,0 +1,1 @@
+"""``srpo_kernels`` measured beside other ways to compute the same loss: ``python -m benchmarks --help``."""

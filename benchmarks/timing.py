@@ -1,0 +1,45 @@
+"""Wall times of steps that take turns, and quantiles of them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+
+from benchmarks.providers import ProviderName, Step
+
+
+class Quantiles(NamedTuple):
+    """The 20th percentile, the median and the 80th percentile over rounds."""
+
+    p20: float
+    median: float
+    p80: float
+
+
+def quantiles(values: Sequence[float]) -> Quantiles:
+    points = torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
+    return Quantiles(*torch.tensor(values, dtype=torch.float64).quantile(points).tolist())
+
+
+def interleave(
+    steps: Mapping[ProviderName, Step], rounds: int, progress: Callable[[str], None]
+) -> dict[ProviderName, list[float]]:
+    """Seconds of each step in each round. Every round runs all of them and starts with another one.
+
+    A machine that slows down for a while slows all of them down, so ratios within a round hold.
+    """
+    names = list(steps)
+    seconds: dict[ProviderName, list[float]] = {name: [] for name in names}
+    for index in range(rounds):
+        first = index % len(names)
+        for name in names[first:] + names[:first]:
+            progress(f"round {index + 1}/{rounds}, {name}")
+            start = time.perf_counter()
+            result = steps[name]()
+            seconds[name].append(time.perf_counter() - start)
+            # Gradients are given back outside the timed part.
+            del result
+    return seconds

@@ -1,0 +1,245 @@
+"""Random calls of the library's functions: tensors by seed, options by hypothesis."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import reference
+from srpo_kernels import Normalizers, SRPOConfig
+from srpo_kernels.config import DISTILLATION_MODES, DIVERGENCES, KL_TYPES, LOSS_TYPES, REDUCTIONS
+from srpo_kernels.engine.plan import workspace_floor
+
+LEAVES = ("hidden", "weight", "bias")
+SHARED = ("weight", "bias", "teacher_weight", "teacher_bias")
+MODEL_TENSORS = ("hidden", "teacher_hidden", *SHARED)
+
+# Calls have many options, and are quick.
+thorough = settings(max_examples=8 * settings().max_examples)
+
+Inputs = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call: tensor arguments in fp64, options, and the leaves whose gradient is wanted."""
+
+    inputs: Inputs
+    options: dict[str, Any]
+    leaves: tuple[str, ...] = LEAVES
+    workspace_bytes: int | None = None
+
+
+def transform_of(config: SRPOConfig) -> dict[str, Any]:
+    return {name: getattr(config, name) for name in ("temperature", "logit_scale", "softcap")}
+
+
+def head_inputs(
+    seed: int,
+    rows: tuple[int, ...],
+    hidden_size: int,
+    vocab_size: int,
+    teacher_size: int | None = None,
+    spread: float = 1.0,
+) -> Inputs:
+    """Student and teacher in fp64, with logits of standard deviation ``spread``."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    width = hidden_size if teacher_size is None else teacher_size
+    return {
+        "hidden": normal(*rows, hidden_size) * spread / math.sqrt(hidden_size),
+        "weight": normal(vocab_size, hidden_size),
+        "target_ids": torch.randint(0, vocab_size, rows, generator=generator),
+        "bias": normal(vocab_size),
+        "mask": torch.rand(rows, generator=generator) < 0.8,
+        "teacher_hidden": normal(*rows, width) * spread / math.sqrt(width),
+        "teacher_weight": None if teacher_size is None else normal(vocab_size, width),
+        "teacher_bias": None if teacher_size is None else normal(vocab_size),
+    }
+
+
+def loss_inputs(
+    seed: int = 0,
+    rows: tuple[int, ...] = (4, 6),
+    hidden_size: int = 8,
+    vocab_size: int = 33,
+    teacher_size: int | None = None,
+    spread: float = 1.0,
+    config: SRPOConfig | None = None,
+) -> Inputs:
+    """Every tensor argument of ``srpo_loss`` in fp64, old and reference log-probs near the student's.
+
+    Packed rows ``[N]`` get unsorted, interleaved sequence ids; routes and advantages are per first dimension.
+    """
+    inputs = head_inputs(seed, rows, hidden_size, vocab_size, teacher_size, spread)
+    student = {name: inputs[name] for name in ("hidden", "weight", "target_ids", "bias")}
+    transform = transform_of(SRPOConfig() if config is None else config)
+    log_probs = reference.token_stats(**student, **transform).log_probs
+    generator = torch.Generator().manual_seed(seed + 1)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    if len(rows) == 1:
+        names = torch.tensor([7, -3, 2**40, 0, 11])
+        inputs["sequence_ids"] = names[torch.randint(0, len(names), rows, generator=generator)]
+    return inputs | {
+        "advantages": normal(rows[0]) * (torch.rand(rows[0], generator=generator) < 0.7),
+        "sdpo_mask": torch.rand(rows[0], generator=generator) < 0.5,
+        "old_log_probs": log_probs + 0.4 * normal(*rows),
+        "ref_log_probs": log_probs + 0.4 * normal(*rows),
+        "is_weights": 2 * torch.rand(rows, generator=generator, dtype=torch.float64),
+    }
+
+
+def take(inputs: Inputs, index: Tensor) -> Inputs:
+    """Some entries of the first dimension, in the order of ``index``."""
+    return {name: x if x is None or name in SHARED else x[index] for name, x in inputs.items()}
+
+
+def cast(inputs: Inputs, dtype: torch.dtype) -> Inputs:
+    """The model's tensors in ``dtype``, what the caller says of each row in fp32 or, for fp64, in fp64."""
+    row_dtype = torch.promote_types(dtype, torch.float32)
+
+    def convert(name: str, value: Any) -> Any:
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            return value
+        return value.to(dtype if name in MODEL_TENSORS else row_dtype)
+
+    return {name: convert(name, value) for name, value in inputs.items()}
+
+
+@st.composite
+def configs(draw: st.DrawFn) -> SRPOConfig:
+    """Any combination of options that does not contradict itself."""
+
+    def one_of(*values: Any) -> Any:
+        return draw(st.sampled_from(values))
+
+    loss_type, reduction = one_of(*LOSS_TYPES), one_of(*REDUCTIONS)
+    clipped = loss_type in ("grpo", "gspo")
+    return SRPOConfig(
+        loss_type=loss_type,
+        epsilon_low=one_of(0.2, 0.0, 0.6),
+        epsilon_high=one_of(0.28, 0.05),
+        delta=one_of(None, 1.5, 1.1) if clipped else None,
+        dual_clip=one_of(None, 1.2) if clipped else None,
+        log_ratio_clamp=one_of(20.0, 0.3, None),
+        kl_coef=one_of(0.0, 0.1),
+        kl_type=one_of(*KL_TYPES),
+        entropy_coef=one_of(0.0, 0.1, -0.1),
+        divergence=one_of(*DIVERGENCES),
+        alpha=one_of(0.5, 0.1, 0.9),
+        distillation_mode=one_of(*DISTILLATION_MODES),
+        topk=one_of(100, 1, 3),
+        add_tail=one_of(True, False),
+        distillation_is_clip=one_of(2.0, 1.1, None),
+        dw_beta=one_of(1.0, 0.0, 8.0, 30.0),
+        temperature=one_of(1.0, 0.7),
+        logit_scale=one_of(1.0, 0.5),
+        softcap=one_of(None, 5.0),
+        reduction=reduction,
+        max_length=9 if reduction == "constant" else None,
+        count_inactive=one_of(False, True),
+    )
+
+
+ROWS = ((2, 7), (1, 1), (5, 3), (3, 1), (1, 7), (17,), (5,), (1,))
+
+
+@st.composite
+def loss_cases(draw: st.DrawFn) -> Case:
+    """A call of ``srpo_loss`` in any form that it accepts."""
+    config = draw(configs())
+    rows, vocab_size = draw(st.sampled_from(ROWS)), draw(st.sampled_from([7, 1, 2, 129, 1000, 1009]))
+    teacher_size = draw(st.sampled_from([None, 5]))
+    seed = draw(st.integers(0, 2**31))
+    hidden_size, spread = draw(st.sampled_from([4, 1, 16])), draw(st.sampled_from([1.0, 4.0]))
+    inputs = loss_inputs(seed, rows, hidden_size, vocab_size, teacher_size, spread, config)
+
+    generator = torch.Generator().manual_seed(seed + 2)
+    valid = draw(st.sampled_from([0.8, 0.3, 0.0, None]))
+    inputs["mask"] = None if valid is None else torch.rand(rows, generator=generator) < valid
+    if draw(st.booleans()):
+        inputs["sdpo_mask"] = torch.rand(rows, generator=generator) < 0.5
+    if draw(st.booleans()):
+        inputs["advantages"] = torch.randn(rows, generator=generator, dtype=torch.float64)
+        inputs["advantages"] *= torch.rand(rows, generator=generator) < 0.6
+    for name in ("bias", "teacher_bias", "old_log_probs", "is_weights"):
+        if draw(st.booleans()):
+            inputs[name] = None
+    if config.kl_coef == 0 and draw(st.booleans()):
+        inputs["ref_log_probs"] = None
+    if draw(st.booleans()):
+        routed = inputs["sdpo_mask"]
+        first = routed if routed.shape == rows[:1] else routed.any(1)
+        inputs["teacher_hidden"] = inputs["teacher_hidden"][first]
+    if draw(st.booleans()):
+        log_mean = torch.tensor(-1.3 * config.dw_beta, dtype=torch.float64)
+        inputs["normalizers"] = Normalizers(torch.tensor(23), log_mean, torch.tensor(9), torch.tensor(6))
+    if not draw(st.integers(0, 3)):
+        inputs |= dict.fromkeys(("sdpo_mask", "teacher_hidden", "teacher_weight", "teacher_bias"))
+    if not policy_rows(inputs).any() and draw(st.booleans()):
+        inputs["advantages"] = None
+    models = 1 if inputs["sdpo_mask"] is None else 2
+    return Case(
+        inputs,
+        {"config": config},
+        draw(st.sampled_from([LEAVES, ("hidden", "bias"), ("weight",), ("bias",), ()])),
+        draw(workspaces(vocab_size, models)),
+    )
+
+
+def policy_rows(inputs: Inputs) -> Tensor:
+    """The valid rows of the policy branch, in the shape of ``target_ids``."""
+    valid = torch.ones_like(inputs["target_ids"], dtype=torch.bool)
+    if inputs["mask"] is not None:
+        valid = inputs["mask"]
+    routed = inputs["sdpo_mask"]
+    if routed is None:
+        return valid
+    return valid & ~(routed if routed.shape == valid.shape else routed[:, None])
+
+
+def workspaces(vocab_size: int, models: int = 2) -> st.SearchStrategy[int | None]:
+    """None, or as many bytes as make chunks of a few fp64 rows."""
+    floor = workspace_floor(vocab_size, 8, models)
+    return st.sampled_from([None, floor, 2 * floor, 3 * floor])
+
+
+@st.composite
+def stats_cases(draw: st.DrawFn) -> Case:
+    """A call of ``token_stats`` in any form that it accepts."""
+    rows = draw(st.sampled_from([(2, 7), (1, 1), (17,), (1,), (2, 3, 2)]))
+    vocab_size = draw(st.sampled_from([7, 1, 2, 129, 1000, 1009]))
+    inputs = head_inputs(
+        draw(st.integers(0, 2**31)),
+        rows,
+        draw(st.sampled_from([4, 1, 16])),
+        vocab_size,
+        draw(st.sampled_from([None, 5])),
+        draw(st.sampled_from([1.0, 4.0])),
+    )
+    for name in ("mask", "bias", "teacher_bias"):
+        if draw(st.booleans()):
+            inputs[name] = None
+    if not draw(st.integers(0, 3)):
+        inputs |= dict.fromkeys(("teacher_hidden", "teacher_weight", "teacher_bias"))
+    options = {
+        "divergence": draw(st.sampled_from(DIVERGENCES)),
+        "alpha": draw(st.sampled_from([0.5, 0.1, 0.9])),
+        "temperature": draw(st.sampled_from([1.0, 0.7])),
+        "logit_scale": draw(st.sampled_from([1.0, 0.5])),
+        "softcap": draw(st.sampled_from([None, 5.0])),
+    }
+    leaves = draw(st.sampled_from([LEAVES, ("hidden", "bias"), ("weight",), ()]))
+    return Case(inputs, options, leaves, draw(workspaces(vocab_size)))

@@ -1,0 +1,164 @@
+"""The planner: every row once, no chunk beyond the workspace, no sequence cut, and what it says it costs."""
+
+from __future__ import annotations
+
+from itertools import chain
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from srpo_kernels import SRPOConfig
+from srpo_kernels.config import LOSS_TYPES
+from srpo_kernels.engine.plan import (
+    Plan,
+    RowOrder,
+    chunk_capacity,
+    make_plan,
+    order_rows,
+    row_chunks,
+    sequence_segments,
+    workspace_floor,
+)
+from srpo_kernels.rows_torch import SCRATCH_BLOCKS, block_rows
+
+CPU = torch.device("cpu")
+
+
+def rows_of(chunks: list[slice]) -> list[int]:
+    return list(chain.from_iterable(range(chunk.start, chunk.stop) for chunk in chunks))
+
+
+def sizes_of(chunks: list[slice]) -> list[int]:
+    return [chunk.stop - chunk.start for chunk in chunks]
+
+
+@given(num_rows=st.integers(0, 5000), capacity=st.integers(1, 700))
+def test_row_chunks_cover_the_rows_in_order_with_the_fewest_even_chunks(num_rows: int, capacity: int) -> None:
+    chunks = row_chunks(num_rows, capacity)
+    assert rows_of(chunks) == list(range(num_rows))
+    assert len(chunks) == -(-num_rows // capacity)
+    assert all(1 <= size <= capacity for size in sizes_of(chunks))
+    assert max(sizes_of(chunks), default=0) - min(sizes_of(chunks), default=0) <= 1
+
+
+@given(lengths=st.lists(st.integers(0, 40), max_size=30), capacity=st.integers(1, 50))
+def test_sequence_segments_cover_the_rows_in_order_and_cut_no_sequence(lengths: list[int], capacity: int) -> None:
+    segments = sequence_segments(lengths, capacity)
+    assert rows_of(list(chain.from_iterable(segments))) == list(range(sum(lengths)))
+    assert all(size <= capacity for segment in segments for size in sizes_of(segment))
+    ends = torch.tensor(lengths, dtype=torch.int64).cumsum(0).tolist()
+    for segment in segments:
+        assert segment[-1].stop in ends
+        if len(segment) > 1:
+            # Several chunks hold one long sequence, which is what makes them necessary.
+            assert segment[-1].stop - segment[0].start in lengths
+
+
+@given(
+    vocab_size=st.integers(1, 300_000),
+    itemsize=st.sampled_from([4, 8]),
+    models=st.sampled_from([1, 2]),
+    times=st.floats(1, 5000),
+)
+def test_a_chunk_and_its_scratch_fit_into_the_workspace(
+    vocab_size: int, itemsize: int, models: int, times: float
+) -> None:
+    workspace = int(workspace_floor(vocab_size, itemsize, models) * times)
+    capacity = chunk_capacity(vocab_size, itemsize, models, workspace, CPU)
+    assert capacity >= 1
+    scratch = SCRATCH_BLOCKS * min(capacity, block_rows(vocab_size, CPU))
+    assert (models * capacity + scratch) * vocab_size * itemsize <= workspace
+
+
+def test_a_larger_workspace_never_makes_smaller_chunks() -> None:
+    floor = workspace_floor(1000, 4, 2)
+    capacities = [chunk_capacity(1000, 4, 2, floor * times, CPU) for times in range(1, 2000)]
+    assert capacities == sorted(capacities)
+    assert capacities[-1] > capacities[0]
+
+
+def order(config: SRPOConfig) -> RowOrder:
+    """Two sequences of the policy branch (7, interleaved with 3), one distilled (5), one masked row."""
+    sequences = torch.tensor([1, 0, 2, 0, 1, 2, 0])
+    routed = sequences == 2
+    valid = torch.tensor([True, True, True, True, True, True, False])
+    advantages = torch.tensor([0.0, 0.5, 1.0, 0.0, 0.0, 0.0, 9.0])
+    return order_rows(valid, routed, advantages, sequences, 3, config)
+
+
+@pytest.mark.parametrize("loss_type", [name for name in LOSS_TYPES if name != "gspo"])
+def test_rows_that_cannot_move_a_weight_are_set_apart(loss_type: str) -> None:
+    rows = order(SRPOConfig(loss_type=loss_type))
+    assert [x.tolist() for x in (rows.distillation, rows.policy, rows.inactive)] == [[2, 5], [1], [3, 0, 4]]
+
+
+def test_a_token_with_advantage_0_moves_the_ratio_of_its_sequence() -> None:
+    rows = order(SRPOConfig(loss_type="gspo"))
+    assert [x.tolist() for x in (rows.distillation, rows.policy, rows.inactive)] == [[2, 5], [1, 3], [0, 4]]
+
+
+@pytest.mark.parametrize("options", [{"kl_coef": 0.1}, {"entropy_coef": -0.1}], ids=str)
+def test_every_policy_row_is_active_under_a_kl_or_entropy_term(options: dict[str, float]) -> None:
+    rows = order(SRPOConfig(**options))
+    assert rows.policy.tolist() == [1, 3, 0, 4]
+    assert rows.inactive.tolist() == []
+
+
+def plan_of(
+    rows: RowOrder,
+    config: SRPOConfig,
+    lengths: list[int] | None = None,
+    gradients: int = 2,
+    workspace_rows: int = 100,
+    log_mean_known: bool = False,
+) -> Plan:
+    return make_plan(
+        rows,
+        lengths,
+        config,
+        vocab_size=1000,
+        itemsize=8,
+        device=CPU,
+        workspace_bytes=workspace_rows * 1000 * 8,
+        gradients=gradients,
+        log_mean_known=log_mean_known,
+    )
+
+
+def test_the_cost_is_3_products_per_policy_row_and_4_per_distillation_row() -> None:
+    rows = RowOrder(torch.arange(20), torch.arange(30), torch.arange(5))
+    plan = plan_of(rows, SRPOConfig())
+    assert (plan.student_products, plan.teacher_products) == (3 * 30 + 3 * 20, 20)
+    assert plan.inactive_chunks == []
+    frozen_weight, forward = plan_of(rows, SRPOConfig(), gradients=1), plan_of(rows, SRPOConfig(), gradients=0)
+    assert (frozen_weight.student_products, forward.student_products) == (2 * 50, 50)
+    assert plan_of(rows, SRPOConfig(count_inactive=True)).student_products == 3 * 50 + 5
+
+
+def test_a_long_gspo_sequence_costs_one_more_product_of_all_but_its_last_chunk() -> None:
+    rows = RowOrder(torch.arange(0), torch.arange(34), torch.arange(0))
+    config = SRPOConfig(loss_type="gspo")
+    plan = plan_of(rows, config, [4, 25, 5], workspace_rows=60)
+    assert [len(segment) for segment in plan.policy_segments] == [1, 3, 1]
+    assert plan.student_products == 3 * 34 + sum(sizes_of(plan.policy_segments[1][:-1]))
+    assert plan_of(rows, config, [4, 25, 5], workspace_rows=10_000).student_products == 3 * 34
+
+
+def test_weights_beyond_the_range_of_fp32_cost_a_teacher_pass() -> None:
+    rows = RowOrder(torch.arange(20), torch.arange(0), torch.arange(0))
+    assert not plan_of(rows, SRPOConfig(dw_beta=8.0)).teacher_first
+    plan = plan_of(rows, SRPOConfig(dw_beta=30.0))
+    assert plan.teacher_first
+    assert plan.teacher_products == 2 * 20
+    assert plan_of(rows, SRPOConfig(dw_beta=30.0), log_mean_known=True).teacher_products == 20
+
+
+def test_the_buffer_holds_both_models_of_the_longest_chunk() -> None:
+    rows = RowOrder(torch.arange(20), torch.arange(30), torch.arange(0))
+    # A workspace for the whole batch, and one for a single row of both models.
+    assert plan_of(rows, SRPOConfig(), workspace_rows=10_000).buffer_rows == 40
+    assert plan_of(rows, SRPOConfig(), workspace_rows=7).buffer_rows == 2
+    nothing = RowOrder(*(torch.arange(0) for _ in range(3)))
+    assert plan_of(nothing, SRPOConfig()).buffer_rows == 0

@@ -1,0 +1,93 @@
+"""``teacher_stats`` against the oracle, and through ``Normalizers`` into the loss."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from torch import Tensor
+
+from reference.logits import entropy, head_logits
+from srpo_kernels import Normalizers, SRPOConfig, TeacherStats, srpo_loss, teacher_stats
+from tests.comparison import assert_same, largest, run_loss
+from tests.strategies import Case, Inputs, cast, head_inputs, loss_inputs, stats_cases
+
+OPTIONS = ("temperature", "logit_scale", "softcap")
+
+
+def teacher_of(inputs: Inputs) -> Inputs:
+    """The arguments of ``teacher_stats`` in those of ``token_stats``; the student where there is no teacher."""
+    bias = inputs["bias"] if inputs["teacher_weight"] is None else inputs["teacher_bias"]
+    return {
+        "teacher_hidden": inputs["hidden"] if inputs["teacher_hidden"] is None else inputs["teacher_hidden"],
+        "teacher_weight": inputs["weight"] if inputs["teacher_weight"] is None else inputs["teacher_weight"],
+        "teacher_bias": bias,
+        "mask": inputs["mask"],
+    }
+
+
+def oracle(teacher: Inputs, **options: Any) -> dict[str, Tensor]:
+    logits = head_logits(
+        teacher["teacher_hidden"].flatten(0, -2), teacher["teacher_weight"], teacher["teacher_bias"], **options
+    )
+    shape = teacher["teacher_hidden"].shape[:-1]
+    values = {"entropy": entropy(logits).view(shape), "logsumexp": logits.logsumexp(1).view(shape)}
+    if teacher["mask"] is None:
+        return values
+    return {name: value.masked_fill(~teacher["mask"], 0.0) for name, value in values.items()}
+
+
+@given(stats_cases())
+def test_fp64_parity(case: Case) -> None:
+    teacher, options = teacher_of(case.inputs), {name: case.options[name] for name in OPTIONS}
+    actual = teacher_stats(**teacher, **options, workspace_bytes=case.workspace_bytes)
+    assert_same(actual._asdict(), oracle(teacher, **options), 1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_low_precision_is_as_accurate_as_plain_torch_with_fp32_logits(dtype: torch.dtype) -> None:
+    teacher = cast(teacher_of(head_inputs(0, (5, 9), 16, 1009, teacher_size=16, spread=4.0)), dtype)
+    exact, naive, actual = oracle(cast(teacher, torch.float64)), oracle(teacher), teacher_stats(**teacher)
+    for name, value in exact.items():
+        ours = getattr(actual, name)
+        assert ours.dtype == torch.float32
+        assert largest(ours - value) <= 2 * largest(naive[name] - value) + 2**-20 * largest(value)
+
+
+def test_carries_no_gradient() -> None:
+    inputs = teacher_of(head_inputs(0, (4, 6), 8, 33, teacher_size=5))
+    for name in ("teacher_hidden", "teacher_weight", "teacher_bias"):
+        inputs[name].requires_grad_()
+    assert not any(x.requires_grad for x in teacher_stats(**inputs))
+
+
+def test_masked_rows_are_never_read_and_come_back_as_zero() -> None:
+    inputs = teacher_of(head_inputs(0, (4, 6), 8, 33, teacher_size=5))
+    expected = teacher_stats(**inputs)
+    inputs["teacher_hidden"][~inputs["mask"]] = torch.inf
+    actual = teacher_stats(**inputs)
+    assert isinstance(actual, TeacherStats)
+    assert_same(actual._asdict(), expected._asdict(), 0.0)
+    assert not actual.entropy[~inputs["mask"]].any()
+
+
+def test_a_uniform_teacher_has_the_entropy_of_its_vocabulary() -> None:
+    stats = teacher_stats(torch.zeros(3, 4), torch.randn(1009, 4))
+    torch.testing.assert_close(stats.entropy, torch.full((3,), 1009.0).log())
+    torch.testing.assert_close(stats.logsumexp, torch.full((3,), 1009.0).log())
+
+
+@pytest.mark.parametrize("routed_only", [False, True])
+def test_its_entropies_give_the_normalizers_of_the_batch(routed_only: bool) -> None:
+    config = SRPOConfig(dw_beta=2.0, temperature=0.7, reduction="sequence")
+    inputs = loss_inputs(1, (6, 5), teacher_size=5, config=config)
+    mask, routed = inputs["mask"], inputs["sdpo_mask"]
+    teacher = teacher_of(inputs)
+    if routed_only:
+        teacher |= {"teacher_hidden": inputs["teacher_hidden"][routed], "mask": mask[routed]}
+    stats = teacher_stats(**teacher, temperature=0.7)
+    normalizers = Normalizers.from_batch(mask, routed, stats.entropy, config.dw_beta)
+    given = run_loss(srpo_loss, inputs, config=config, normalizers=normalizers)
+    assert_same(given, run_loss(srpo_loss, inputs, config=config), 1e-12)
