@@ -305,9 +305,8 @@ def teacher_stats(
     call = stats.StatsCall(targets.reshape(-1), rows, spec, None, head, workspace_bytes)
     with torch.no_grad(), torch.autocast(teacher_hidden.device.type, enabled=False):
         result = stats.forward(teacher_hidden.detach().flatten(0, -2), head, call)
-        assert result.entropy is not None
-        logsumexp = (result.shift + result.sum_exp.log()).squeeze(1)
-        return TeacherStats(_spread(result.entropy, rows, shape), _spread(logsumexp, rows, shape))
+        assert result.entropy is not None and result.logsumexp is not None
+        return TeacherStats(_spread(result.entropy, rows, shape), _spread(result.logsumexp.squeeze(1), rows, shape))
 
 
 def _needs(hidden: Tensor, head: Head) -> Needs:

@@ -49,14 +49,13 @@ class RowSpec:
 class RowStats(NamedTuple):
     """The reductions of one model's rows.
 
-    ``shift`` and ``sum_exp`` ``[n, 1]`` are the row's maximum and ``sum exp(z - shift)``, ``log_probs`` ``[n]`` the
-    target's; ``entropy`` ``[n]``; ``support_ids`` and ``support_log_probs`` ``[n, K]``; ``log_tail`` ``[n]`` the log of
-    the probability outside the support. The last four are None where they were not asked for.
+    ``log_probs`` ``[n]`` is the target's; ``logsumexp`` ``[n, 1]``; ``entropy`` ``[n]``; ``support_ids`` and
+    ``support_log_probs`` ``[n, K]``; ``log_tail`` ``[n]`` is the log of the probability outside the support. All but
+    the first are None where they were not asked for.
     """
 
-    shift: Tensor
-    sum_exp: Tensor
     log_probs: Tensor
+    logsumexp: Tensor | None
     entropy: Tensor | None
     support_ids: Tensor | None
     support_log_probs: Tensor | None
@@ -79,12 +78,10 @@ class DivergenceStats(NamedTuple):
     itself for reverse_kl, 0 for forward_kl.
     """
 
-    shift: Tensor
-    sum_exp: Tensor
     log_probs: Tensor
+    logsumexp: Tensor | None
     entropy: Tensor | None
-    teacher_shift: Tensor
-    teacher_sum_exp: Tensor
+    teacher_logsumexp: Tensor | None
     teacher_entropy: Tensor
     divergence: Tensor
     center: Tensor

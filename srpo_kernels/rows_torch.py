@@ -5,7 +5,7 @@ the buffer's size is allocated. A pass *consumes* the logits: what it leaves in 
 wants to find there, so that no exponential is taken twice. A gradient is the buffer times a factor per row, which the
 products apply to their ``[n, H]`` side: a pass over the buffer less.
 
-- ``row_stats`` leaves ``exp(z - shift)``, or ``z - shift`` where the gradient needs logits (entropy, softcap);
+- ``row_stats`` leaves probabilities, or log-probabilities where the gradient needs them (entropy, softcap);
   ``log_prob_gradient_`` turns either into dlogits.
 - ``divergence_stats`` leaves dD/dlogits up to the factor of ``divergence_gradient``.
 - ``slice_gradient_`` starts from fresh logits of any vocabulary slice and the saved statistics.
@@ -13,7 +13,6 @@ products apply to their ``[n, H]`` side: a pass over the buffer less.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 
 import torch
@@ -21,18 +20,20 @@ from torch import Tensor
 
 from srpo_kernels.rows import DivergenceStats, RowGradients, RowSpec, RowStats
 
-# A block of 2^18 fp32 logits is 1 MiB: a handful of such buffers fit into the L2 caches of two cores. Accelerators want
-# few large launches instead.
-_BLOCK_ELEMENTS_CPU = 1 << 18
-_BLOCK_ELEMENTS_ACCELERATOR = 1 << 25
-# The most blocks that one pass allocates.
+# What one thread works on at a time, over all buffers of a pass: 1 MiB of fp32, half of a current core's L2 cache.
+_ELEMENTS_PER_THREAD = 1 << 18
+# Accelerators want few large launches instead.
+_ELEMENTS_ACCELERATOR = 1 << 25
+# The most blocks that one pass allocates, and how many buffers it then works on.
 SCRATCH_BLOCKS = 5
+_MOST_BUFFERS = SCRATCH_BLOCKS + 2
 
 
-def block_rows(vocab_size: int, device: torch.device) -> int:
-    """Rows of one block: at least two, since torch reduces a single long row on one thread."""
-    elements = _BLOCK_ELEMENTS_CPU if device.type == "cpu" else _BLOCK_ELEMENTS_ACCELERATOR
-    return max(2, elements // vocab_size)
+def block_rows(vocab_size: int, device: torch.device, buffers: int = _MOST_BUFFERS) -> int:
+    """Rows of one block: the same number for every thread, since a softmax takes each row on one thread."""
+    if device.type != "cpu":
+        return max(1, _ELEMENTS_ACCELERATOR // vocab_size)
+    return torch.get_num_threads() * max(1, _ELEMENTS_PER_THREAD // (vocab_size * buffers))
 
 
 def row_stats(
@@ -42,49 +43,38 @@ def row_stats(
     target_ids: Tensor,
     support_ids: Tensor | None = None,
     entropy: bool = False,
+    logsumexp: bool = False,
 ) -> RowStats:
-    """Reduce ``logits`` ``[n, V]`` to log-sum-exp, target log-probs, entropy and the log-probs of a support, per row.
+    """Reduce ``logits`` ``[n, V]`` to the targets' log-probs, entropy, log-sum-exp and a support's log-probs, per row.
 
     ``support_ids`` ``[n, K]`` names the support; with None and ``spec.topk`` it is the row's own top-k. Leaves
-    ``exp(z - shift)`` in ``logits``; with ``entropy`` or a softcap, ``z - shift``.
+    probabilities in ``logits``; with ``entropy`` or a softcap, log-probabilities.
     """
-    keep_logits = entropy or spec.softcap is not None
+    keep_logs = entropy or spec.softcap is not None
     parts = []
-    for rows, scratch in _blocks(logits, 1 if keep_logits else 0):
+    for rows, scratch in _blocks(logits, 1 if keep_logs else 0, buffers=1):
         z = logits[rows]
         _transform_(z, spec)
         support = None if support_ids is None else support_ids[rows]
         if spec.topk and support is None:
             support = z.topk(spec.topk, dim=1).indices
-        shift = z.amax(1, keepdim=True)
-        z.sub_(shift)
-        log_probs = z.gather(1, target_ids[rows, None])
+        log_normalizer = _log_softmax_(z, logsumexp or spec.softcap is not None)
+        log_probs = z.gather(1, target_ids[rows, None]).squeeze(1)
         support_log_probs = None if support is None else z.gather(1, support)
         if entropy:
             _floor_(z)
-        exp = torch.exp(z, out=scratch[0] if keep_logits else z)
-        tail = None
-        if spec.add_tail and support is not None and support_log_probs is not None:
-            # The complement is summed on its own: 1 - sum(support) would lose a small tail to rounding.
-            support_exp = support_log_probs.exp()
-            tail = exp.scatter_(1, support, 0.0).sum(1, keepdim=True)
-            exp.scatter_(1, support, support_exp)
-            sum_exp = tail + support_exp.sum(1, keepdim=True)
-            tail = (tail / sum_exp).clamp_min(torch.finfo(z.dtype).tiny).log()
-        else:
-            sum_exp = exp.sum(1, keepdim=True)
-        log_sum = sum_exp.log()
-        parts.append(
-            RowStats(
-                shift,
-                sum_exp,
-                (log_probs - log_sum).squeeze(1),
-                (log_sum - _dot(exp, z, out=exp) / sum_exp).squeeze(1) if entropy else None,
-                support,
-                None if support_log_probs is None else support_log_probs - log_sum,
-                None if tail is None else tail.squeeze(1),
-            )
-        )
+        p = torch.exp(z, out=scratch[0] if keep_logs else z)
+        log_tail = None
+        if spec.add_tail and support is not None:
+            # The complement is summed on its own: 1 - sum(support) would lose a small tail to rounding. The gradient
+            # sets the values at the support itself.
+            log_tail = p.scatter_(1, support, 0.0).sum(1).clamp_min(torch.finfo(z.dtype).tiny).log()
+        entropies = None
+        if entropy:
+            if support is not None and support_log_probs is not None:
+                p.scatter_(1, support, support_log_probs.exp())
+            entropies = -_dot(p, z, out=p).squeeze(1)
+        parts.append(RowStats(log_probs, log_normalizer, entropies, support, support_log_probs, log_tail))
     return RowStats.concatenate(parts)
 
 
@@ -96,6 +86,7 @@ def divergence_stats(
     target_ids: Tensor,
     gradient: bool,
     entropy: bool = False,
+    logsumexp: bool = False,
 ) -> DivergenceStats:
     """Reduce both models' logits ``[n, V]`` to their statistics and the divergence; consume both buffers.
 
@@ -104,24 +95,23 @@ def divergence_stats(
     """
     capped = gradient and spec.softcap is not None
     parts = []
-    for rows, (p, q, work, *slope) in _blocks(student_logits, 4 if capped else 3):
+    for rows, (p, q, work, *slope) in _blocks(student_logits, 4 if capped else 3, buffers=2):
         z, y = student_logits[rows], teacher_logits[rows]
         _transform_(z, spec, *slope)
         _transform_(y, spec)
-        log_probs = z.gather(1, target_ids[rows, None])
-        shift, teacher_shift = z.amax(1, keepdim=True), y.amax(1, keepdim=True)
-        _exp_of_shifted_(z, shift, spec, out=p)
-        _exp_of_shifted_(y, teacher_shift, spec, out=q)
-        sum_exp, teacher_sum_exp = p.sum(1, keepdim=True), q.sum(1, keepdim=True)
-        p.mul_(sum_exp.reciprocal())
-        q.mul_(teacher_sum_exp.reciprocal())
-        log_sum, teacher_log_sum = sum_exp.log(), teacher_sum_exp.log()
-        entropies = log_sum - _dot(p, z, out=work) if entropy else None
-        teacher_entropy = teacher_log_sum - _dot(q, y, out=work)
+        log_normalizer, teacher_log_normalizer = _log_softmax_(z, logsumexp), _log_softmax_(y, logsumexp)
+        log_probs = z.gather(1, target_ids[rows, None]).squeeze(1)
+        if spec.divergence == "jsd":
+            _floor_(z)
+            _floor_(y)
+        torch.exp(z, out=p)
+        torch.exp(y, out=q)
+        entropies = -_dot(p, z, out=work).squeeze(1) if entropy else None
+        teacher_entropy = -_dot(q, y, out=work).squeeze(1)
 
-        _log_ratio_(z, y, p, q, log_sum - teacher_log_sum, spec, mixture=work)
+        _log_ratio_(z, y, p, q, spec, mixture=work)
         if spec.divergence == "forward_kl":
-            center = torch.zeros_like(log_sum)
+            center = torch.zeros_like(log_probs)[:, None]
             divergence = -_dot(q, z, out=y)
         else:
             center = divergence = _dot(p, z, out=y)
@@ -129,19 +119,17 @@ def divergence_stats(
             teacher_kl = _dot(q, torch.div(q, work, out=work).log_(), out=work)
             divergence = center * (1.0 - spec.alpha) + teacher_kl * spec.alpha
         if gradient:
-            # y holds p * log-ratio.
+            # y holds p times the log-ratio.
             _divergence_gradient(y, p, q, center, spec, out=z)
             if slope:
                 z.mul_(*slope)
         parts.append(
             DivergenceStats(
-                shift,
-                sum_exp,
-                (log_probs - shift - log_sum).squeeze(1),
-                None if entropies is None else entropies.squeeze(1),
-                teacher_shift,
-                teacher_sum_exp,
-                teacher_entropy.squeeze(1),
+                log_probs,
+                log_normalizer,
+                entropies,
+                teacher_log_normalizer,
+                teacher_entropy,
                 divergence.squeeze(1),
                 center,
             )
@@ -168,31 +156,30 @@ def log_prob_gradient_(
     """
     total = grad_log_probs.sum(1, keepdim=True)
     if ids.shape[1] == 1 and grad_tail is None and grad_entropy is None and spec.softcap is None:
-        # dz = -g / s (exp(z - shift) - s 1[v = id]): the buffer needs one number changed.
-        buffer.scatter_add_(1, ids, -stats.sum_exp)
-        return -total * spec.scale / stats.sum_exp
-    # dlogits outside of the ids is this number times exp(z - shift); at an id the value is set, not added, so that a
-    # large tail term never has to cancel there.
-    outside = -total / stats.sum_exp
+        # dz = -g (p - 1[v = id]): the buffer needs one number changed.
+        buffer.scatter_add_(1, ids, torch.full_like(total, -1.0))
+        return -total * spec.constant_slope
+    # dlogits outside of the ids is this number times p; at an id the value is set, not added, so that a large tail
+    # term never has to cancel there.
+    outside = -total
     if grad_tail is not None and stats.log_tail is not None:
         total = total + grad_tail[:, None]
-        outside = (grad_tail[:, None] * torch.exp(-stats.log_tail[:, None]) - total) / stats.sum_exp
+        outside = grad_tail[:, None] * torch.exp(-stats.log_tail[:, None]) - total
     at_ids = grad_log_probs - total * log_probs.exp()
     if spec.softcap is None and grad_entropy is None:
         buffer.mul_(outside).scatter_(1, ids, at_ids)
         return torch.full_like(total, spec.constant_slope)
-    for rows, (exp, slope) in _blocks(buffer, 2):
+    for rows, (p, slope) in _blocks(buffer, 2, buffers=1):
         z = buffer[rows]
-        if spec.softcap is not None:
-            torch.add(z, stats.shift[rows], out=slope).mul_(spec.temperature / spec.softcap)
+        if spec.softcap is not None and stats.logsumexp is not None:
+            torch.add(z, stats.logsumexp[rows], out=slope).mul_(spec.temperature / spec.softcap)
             _slope_of_tanh_(slope, spec)
-        torch.exp(z, out=exp)
+        torch.exp(z, out=p)
         if grad_entropy is not None and stats.entropy is not None:
-            z.add_(stats.entropy[rows, None] - stats.sum_exp[rows].log())
-            z.mul_(exp).mul_(-grad_entropy[rows, None] / stats.sum_exp[rows])
+            z.add_(stats.entropy[rows, None]).mul_(p).mul_(-grad_entropy[rows, None])
         else:
             z.zero_()
-        z.add_(exp.mul_(outside[rows]).scatter_(1, ids[rows], at_ids[rows]))
+        z.add_(p.mul_(outside[rows]).scatter_(1, ids[rows], at_ids[rows]))
         if spec.softcap is not None:
             z.mul_(slope)
     return torch.full_like(total, spec.constant_slope)
@@ -215,39 +202,46 @@ def slice_gradient_(
 ) -> None:
     """Turn fresh ``logits`` of the vocabulary slice that starts at ``first_id`` into dlogits, all terms at once.
 
-    The normalisers come from ``stats``, so any slice of the vocabulary can be done on its own.
+    The log-sum-exps come from ``stats``, so any slice of the vocabulary can be done on its own.
     """
+    assert stats.logsumexp is not None
     local_ids = target_ids - first_id
     inside = (local_ids >= 0) & (local_ids < logits.shape[1])
     local_ids = local_ids.clamp(0, logits.shape[1] - 1)
 
-    for rows, (p, q, work, total, *slope) in _blocks(logits, 4 if spec.softcap is None else 5):
-        z, log_sum = logits[rows], stats.sum_exp[rows].log()
+    for rows, (p, q, work, total, *slope) in _blocks(logits, 4 if spec.softcap is None else 5, buffers=2):
+        z = logits[rows]
         _transform_(z, spec, *slope)
-        _exp_of_shifted_(z, stats.shift[rows], spec, out=p).div_(stats.sum_exp[rows])
+        _normalize_(z, stats.logsumexp[rows], spec)
+        torch.exp(z, out=p)
         torch.mul(p, -grads.log_probs[rows, None], out=total)
         total.scatter_add_(1, local_ids[rows, None], (grads.log_probs[rows] * inside[rows])[:, None])
         if stats.entropy is not None:
-            torch.add(z, stats.entropy[rows, None] - log_sum, out=work)
+            torch.add(z, stats.entropy[rows, None], out=work)
             total.addcmul_(work.mul_(p), grads.entropy[rows, None], value=-1.0)
         if grads.divergence is not None and isinstance(stats, DivergenceStats) and teacher_logits is not None:
+            assert stats.teacher_logsumexp is not None
             y = teacher_logits[rows]
             _transform_(y, spec)
-            _exp_of_shifted_(y, stats.teacher_shift[rows], spec, out=q).div_(stats.teacher_sum_exp[rows])
-            _log_ratio_(z, y, p, q, log_sum - stats.teacher_sum_exp[rows].log(), spec, mixture=work)
+            _normalize_(y, stats.teacher_logsumexp[rows], spec)
+            torch.exp(y, out=q)
+            _log_ratio_(z, y, p, q, spec, mixture=work)
             _divergence_gradient(z.mul_(p), p, q, stats.center[rows], spec, out=z)
             total.addcmul_(z, grads.divergence[rows, None], value=spec.divergence_slope)
         torch.mul(total, *slope or (spec.scale,), out=z)
 
 
-def _blocks(buffer: Tensor, count: int) -> Iterator[tuple[slice, list[Tensor]]]:
-    """Row slices of ``buffer`` that fit the cache, each with ``count`` scratch blocks of its shape; at least one."""
+def _blocks(buffer: Tensor, scratch: int, *, buffers: int) -> Iterator[tuple[slice, list[Tensor]]]:
+    """Row slices of ``buffer`` that fit the cache, each with ``scratch`` blocks of its shape; at least one.
+
+    ``buffers`` is how many of the caller's the pass works on.
+    """
     n, width = buffer.shape
-    height = max(1, min(n, block_rows(width, buffer.device)))
-    scratch = buffer.new_empty(count, height, width)
+    height = max(1, min(n, block_rows(width, buffer.device, scratch + buffers)))
+    blocks = buffer.new_empty(scratch, height, width)
     for start in range(0, max(n, 1), height):
         rows = slice(start, min(start + height, n))
-        yield rows, list(scratch[:, : rows.stop - rows.start])
+        yield rows, list(blocks[:, : rows.stop - rows.start])
 
 
 def _transform_(z: Tensor, spec: RowSpec, slope: Tensor | None = None) -> None:
@@ -266,35 +260,37 @@ def _slope_of_tanh_(tanh: Tensor, spec: RowSpec) -> None:
     tanh.square_().neg_().add_(1.0).mul_(spec.scale)
 
 
-def _floor_(shifted: Tensor) -> None:
-    """Keep probabilities above the smallest normal number, so that neither 0 / 0 nor 0 * inf arises below it.
+def _log_softmax_(z: Tensor, logsumexp: bool) -> Tensor | None:
+    """Normalise whole rows in place; the log-sum-exp ``[n, 1]`` where it is asked for."""
+    shift = z.amax(1, keepdim=True) if logsumexp else None
+    torch.log_softmax(z, 1, out=z)
+    return None if shift is None else shift - z.amax(1, keepdim=True)
 
-    e^15 is more than any vocabulary: a floored probability stays normal after the division by the row's sum.
-    """
-    shifted.clamp_min_(math.log(torch.finfo(shifted.dtype).tiny) + 15.0)
 
-
-def _exp_of_shifted_(z: Tensor, shift: Tensor, spec: RowSpec, out: Tensor) -> Tensor:
-    z.sub_(shift)
+def _normalize_(z: Tensor, logsumexp: Tensor, spec: RowSpec) -> None:
+    """Normalise a slice of rows in place."""
+    z.sub_(logsumexp)
     if spec.divergence == "jsd":
         _floor_(z)
-    return torch.exp(z, out=out)
+
+
+def _floor_(log_probs: Tensor) -> None:
+    """Keep probabilities well above the smallest normal number, so that neither 0 / 0 nor 0 * inf arises below it."""
+    log_probs.clamp_min_(-80.0 if log_probs.dtype == torch.float32 else -700.0)
 
 
 def _dot(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
     return torch.mul(a, b, out=out).sum(1, keepdim=True)
 
 
-def _log_ratio_(
-    z: Tensor, y: Tensor, p: Tensor, q: Tensor, log_sum_difference: Tensor, spec: RowSpec, mixture: Tensor
-) -> None:
-    """Overwrite shifted logits ``z`` with log p - log m (jsd; ``mixture`` receives m) or log p - log q (the KLs)."""
+def _log_ratio_(z: Tensor, y: Tensor, p: Tensor, q: Tensor, spec: RowSpec, mixture: Tensor) -> None:
+    """Overwrite log-probs ``z`` with log p - log m (jsd; ``mixture`` receives m) or log p - log q (the KLs)."""
     if spec.divergence == "jsd":
         # The logarithm of the ratio, not the difference of logarithms: its error does not grow with the logits.
         torch.lerp(p, q, spec.alpha, out=mixture)
         torch.div(p, mixture, out=z).log_()
     else:
-        z.sub_(y).sub_(log_sum_difference)
+        z.sub_(y)
 
 
 def _divergence_gradient(weighted: Tensor, p: Tensor, q: Tensor, center: Tensor, spec: RowSpec, out: Tensor) -> None:

@@ -17,7 +17,7 @@ from srpo_kernels.config import SRPOConfig
 from srpo_kernels.rows_torch import SCRATCH_BLOCKS, block_rows
 
 # Where none is given: enough rows for the products to run near their best at vocabularies up to 262k.
-_DEFAULT_WORKSPACE_CPU = 512 << 20
+_DEFAULT_WORKSPACE_CPU = 640 << 20
 _ROWS_ACCELERATOR = 1024
 # Beyond this spread of -dw_beta * H_t, weights that are normalised only at the end could leave fp32's range.
 _MAX_LOG_WEIGHT_SPREAD = 60.0
