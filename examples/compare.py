@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor
 import reference
 import srpo_kernels as sk
 
-IMPLEMENTATIONS = {"fused": sk.srpo_loss, "naive": reference.srpo_loss}
+IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {"fused": sk.srpo_loss, "naive": reference.srpo_loss}
 ROUNDS = 3
 STATUS = Path("/proc/self/status")
 

@@ -14,6 +14,7 @@ import matplotlib
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+# Backward includes the optimizer.
 PHASES = ("rollout", "teacher", "student", "loss", "backward")
 
 # Two lines of title, the metric, its format.

@@ -180,12 +180,11 @@ def loss_cases(draw: st.DrawFn) -> Case:
     if config.kl_coef == 0 and draw(st.booleans()):
         inputs["ref_log_probs"] = None
     if draw(st.booleans()):
+        inputs["normalizers"] = larger_batch(inputs, config)
+    if draw(st.booleans()):
         routed = inputs["sdpo_mask"]
         first = routed if routed.shape == rows[:1] else routed.any(1)
         inputs["teacher_hidden"] = inputs["teacher_hidden"][first]
-    if draw(st.booleans()):
-        log_mean = torch.tensor(-1.3 * config.dw_beta, dtype=torch.float64)
-        inputs["normalizers"] = Normalizers(torch.tensor(23), log_mean, torch.tensor(9), torch.tensor(6))
     if not draw(st.integers(0, 3)):
         inputs |= dict.fromkeys(("sdpo_mask", "teacher_hidden", "teacher_weight", "teacher_bias"))
     if not policy_rows(inputs).any() and draw(st.booleans()):
@@ -197,6 +196,19 @@ def loss_cases(draw: st.DrawFn) -> Case:
         draw(st.sampled_from([LEAVES, ("hidden", "bias"), ("weight",), ("bias",), ()])),
         draw(workspaces(vocab_size, models)),
     )
+
+
+def larger_batch(inputs: Inputs, config: SRPOConfig) -> Normalizers:
+    """Normalizers of a batch that has more than these rows, and teachers that are a little less certain."""
+    own_head = inputs["teacher_weight"] is not None
+    teacher = {
+        "hidden": inputs["teacher_hidden"],
+        "weight": inputs["teacher_weight" if own_head else "weight"],
+        "bias": inputs["teacher_bias" if own_head else "bias"],
+    }
+    entropy = reference.token_stats(**teacher, target_ids=inputs["target_ids"], **transform_of(config)).entropy
+    log_mean = reference.distillation.weight_log_mean(entropy.flatten(), config.dw_beta) - 0.1 * config.dw_beta
+    return Normalizers(torch.tensor(40), log_mean, torch.tensor(35), torch.tensor(18))
 
 
 def policy_rows(inputs: Inputs) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import dataclasses
 import importlib.util
@@ -19,6 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrai
 import srpo_kernels as sk
 from examples import train_smollm2 as demo
 from examples.report import RunLog, token_shares
+from examples.rollouts import Rollouts, encode_chats, response_hidden, response_mask, sample_rollouts
 from examples.tasks import SETTINGS, Problem, TaskName, problems
 
 EOS = "~"
@@ -70,16 +72,20 @@ def odd_problems(*_: object) -> Iterator[Problem]:
 
 @pytest.fixture
 def options(tmp_path: Path) -> demo.Options:
-    return demo.Options(steps=2, prompts=4, group_size=8, max_new_tokens=8, temperature=1.0, lr=1e-2, output=tmp_path)
+    return demo.Options(
+        steps=2, prompts=4, group_size=8, micro_batch=5, max_new_tokens=8, temperature=1.0, lr=1e-2, output=tmp_path
+    )
 
 
 @pytest.fixture
-def rollouts(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, options: demo.Options) -> demo.Rollouts:
+def rollouts(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> Rollouts:
     """Two groups, prompts of different lengths, and replies that end early, late and at once."""
-    rollouts = demo.sample_rollouts(model, tokenizer, ["Short", "A longer question"], options)
+    rollouts = sample_rollouts(
+        model, tokenizer, ["Short", "A longer question"], group_size=8, max_new_tokens=8, temperature=1.0
+    )
     response_ids = rollouts.response_ids.clone()
     response_ids[1, 3:] = response_ids[9, 5:] = response_ids[2] = tokenizer.eos_token_id
-    return rollouts._replace(response_ids=response_ids, mask=demo.response_mask(response_ids, 0))
+    return rollouts._replace(response_ids=response_ids, mask=response_mask(response_ids, 0))
 
 
 def train(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, options: demo.Options) -> list[dict[str, float]]:
@@ -102,14 +108,14 @@ def test_the_teacher_prompt_shows_question_solution_and_request_in_this_order() 
 
 
 def test_prompts_are_padded_on_the_left(tokenizer: PreTrainedTokenizerFast) -> None:
-    ids, mask = demo.encode_chats(tokenizer, ["Hi", "Longer"])
+    ids, mask = encode_chats(tokenizer, ["Hi", "Longer"])
     assert mask.tolist() == [[False] * 4 + [True] * 11, [True] * 15]
     assert tokenizer.decode(ids[0][mask[0]]) == "Hi\nAnswer: "
 
 
 def test_the_mask_ends_with_the_first_end_of_sequence() -> None:
     ids = torch.tensor([[5, 0, 0, 0], [5, 6, 7, 8], [0, 0, 5, 6], [5, 0, 7, 8]])
-    assert demo.response_mask(ids, 0).int().tolist() == [[1, 1, 0, 0], [1, 1, 1, 1], [1, 0, 0, 0], [1, 1, 0, 0]]
+    assert response_mask(ids, 0).int().tolist() == [[1, 1, 0, 0], [1, 1, 1, 1], [1, 0, 0, 0], [1, 1, 0, 0]]
 
 
 @pytest.mark.parametrize("task", SETTINGS)
@@ -131,10 +137,8 @@ def test_problems_come_from_each_task_in_turn_and_follow_the_seed() -> None:
     assert draw(0) == draw(0) != draw(1)
 
 
-def test_student_rows_predict_the_reply_as_an_unpadded_forward_does(
-    model: PreTrainedModel, rollouts: demo.Rollouts
-) -> None:
-    hidden = demo.response_hidden(model, *rollouts[:4])
+def test_student_rows_predict_the_reply_as_an_unpadded_forward_does(model: PreTrainedModel, rollouts: Rollouts) -> None:
+    hidden = response_hidden(model, *rollouts[:4])
     log_probs = sk.token_stats(hidden, model.lm_head.weight, rollouts.response_ids, mask=rollouts.mask).log_probs
     for row in range(len(rollouts.replies)):
         prompt = rollouts.prompt_ids[row][rollouts.prompt_mask[row]].tolist()
@@ -145,26 +149,25 @@ def test_student_rows_predict_the_reply_as_an_unpadded_forward_does(
 
 
 def test_teacher_rows_predict_the_same_tokens_behind_the_teacher_prompt(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, rollouts: demo.Rollouts
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, rollouts: Rollouts
 ) -> None:
     questions = ["Short"] * 8 + ["A longer question"] * 8
     teacher_index = torch.tensor([4] * 8 + [12] * 8)
     routed = torch.tensor([True, True, False, False] * 4)
     hidden = demo.teacher_hidden(model, tokenizer, questions, rollouts, routed, teacher_index)
-    assert hidden is not None and not hidden.requires_grad
-    ids, mask = rollouts.response_ids[routed], rollouts.mask[routed]
-    log_probs = sk.token_stats(hidden, model.lm_head.weight, ids, mask=mask).log_probs
-    for log_prob, row in zip(log_probs, routed.nonzero().squeeze(1).tolist(), strict=True):
+    assert not hidden.requires_grad and not hidden[~routed].any()
+    log_probs = sk.token_stats(hidden, model.lm_head.weight, rollouts.response_ids, mask=rollouts.mask).log_probs
+    for row in routed.nonzero().squeeze(1).tolist():
         shown = demo.teacher_question(questions[row], rollouts.replies[teacher_index[row]])
         prompt = tokenizer(shown + "\nAnswer: ").input_ids
         response = rollouts.response_ids[row][rollouts.mask[row]].tolist()
-        torch.testing.assert_close(log_prob[: len(response)], plain_log_probs(model, prompt, response))
+        torch.testing.assert_close(log_probs[row, : len(response)], plain_log_probs(model, prompt, response))
 
 
 def test_a_teacher_with_the_students_prompt_and_weights_does_not_diverge(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,
-    rollouts: demo.Rollouts,
+    rollouts: Rollouts,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     questions = ["Short"] * 8 + ["A longer question"] * 8
@@ -172,7 +175,7 @@ def test_a_teacher_with_the_students_prompt_and_weights_does_not_diverge(
     monkeypatch.setattr(demo, "teacher_question", lambda question, solution: question)
     teacher = demo.teacher_hidden(model, tokenizer, questions, rollouts, routed, torch.zeros(16, dtype=torch.long))
     out = sk.srpo_loss(
-        demo.response_hidden(model, *rollouts[:4]),
+        response_hidden(model, *rollouts[:4]),
         model.lm_head.weight,
         rollouts.response_ids,
         advantages=torch.zeros(16),
@@ -183,13 +186,6 @@ def test_a_teacher_with_the_students_prompt_and_weights_does_not_diverge(
     )
     assert out.metrics["sdpo_tokens"] == rollouts.mask[routed].sum()
     assert out.metrics["divergence_sum"].abs() < 1e-5
-
-
-def test_no_routed_reply_needs_no_teacher(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, rollouts: demo.Rollouts
-) -> None:
-    nowhere = torch.zeros(16, dtype=torch.bool)
-    assert demo.teacher_hidden(model, tokenizer, [""] * 16, rollouts, nowhere, torch.full((16,), -1)) is None
 
 
 def test_the_average_moves_by_the_rate(model: PreTrainedModel) -> None:
@@ -207,7 +203,7 @@ def test_the_loop_trains(model: PreTrainedModel, tokenizer: PreTrainedTokenizerF
     assert all(0 < row["reward"] < 1 and row["sdpo_loss"] > 0 and row["grad_norm"] > 0 for row in rows)
     assert all(row["dw_weight_mean"] == pytest.approx(1) for row in rows)
     with (options.output / "metrics.csv").open() as file:
-        assert [float(row["loss"]) for row in csv.DictReader(file)] == [row["loss"] for row in rows]
+        assert [float(row["sdpo_loss"]) for row in csv.DictReader(file)] == [row["sdpo_loss"] for row in rows]
 
 
 @pytest.mark.parametrize("method", ["grpo", "sdpo"])
@@ -221,13 +217,39 @@ def test_the_other_methods_use_one_branch(
         assert row["grad_norm"] > 0
 
 
+def results(rows: list[dict[str, float]]) -> list[list[float]]:
+    return [[value for name, value in row.items() if not name.startswith("seconds")] for row in rows]
+
+
 def test_the_seed_decides_a_run(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, options: demo.Options
 ) -> None:
-    weights = {name: value.clone() for name, value in model.state_dict().items()}
-    losses = [row["loss"] for row in train(model, tokenizer, options)]
-    model.load_state_dict(weights)
-    assert losses == [row["loss"] for row in train(model, tokenizer, options)]
+    first, second = (results(train(copy.deepcopy(model), tokenizer, options)) for _ in range(2))
+    assert first == second
+
+
+def test_micro_batches_change_nothing(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, options: demo.Options
+) -> None:
+    # A large learning rate would turn rounding into other replies.
+    options = dataclasses.replace(options, lr=1e-6)
+    whole = copy.deepcopy(model)
+    parts = train(model, tokenizer, options)
+    at_once = train(whole, tokenizer, dataclasses.replace(options, micro_batch=1000))
+    for row, expected in zip(results(parts), results(at_once), strict=True):
+        assert row == pytest.approx(expected, rel=1e-4, abs=1e-6)
+    torch.testing.assert_close(model.lm_head.weight, whole.lm_head.weight, rtol=0, atol=1e-6)
+
+
+def test_a_step_without_a_mixed_group_teaches_nothing(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, options: demo.Options, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(OddNumbers, "score_answer", lambda self, answer, entry: 0.0)
+    before = model.lm_head.weight.clone()
+    for row in train(model, tokenizer, options):
+        assert row["reward"] == row["grad_norm"] == row["active_fraction"] == 0
+        assert token_shares(row) == (0, 1, 0)
+    assert torch.equal(model.lm_head.weight, before)
 
 
 @pytest.fixture

@@ -170,7 +170,7 @@ def make_plan(
     inactive = len(order.inactive) if config.count_inactive else 0
     distilled = len(order.distillation)
     teacher_first = bool(distilled) and not log_mean_known and weights_need_teacher_first(config, vocab_size)
-    repeated = sum(_length(chunk) for segment in segments if len(segment) > 1 for chunk in segment)
+    repeated = sum(_length(chunk) for segment in segments for chunk in segment[:-1])
     return Plan(
         order,
         row_chunks(distilled, distillation_rows),
