@@ -50,12 +50,12 @@ class RowStats(NamedTuple):
     """The reductions of one model's rows.
 
     ``log_probs`` ``[n]`` is the target's; ``logsumexp`` ``[n, 1]``; ``entropy`` ``[n]``; ``support_ids`` and
-    ``support_log_probs`` ``[n, K]``; ``log_tail`` ``[n]`` is the log of the probability outside the support. All but
-    the first are None where they were not asked for.
+    ``support_log_probs`` ``[n, K]``; ``log_tail`` ``[n]`` is the log of the probability outside the support. The last
+    four are None where they were not asked for.
     """
 
     log_probs: Tensor
-    logsumexp: Tensor | None
+    logsumexp: Tensor
     entropy: Tensor | None
     support_ids: Tensor | None
     support_log_probs: Tensor | None
@@ -79,9 +79,9 @@ class DivergenceStats(NamedTuple):
     """
 
     log_probs: Tensor
-    logsumexp: Tensor | None
+    logsumexp: Tensor
     entropy: Tensor | None
-    teacher_logsumexp: Tensor | None
+    teacher_logsumexp: Tensor
     teacher_entropy: Tensor
     divergence: Tensor
     center: Tensor

@@ -13,6 +13,7 @@ products apply to their ``[n, H]`` side: a pass over the buffer less.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -43,7 +44,6 @@ def row_stats(
     target_ids: Tensor,
     support_ids: Tensor | None = None,
     entropy: bool = False,
-    logsumexp: bool = False,
 ) -> RowStats:
     """Reduce ``logits`` ``[n, V]`` to the targets' log-probs, entropy, log-sum-exp and a support's log-probs, per row.
 
@@ -58,12 +58,14 @@ def row_stats(
         support = None if support_ids is None else support_ids[rows]
         if spec.topk and support is None:
             support = z.topk(spec.topk, dim=1).indices
-        log_normalizer = _log_softmax_(z, logsumexp or spec.softcap is not None)
-        log_probs = z.gather(1, target_ids[rows, None]).squeeze(1)
-        support_log_probs = None if support is None else z.gather(1, support)
-        if entropy:
-            _floor_(z)
-        p = torch.exp(z, out=scratch[0] if keep_logs else z)
+        target_logits = z.gather(1, target_ids[rows, None])
+        support_logits = None if support is None else z.gather(1, support)
+        p = scratch[0] if keep_logs else z
+        shift, log_sum = _softmax_(z, out=p, floor=entropy)
+        log_probs = (target_logits - shift - log_sum).squeeze(1)
+        support_log_probs = None if support_logits is None else support_logits - shift - log_sum
+        if keep_logs:
+            z.sub_(log_sum)
         log_tail = None
         if spec.add_tail and support is not None:
             # The complement is summed on its own: 1 - sum(support) would lose a small tail to rounding. The gradient
@@ -74,7 +76,7 @@ def row_stats(
             if support is not None and support_log_probs is not None:
                 p.scatter_(1, support, support_log_probs.exp())
             entropies = -_dot(p, z, out=p).squeeze(1)
-        parts.append(RowStats(log_probs, log_normalizer, entropies, support, support_log_probs, log_tail))
+        parts.append(RowStats(log_probs, shift + log_sum, entropies, support, support_log_probs, log_tail))
     return RowStats.concatenate(parts)
 
 
@@ -86,50 +88,53 @@ def divergence_stats(
     target_ids: Tensor,
     gradient: bool,
     entropy: bool = False,
-    logsumexp: bool = False,
 ) -> DivergenceStats:
     """Reduce both models' logits ``[n, V]`` to their statistics and the divergence; consume both buffers.
 
     With ``gradient``, leaves dD/dlogits in ``student_logits`` up to the factor of ``divergence_gradient``. ``entropy``
     adds the student's entropy; the teacher's is always there.
     """
-    capped = gradient and spec.softcap is not None
+    capped, jsd = gradient and spec.softcap is not None, spec.divergence == "jsd"
+    # Without entropy, jsd needs the student's probabilities alone and takes them in place.
+    in_place = jsd and not entropy
     parts = []
-    for rows, (p, q, work, *slope) in _blocks(student_logits, 4 if capped else 3, buffers=2):
+    for rows, (q, work, *more) in _blocks(student_logits, 3 - in_place + capped, buffers=2):
         z, y = student_logits[rows], teacher_logits[rows]
-        _transform_(z, spec, *slope)
+        slope = more.pop() if capped else None
+        p = z if in_place else more.pop()
+        _transform_(z, spec, slope)
+        target_logits = z.gather(1, target_ids[rows, None])
+        shift, log_sum = _softmax_(z, out=p, floor=jsd)
+        log_probs = target_logits - shift - log_sum
+        entropies = (log_sum - _dot(p, z, out=work)).squeeze(1) if entropy else None
         _transform_(y, spec)
-        log_normalizer, teacher_log_normalizer = _log_softmax_(z, logsumexp), _log_softmax_(y, logsumexp)
-        log_probs = z.gather(1, target_ids[rows, None]).squeeze(1)
-        if spec.divergence == "jsd":
-            _floor_(z)
-            _floor_(y)
-        torch.exp(z, out=p)
-        torch.exp(y, out=q)
-        entropies = -_dot(p, z, out=work).squeeze(1) if entropy else None
-        teacher_entropy = -_dot(q, y, out=work).squeeze(1)
+        teacher_shift, teacher_log_sum = _softmax_(y, out=q, floor=jsd)
+        teacher_entropy = teacher_log_sum - _dot(q, y, out=work)
 
-        _log_ratio_(z, y, p, q, spec, mixture=work)
-        if spec.divergence == "forward_kl":
-            center = torch.zeros_like(log_probs)[:, None]
-            divergence = -_dot(q, z, out=y)
-        else:
-            center = divergence = _dot(p, z, out=y)
-        if spec.divergence == "jsd":
+        if jsd:
+            log_ratio, spare = _log_ratio_to_mixture(p, q, spec, mixture=work, out=y), work
             teacher_kl = _dot(q, torch.div(q, work, out=work).log_(), out=work)
+        else:
+            log_ratio, spare = z.sub_(y).sub_(log_sum - teacher_log_sum), y
+            teacher_kl = _dot(q, z, out=y).neg_()
+        if spec.divergence == "forward_kl":
+            center, divergence = torch.zeros_like(log_probs), teacher_kl
+        else:
+            center = divergence = _dot(p, log_ratio, out=spare)
+        if jsd:
             divergence = center * (1.0 - spec.alpha) + teacher_kl * spec.alpha
         if gradient:
-            # y holds p times the log-ratio.
-            _divergence_gradient(y, p, q, center, spec, out=z)
-            if slope:
-                z.mul_(*slope)
+            # The spare buffer holds p times the log-ratio.
+            _divergence_gradient(spare, p, q, center, spec, out=z)
+            if slope is not None:
+                z.mul_(slope)
         parts.append(
             DivergenceStats(
-                log_probs,
-                log_normalizer,
+                log_probs.squeeze(1),
+                shift + log_sum,
                 entropies,
-                teacher_log_normalizer,
-                teacher_entropy,
+                teacher_shift + teacher_log_sum,
+                teacher_entropy.squeeze(1),
                 divergence.squeeze(1),
                 center,
             )
@@ -171,7 +176,7 @@ def log_prob_gradient_(
         return torch.full_like(total, spec.constant_slope)
     for rows, (p, slope) in _blocks(buffer, 2, buffers=1):
         z = buffer[rows]
-        if spec.softcap is not None and stats.logsumexp is not None:
+        if spec.softcap is not None:
             torch.add(z, stats.logsumexp[rows], out=slope).mul_(spec.temperature / spec.softcap)
             _slope_of_tanh_(slope, spec)
         torch.exp(z, out=p)
@@ -204,7 +209,6 @@ def slice_gradient_(
 
     The log-sum-exps come from ``stats``, so any slice of the vocabulary can be done on its own.
     """
-    assert stats.logsumexp is not None
     local_ids = target_ids - first_id
     inside = (local_ids >= 0) & (local_ids < logits.shape[1])
     local_ids = local_ids.clamp(0, logits.shape[1] - 1)
@@ -220,12 +224,14 @@ def slice_gradient_(
             torch.add(z, stats.entropy[rows, None], out=work)
             total.addcmul_(work.mul_(p), grads.entropy[rows, None], value=-1.0)
         if grads.divergence is not None and isinstance(stats, DivergenceStats) and teacher_logits is not None:
-            assert stats.teacher_logsumexp is not None
             y = teacher_logits[rows]
             _transform_(y, spec)
             _normalize_(y, stats.teacher_logsumexp[rows], spec)
             torch.exp(y, out=q)
-            _log_ratio_(z, y, p, q, spec, mixture=work)
+            if spec.divergence == "jsd":
+                _log_ratio_to_mixture(p, q, spec, mixture=work, out=z)
+            else:
+                z.sub_(y)
             _divergence_gradient(z.mul_(p), p, q, stats.center[rows], spec, out=z)
             total.addcmul_(z, grads.divergence[rows, None], value=spec.divergence_slope)
         torch.mul(total, *slope or (spec.scale,), out=z)
@@ -260,11 +266,18 @@ def _slope_of_tanh_(tanh: Tensor, spec: RowSpec) -> None:
     tanh.square_().neg_().add_(1.0).mul_(spec.scale)
 
 
-def _log_softmax_(z: Tensor, logsumexp: bool) -> Tensor | None:
-    """Normalise whole rows in place; the log-sum-exp ``[n, 1]`` where it is asked for."""
-    shift = z.amax(1, keepdim=True) if logsumexp else None
-    torch.log_softmax(z, 1, out=z)
-    return None if shift is None else shift - z.amax(1, keepdim=True)
+def _softmax_(z: Tensor, out: Tensor, floor: bool) -> tuple[Tensor, Tensor]:
+    """Probabilities of whole rows into ``out``; returns the rows' maxima and log sum exp(z - maximum), ``[n, 1]``.
+
+    Leaves ``z - maximum`` in ``z`` unless ``out`` is ``z``.
+    """
+    shift = z.amax(1, keepdim=True)
+    z.sub_(shift)
+    if floor:
+        _floor_(z)
+    total = torch.exp(z, out=out).sum(1, keepdim=True)
+    out.mul_(total.reciprocal())
+    return shift, total.log_()
 
 
 def _normalize_(z: Tensor, logsumexp: Tensor, spec: RowSpec) -> None:
@@ -275,22 +288,24 @@ def _normalize_(z: Tensor, logsumexp: Tensor, spec: RowSpec) -> None:
 
 
 def _floor_(log_probs: Tensor) -> None:
-    """Keep probabilities well above the smallest normal number, so that neither 0 / 0 nor 0 * inf arises below it."""
-    log_probs.clamp_min_(-80.0 if log_probs.dtype == torch.float32 else -700.0)
+    """Keep probabilities above the smallest normal number, so that neither 0 / 0 nor 0 * inf arises below it.
+
+    e^15 is more than any vocabulary: a floored exponential stays normal when it is divided by the row's sum.
+    """
+    log_probs.clamp_min_(math.log(torch.finfo(log_probs.dtype).tiny) + 15.0)
 
 
 def _dot(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
     return torch.mul(a, b, out=out).sum(1, keepdim=True)
 
 
-def _log_ratio_(z: Tensor, y: Tensor, p: Tensor, q: Tensor, spec: RowSpec, mixture: Tensor) -> None:
-    """Overwrite log-probs ``z`` with log p - log m (jsd; ``mixture`` receives m) or log p - log q (the KLs)."""
-    if spec.divergence == "jsd":
-        # The logarithm of the ratio, not the difference of logarithms: its error does not grow with the logits.
-        torch.lerp(p, q, spec.alpha, out=mixture)
-        torch.div(p, mixture, out=z).log_()
-    else:
-        z.sub_(y)
+def _log_ratio_to_mixture(p: Tensor, q: Tensor, spec: RowSpec, mixture: Tensor, out: Tensor) -> Tensor:
+    """log p - log m into ``out`` and m into ``mixture``.
+
+    The logarithm of the ratio, not the difference of logarithms: its error does not grow with the logits.
+    """
+    torch.lerp(p, q, spec.alpha, out=mixture)
+    return torch.div(p, mixture, out=out).log_()
 
 
 def _divergence_gradient(weighted: Tensor, p: Tensor, q: Tensor, center: Tensor, spec: RowSpec, out: Tensor) -> None:

@@ -56,13 +56,11 @@ def forward(hidden: Tensor, head: Head, call: StatsCall) -> RowStats | Divergenc
         target_ids = call.target_ids[rows]
         z = logits(hidden, head, rows, buffer[0, : len(rows)])
         if call.teacher_hidden is None:
-            alone.append(row_passes.row_stats(z, call.spec, target_ids=target_ids, entropy=True, logsumexp=True))
+            alone.append(row_passes.row_stats(z, call.spec, target_ids=target_ids, entropy=True))
         else:
             y = logits(call.teacher_hidden, call.teacher_head, rows, buffer[1, : len(rows)])
             paired.append(
-                row_passes.divergence_stats(
-                    z, y, call.spec, target_ids=target_ids, gradient=False, entropy=True, logsumexp=True
-                )
+                row_passes.divergence_stats(z, y, call.spec, target_ids=target_ids, gradient=False, entropy=True)
             )
     return DivergenceStats.concatenate(paired) if paired else RowStats.concatenate(alone)
 
