@@ -52,7 +52,7 @@ def compare_with_naive(inputs: dict[str, Any]) -> str:
     if not STATUS.exists():
         return line + ", peak memory not measured here"
     fused_peak, naive_peak = (measure_peak(name, inputs) for name in ("fused", "naive"))
-    return line + f", peak memory {fused_peak / naive_peak:.2f}x ({fused_peak:.0f} MB / {naive_peak:.0f} MB)"
+    return line + f", peak memory {fused_peak / max(naive_peak, 1e-3):.2f}x ({fused_peak:.0f} MB / {naive_peak:.0f} MB)"
 
 
 def relative_error(value: Tensor, expected: Tensor) -> float:

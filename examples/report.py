@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import matplotlib
+from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -115,11 +115,8 @@ def token_shares(row: Mapping[str, float]) -> tuple[float, float, float]:
 
 def draw_curves(rows: list[dict[str, float]], path: Path) -> None:
     """The run in eight panels."""
-    # Drawn to a file: a backend with a window could fail where there is no screen.
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, panels = plt.subplots(2, 4, figsize=(16, 7.5), layout="constrained")
+    figure = Figure(figsize=(16, 7.5), layout="constrained")
+    panels = figure.subplots(2, 4)
     steps = [row["step"] for row in rows]
     curves = {
         "reward": "Mean reward",
@@ -144,7 +141,6 @@ def draw_curves(rows: list[dict[str, float]], path: Path) -> None:
         panel.xaxis.get_major_locator().set_params(integer=True)
         panel.grid(alpha=0.3)
     figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
 def stack_bars(panel: Any, steps: Sequence[float], parts: Mapping[str, Sequence[float]]) -> None:

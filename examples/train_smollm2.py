@@ -42,7 +42,7 @@ class Options:
     for all; sdpo: distil every reply that has a correct sibling, and nothing else."""
     steps: int = 8
     """Updates of the model."""
-    prompts: int = 6
+    prompts: int = 5
     """Problems per step."""
     group_size: int = 8
     """Replies per problem."""
@@ -119,7 +119,7 @@ def train(
     options: Options,
     log: RunLog,
 ) -> dict[str, Any]:
-    """The loop. Returns the last batch as arguments of `srpo_loss`."""
+    """The loop. Returns the last batch, with the final weights, as arguments of `srpo_loss`."""
     teacher = model if options.teacher == "live" else copy.deepcopy(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=options.lr, weight_decay=0.0)
     config = sk.SRPOConfig(temperature=options.temperature)
