@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from srpo_kernels import validation
+from srpo_kernels import backends, validation
 from srpo_kernels.config import SRPOConfig
 from srpo_kernels.engine import ops, stats
 from srpo_kernels.engine.batch import Batch, Head, Needs
 from srpo_kernels.engine.gemm import accumulation_dtype
-from srpo_kernels.engine.plan import make_plan, order_rows, workspace_floor
+from srpo_kernels.engine.plan import RowMemory, make_plan, order_rows
 from srpo_kernels.objective import RowInputs
 from srpo_kernels.rows import RowSpec
 from srpo_kernels.types import Normalizers, SRPOOutput, TeacherStats, TokenStats
@@ -103,7 +103,9 @@ def srpo_loss(
     validation.check_teacher(teacher_hidden, teacher_weight, teacher_bias, weight, bias, sdpo_mask)
     dtype = accumulation_dtype(hidden, weight)
     models = 1 if sdpo_mask is None else 2
-    validation.check_workspace(workspace_bytes, workspace_floor(len(weight), dtype.itemsize, models))
+    passes = backends.row_passes(backends.resolve_backend(backend, hidden.device, dtype))
+    memory = RowMemory.of(weight, dtype, passes)
+    validation.check_workspace(workspace_bytes, memory.floor(models))
 
     shape, device = target_ids.shape, target_ids.device
     targets = target_ids.reshape(-1)
@@ -154,14 +156,12 @@ def srpo_loss(
         order,
         lengths,
         config,
-        vocab_size=len(weight),
-        itemsize=dtype.itemsize,
-        device=device,
+        memory=memory,
         workspace_bytes=workspace_bytes,
         gradients=int(needs.hidden) + int(needs.weight),
         log_mean_known=batch.log_mean is not None,
     )
-    loss, log_probs, metrics = ops.fused_loss(batch, plan, config, needs)
+    loss, log_probs, metrics = ops.fused_loss(batch, plan, config, needs, passes)
     return SRPOOutput(loss, metrics, log_probs.view(shape))
 
 
@@ -226,7 +226,8 @@ def token_stats(
     validation.check_stats_teacher(teacher_hidden, teacher_weight, teacher_bias, hidden, weight, bias)
     models = 1 if teacher_hidden is None else 2
     dtype = accumulation_dtype(hidden, weight)
-    validation.check_workspace(workspace_bytes, workspace_floor(len(weight), dtype.itemsize, models))
+    passes = backends.row_passes(backends.resolve_backend(backend, hidden.device, dtype))
+    validation.check_workspace(workspace_bytes, RowMemory.of(weight, dtype, passes).floor(models))
     targets = target_ids.reshape(-1)
     rows = _rows_to_compute(mask, targets)
     nowhere = torch.zeros_like(targets, dtype=torch.bool)
@@ -247,6 +248,7 @@ def token_stats(
         teacher_hidden=None if teacher_hidden is None else teacher_hidden.detach().flatten(0, -2),
         teacher_head=_teacher_head(head, teacher_weight, teacher_bias),
         workspace_bytes=workspace_bytes,
+        passes=passes,
     )
     outputs = ops.token_stats(hidden.reshape(-1, hidden.shape[-1]), head, call, _needs(hidden, head))
     return TokenStats._make(None if x is None else _spread(x, rows, target_ids.shape) for x in outputs)
@@ -298,15 +300,17 @@ def teacher_stats(
     targets = torch.zeros(shape, dtype=torch.int64, device=teacher_hidden.device)
     validation.check_mask(mask, targets)
     dtype = accumulation_dtype(teacher_hidden, teacher_weight)
-    validation.check_workspace(workspace_bytes, workspace_floor(len(teacher_weight), dtype.itemsize, 1))
+    passes = backends.row_passes(backends.resolve_backend(backend, teacher_hidden.device, dtype))
+    validation.check_workspace(workspace_bytes, RowMemory.of(teacher_weight, dtype, passes).floor(1))
     rows = _rows_to_compute(mask, targets.reshape(-1))
     head = Head(teacher_weight.detach(), None if teacher_bias is None else teacher_bias.detach())
     spec = RowSpec(temperature=temperature, logit_scale=logit_scale, softcap=softcap)
-    call = stats.StatsCall(targets.reshape(-1), rows, spec, None, head, workspace_bytes)
+    call = stats.StatsCall(targets.reshape(-1), rows, spec, None, head, workspace_bytes, passes)
     with torch.no_grad(), torch.autocast(teacher_hidden.device.type, enabled=False):
         result = stats.forward(teacher_hidden.detach().flatten(0, -2), head, call)
         assert result.entropy is not None
-        return TeacherStats(_spread(result.entropy, rows, shape), _spread(result.logsumexp.squeeze(1), rows, shape))
+        logsumexp = result.logsumexp.squeeze(1).to(dtype)
+        return TeacherStats(_spread(result.entropy, rows, shape), _spread(logsumexp, rows, shape))
 
 
 def _needs(hidden: Tensor, head: Head) -> Needs:

@@ -1,14 +1,15 @@
 """What a row pass takes and returns: the contract between the engine and its backends.
 
 A row pass reads logits ``[n, V]`` (or a slice of the vocabulary) one row at a time and reduces each row to a few
-numbers, or turns the buffer into the gradient of the logits. ``rows_torch`` implements it.
+numbers, or turns the buffer into the gradient of the logits. ``rows_torch`` implements ``RowPasses`` on every device,
+``kernels.passes`` in Triton.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -49,9 +50,9 @@ class RowSpec:
 class RowStats(NamedTuple):
     """The reductions of one model's rows.
 
-    ``log_probs`` ``[n]`` is the target's; ``logsumexp`` ``[n, 1]``; ``entropy`` ``[n]``; ``support_ids`` and
-    ``support_log_probs`` ``[n, K]``; ``log_tail`` ``[n]`` is the log of the probability outside the support. The last
-    four are None where they were not asked for.
+    ``log_probs`` ``[n]`` is the target's; ``logsumexp`` ``[n, 1]`` is in the device's widest dtype, since it is as
+    large as a logit; ``entropy`` ``[n]``; ``support_ids`` and ``support_log_probs`` ``[n, K]``; ``log_tail`` ``[n]`` is
+    the log of the probability outside the support. The last four are None where they were not asked for.
     """
 
     log_probs: Tensor
@@ -106,6 +107,113 @@ class RowGradients(NamedTuple):
     def select(self, rows: Tensor) -> RowGradients:
         """The gradients of some rows."""
         return type(self)._make(_select(self, rows))
+
+
+class Dlogits(NamedTuple):
+    """The gradient of logits: ``factor * values``, ``[n, 1]`` and ``[n, V]``; a factor of None is 1.
+
+    ``values`` is in the dtype of the products' operands. A factor is left over where it is cheaper to apply it to the
+    ``[n, H]`` side of a product than to the logits.
+    """
+
+    values: Tensor
+    factor: Tensor | None
+
+
+class Scratch(NamedTuple):
+    """What a row pass allocates at most: ``blocks`` buffers of ``rows`` rows of logits."""
+
+    blocks: int
+    rows: int
+
+
+class RowPasses(Protocol):
+    """What a backend implements. Logits are ``[n, V]`` with rows of any stride; a pass may consume what it is given.
+
+    What the statistics' pass leaves in the buffers is for the matching gradient's eyes alone.
+    """
+
+    def scratch(self, vocab_size: int, device: torch.device) -> Scratch:
+        """What a pass allocates beside its arguments."""
+
+    def row_stats(
+        self,
+        logits: Tensor,
+        spec: RowSpec,
+        *,
+        target_ids: Tensor,
+        support_ids: Tensor | None = None,
+        entropy: bool = False,
+    ) -> RowStats:
+        """Reduce logits to the targets' log-probs, entropy, log-sum-exp and a support's log-probs, per row.
+
+        ``support_ids`` ``[n, K]`` names the support; with None and ``spec.topk`` it is the row's own top-k.
+        """
+
+    def divergence_stats(
+        self,
+        student_logits: Tensor,
+        teacher_logits: Tensor,
+        spec: RowSpec,
+        *,
+        target_ids: Tensor,
+        gradient: bool,
+        entropy: bool = False,
+    ) -> DivergenceStats:
+        """Reduce both models' logits to their statistics and the divergence.
+
+        ``gradient`` says that ``divergence_gradient_`` follows. ``entropy`` adds the student's entropy; the teacher's
+        is always there.
+        """
+
+    def log_prob_gradient_(
+        self,
+        logits: Tensor,
+        stats: RowStats,
+        spec: RowSpec,
+        *,
+        ids: Tensor,
+        log_probs: Tensor,
+        grad_log_probs: Tensor,
+        grad_tail: Tensor | None = None,
+        grad_entropy: Tensor | None = None,
+        dtype: torch.dtype,
+    ) -> Dlogits:
+        """Turn what ``row_stats`` left in ``logits`` into dlogits, for K log-probs, their tail and the entropy.
+
+        ``ids``, ``log_probs`` and their upstream gradients g are ``[n, K]``: ``dz_v = sum_k g_k (1[v = k] - p_v)``. The
+        tail adds ``g_tail (1[v outside] p_v / tail - p_v)``, the entropy ``-g_H p_v (log p_v + H)``, which needs
+        ``row_stats(entropy=True)``.
+        """
+
+    def divergence_gradient_(
+        self,
+        student_logits: Tensor,
+        teacher_logits: Tensor,
+        stats: DivergenceStats,
+        spec: RowSpec,
+        *,
+        grad_divergence: Tensor,
+        dtype: torch.dtype,
+    ) -> Dlogits:
+        """Turn what ``divergence_stats(gradient=True)`` left into dlogits, for ``grad_divergence`` ``[n]``."""
+
+    def slice_gradient_(
+        self,
+        logits: Tensor,
+        teacher_logits: Tensor | None,
+        stats: RowStats | DivergenceStats,
+        grads: RowGradients,
+        spec: RowSpec,
+        *,
+        target_ids: Tensor,
+        first_id: int,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        """Turn fresh logits of the vocabulary slice that starts at ``first_id`` into dlogits, all terms at once.
+
+        The log-sum-exps come from ``stats``, so any slice of the vocabulary can be done on its own.
+        """
 
 
 def _concatenate(parts: Sequence[Sequence[Tensor | None]]) -> list[Tensor | None]:

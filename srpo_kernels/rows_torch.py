@@ -7,7 +7,7 @@ products apply to their ``[n, H]`` side: a pass over the buffer less.
 
 - ``row_stats`` leaves probabilities, or log-probabilities where the gradient needs them (entropy, softcap);
   ``log_prob_gradient_`` turns either into dlogits.
-- ``divergence_stats`` leaves dD/dlogits up to the factor of ``divergence_gradient``.
+- ``divergence_stats`` leaves dD/dlogits up to the factor of ``divergence_gradient_``.
 - ``slice_gradient_`` starts from fresh logits of any vocabulary slice and the saved statistics.
 """
 
@@ -19,18 +19,24 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from srpo_kernels.rows import DivergenceStats, RowGradients, RowSpec, RowStats
+from srpo_kernels.rows import DivergenceStats, Dlogits, RowGradients, RowSpec, RowStats, Scratch
+from srpo_kernels.types import wide_dtype
 
 # What one thread works on at a time, over all buffers of a pass: 1 MiB of fp32, half of a current core's L2 cache.
 _ELEMENTS_PER_THREAD = 1 << 18
 # Accelerators want few large launches instead.
 _ELEMENTS_ACCELERATOR = 1 << 25
 # The most blocks that one pass allocates, and how many buffers it then works on.
-SCRATCH_BLOCKS = 5
-_MOST_BUFFERS = SCRATCH_BLOCKS + 2
+_SCRATCH_BLOCKS = 5
+_MOST_BUFFERS = _SCRATCH_BLOCKS + 2
 
 
-def block_rows(vocab_size: int, device: torch.device, buffers: int = _MOST_BUFFERS) -> int:
+def scratch(vocab_size: int, device: torch.device) -> Scratch:
+    """What a pass allocates at most."""
+    return Scratch(_SCRATCH_BLOCKS, _block_rows(vocab_size, device, _MOST_BUFFERS))
+
+
+def _block_rows(vocab_size: int, device: torch.device, buffers: int) -> int:
     """Rows of one block: the same number for every thread, since a softmax takes each row on one thread."""
     if device.type != "cpu":
         return max(1, _ELEMENTS_ACCELERATOR // vocab_size)
@@ -45,11 +51,7 @@ def row_stats(
     support_ids: Tensor | None = None,
     entropy: bool = False,
 ) -> RowStats:
-    """Reduce ``logits`` ``[n, V]`` to the targets' log-probs, entropy, log-sum-exp and a support's log-probs, per row.
-
-    ``support_ids`` ``[n, K]`` names the support; with None and ``spec.topk`` it is the row's own top-k. Leaves
-    probabilities in ``logits``; with ``entropy`` or a softcap, log-probabilities.
-    """
+    """Leave probabilities in ``logits``; with ``entropy`` or a softcap, log-probabilities."""
     keep_logs = entropy or spec.softcap is not None
     parts = []
     for rows, scratch in _blocks(logits, 1 if keep_logs else 0, buffers=1):
@@ -76,7 +78,7 @@ def row_stats(
             if support is not None and support_log_probs is not None:
                 p.scatter_(1, support, support_log_probs.exp())
             entropies = -_dot(p, z, out=p).squeeze(1)
-        parts.append(RowStats(log_probs, shift + log_sum, entropies, support, support_log_probs, log_tail))
+        parts.append(RowStats(log_probs, _logsumexp(shift, log_sum), entropies, support, support_log_probs, log_tail))
     return RowStats.concatenate(parts)
 
 
@@ -89,11 +91,7 @@ def divergence_stats(
     gradient: bool,
     entropy: bool = False,
 ) -> DivergenceStats:
-    """Reduce both models' logits ``[n, V]`` to their statistics and the divergence; consume both buffers.
-
-    With ``gradient``, leaves dD/dlogits in ``student_logits`` up to the factor of ``divergence_gradient``. ``entropy``
-    adds the student's entropy; the teacher's is always there.
-    """
+    """Leave, with ``gradient``, dD/dlogits in ``student_logits`` up to the factor of ``divergence_gradient_``."""
     capped, jsd = gradient and spec.softcap is not None, spec.divergence == "jsd"
     # Without entropy, jsd needs the student's probabilities alone and takes them in place.
     in_place = jsd and not entropy
@@ -131,9 +129,9 @@ def divergence_stats(
         parts.append(
             DivergenceStats(
                 log_probs.squeeze(1),
-                shift + log_sum,
+                _logsumexp(shift, log_sum),
                 entropies,
-                teacher_shift + teacher_log_sum,
+                _logsumexp(teacher_shift, teacher_log_sum),
                 teacher_entropy.squeeze(1),
                 divergence.squeeze(1),
                 center,
@@ -143,7 +141,7 @@ def divergence_stats(
 
 
 def log_prob_gradient_(
-    buffer: Tensor,
+    logits: Tensor,
     stats: RowStats,
     spec: RowSpec,
     *,
@@ -152,18 +150,14 @@ def log_prob_gradient_(
     grad_log_probs: Tensor,
     grad_tail: Tensor | None = None,
     grad_entropy: Tensor | None = None,
-) -> Tensor:
-    """Turn what ``row_stats`` left in ``buffer`` ``[n, V]`` into dlogits, for K log-probs, their tail and the entropy.
-
-    ``ids``, ``log_probs`` and their upstream gradients g are ``[n, K]``: ``dz_v = sum_k g_k (1[v = k] - p_v)``. The
-    tail adds ``g_tail (1[v outside] p_v / tail - p_v)``, the entropy ``-g_H p_v (log p_v + H)``; the latter needs a
-    buffer left by ``row_stats(entropy=True)``. Returns the factor ``[n, 1]`` that is left to apply.
-    """
+    dtype: torch.dtype,
+) -> Dlogits:
+    """Work in place on what ``row_stats`` left in ``logits``."""
     total = grad_log_probs.sum(1, keepdim=True)
     if ids.shape[1] == 1 and grad_tail is None and grad_entropy is None and spec.softcap is None:
         # dz = -g (p - 1[v = id]): the buffer needs one number changed.
-        buffer.scatter_add_(1, ids, torch.full_like(total, -1.0))
-        return -total * spec.constant_slope
+        logits.scatter_add_(1, ids, torch.full_like(total, -1.0))
+        return _dlogits(logits, -total * spec.constant_slope, dtype)
     # dlogits outside of the ids is this number times p; at an id the value is set, not added, so that a large tail
     # term never has to cancel there.
     outside = -total
@@ -172,12 +166,12 @@ def log_prob_gradient_(
         outside = grad_tail[:, None] * torch.exp(-stats.log_tail[:, None]) - total
     at_ids = grad_log_probs - total * log_probs.exp()
     if spec.softcap is None and grad_entropy is None:
-        buffer.mul_(outside).scatter_(1, ids, at_ids)
-        return torch.full_like(total, spec.constant_slope)
-    for rows, (p, slope) in _blocks(buffer, 2, buffers=1):
-        z = buffer[rows]
+        logits.mul_(outside).scatter_(1, ids, at_ids)
+        return _dlogits(logits, torch.full_like(total, spec.constant_slope), dtype)
+    for rows, (p, slope) in _blocks(logits, 2, buffers=1):
+        z = logits[rows]
         if spec.softcap is not None:
-            torch.add(z, stats.logsumexp[rows], out=slope).mul_(spec.temperature / spec.softcap)
+            torch.add(z, stats.logsumexp[rows].to(z.dtype), out=slope).mul_(spec.temperature / spec.softcap)
             _slope_of_tanh_(slope, spec)
         torch.exp(z, out=p)
         if grad_entropy is not None and stats.entropy is not None:
@@ -187,12 +181,28 @@ def log_prob_gradient_(
         z.add_(p.mul_(outside[rows]).scatter_(1, ids[rows], at_ids[rows]))
         if spec.softcap is not None:
             z.mul_(slope)
-    return torch.full_like(total, spec.constant_slope)
+    return _dlogits(logits, torch.full_like(total, spec.constant_slope), dtype)
 
 
-def divergence_gradient(grad_divergence: Tensor, spec: RowSpec) -> Tensor:
-    """The factor ``[n, 1]`` that turns what ``divergence_stats`` left into dlogits, for ``grad_divergence`` ``[n]``."""
-    return grad_divergence[:, None] * (spec.constant_slope * spec.divergence_slope)
+def divergence_gradient_(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    stats: DivergenceStats,
+    spec: RowSpec,
+    *,
+    grad_divergence: Tensor,
+    dtype: torch.dtype,
+) -> Dlogits:
+    """Apply a factor to what ``divergence_stats`` left."""
+    factor = grad_divergence[:, None] * (spec.constant_slope * spec.divergence_slope)
+    return _dlogits(student_logits, factor, dtype)
+
+
+def _dlogits(values: Tensor, factor: Tensor, dtype: torch.dtype) -> Dlogits:
+    if values.dtype == dtype:
+        return Dlogits(values, factor)
+    # A factor on low-precision hidden states would be rounded once more than one on dlogits.
+    return Dlogits(values.mul_(factor).to(dtype), None)
 
 
 def slice_gradient_(
@@ -204,11 +214,9 @@ def slice_gradient_(
     *,
     target_ids: Tensor,
     first_id: int,
-) -> None:
-    """Turn fresh ``logits`` of the vocabulary slice that starts at ``first_id`` into dlogits, all terms at once.
-
-    The log-sum-exps come from ``stats``, so any slice of the vocabulary can be done on its own.
-    """
+    dtype: torch.dtype,
+) -> Tensor:
+    """Work in place on both models' logits."""
     local_ids = target_ids - first_id
     inside = (local_ids >= 0) & (local_ids < logits.shape[1])
     local_ids = local_ids.clamp(0, logits.shape[1] - 1)
@@ -235,6 +243,7 @@ def slice_gradient_(
             _divergence_gradient(z.mul_(p), p, q, stats.center[rows], spec, out=z)
             total.addcmul_(z, grads.divergence[rows, None], value=spec.divergence_slope)
         torch.mul(total, *slope or (spec.scale,), out=z)
+    return logits.to(dtype)
 
 
 def _blocks(buffer: Tensor, scratch: int, *, buffers: int) -> Iterator[tuple[slice, list[Tensor]]]:
@@ -243,7 +252,7 @@ def _blocks(buffer: Tensor, scratch: int, *, buffers: int) -> Iterator[tuple[sli
     ``buffers`` is how many of the caller's the pass works on.
     """
     n, width = buffer.shape
-    height = max(1, min(n, block_rows(width, buffer.device, scratch + buffers)))
+    height = max(1, min(n, _block_rows(width, buffer.device, scratch + buffers)))
     blocks = buffer.new_empty(scratch, height, width)
     for start in range(0, max(n, 1), height):
         rows = slice(start, min(start + height, n))
@@ -280,9 +289,13 @@ def _softmax_(z: Tensor, out: Tensor, floor: bool) -> tuple[Tensor, Tensor]:
     return shift, total.log_()
 
 
+def _logsumexp(shift: Tensor, log_sum: Tensor) -> Tensor:
+    return shift.to(wide_dtype(shift.device)) + log_sum
+
+
 def _normalize_(z: Tensor, logsumexp: Tensor, spec: RowSpec) -> None:
     """Normalise a slice of rows in place."""
-    z.sub_(logsumexp)
+    z.sub_(logsumexp.to(z.dtype))
     if spec.divergence == "jsd":
         _floor_(z)
 

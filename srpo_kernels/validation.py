@@ -16,11 +16,9 @@ _BACKENDS = ("auto", "torch", "triton")
 
 
 def check_backend(backend: str) -> None:
-    """A backend that this version has."""
+    """The name of a backend."""
     if backend not in _BACKENDS:
         raise ValueError(f"backend must be one of {_BACKENDS}, got {backend!r}")
-    if backend == "triton":
-        raise ValueError("backend='triton' is not in this version, use 'auto' or 'torch'")
 
 
 def check_config(config: object) -> None:

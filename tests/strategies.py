@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import reference
-from srpo_kernels import Normalizers, SRPOConfig
+from srpo_kernels import Normalizers, SRPOConfig, rows_torch
 from srpo_kernels.config import DISTILLATION_MODES, DIVERGENCES, KL_TYPES, LOSS_TYPES, REDUCTIONS
-from srpo_kernels.engine.plan import workspace_floor
+from srpo_kernels.engine.plan import RowMemory
 
 LEAVES = ("hidden", "weight", "bias")
 SHARED = ("weight", "bias", "teacher_weight", "teacher_bias")
@@ -220,6 +220,12 @@ def policy_rows(inputs: Inputs) -> Tensor:
     if routed is None:
         return valid
     return valid & ~(routed if routed.shape == valid.shape else routed[:, None])
+
+
+def workspace_floor(vocab_size: int, itemsize: int, models: int) -> int:
+    """Bytes of the smallest workspace that the torch backend accepts on a CPU."""
+    cpu = torch.device("cpu")
+    return RowMemory(vocab_size, itemsize, rows_torch.scratch(vocab_size, cpu), cpu).floor(models)
 
 
 def workspaces(vocab_size: int, models: int = 2) -> st.SearchStrategy[int | None]:

@@ -10,10 +10,11 @@ import torch
 from srpo_kernels import SRPOConfig, functional, srpo_loss, token_stats
 from srpo_kernels.config import DISTILLATION_MODES
 from srpo_kernels.engine import workspace
-from srpo_kernels.engine.plan import Plan, make_plan, workspace_floor
+from srpo_kernels.engine.plan import Plan, make_plan
+from srpo_kernels.engine.workspace import row_stride
 from tests.comparison import run_loss, with_leaves
 from tests.meters import MemoryMeter, ProductMeter
-from tests.strategies import LEAVES, Inputs, cast, head_inputs, loss_inputs, policy_rows
+from tests.strategies import LEAVES, Inputs, cast, head_inputs, loss_inputs, policy_rows, workspace_floor
 
 
 @pytest.fixture
@@ -42,7 +43,7 @@ def test_products_are_3_per_active_policy_row_and_4_per_distillation_row(
     plans: list[Plan], workspace_rows: int | None, mode: str
 ) -> None:
     inputs = loss_inputs(0, (8, 7))
-    workspace_bytes = None if workspace_rows is None else workspace_rows * 33 * 8
+    workspace_bytes = None if workspace_rows is None else workspace_rows * row_stride(33) * 8
     policy = policy_rows(inputs)
     inactive = int((policy & (inputs["advantages"] == 0)[:, None]).sum())
     active, distilled = int(policy.sum()) - inactive, int((inputs["mask"] & ~policy).sum())

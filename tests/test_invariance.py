@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from srpo_kernels import Normalizers, SRPOConfig, srpo_loss, teacher_stats
-from srpo_kernels.engine.plan import workspace_floor
 from tests.comparison import Results, assert_same, gradients, run_loss, with_leaves
 from tests.strategies import (
     LEAVES,
@@ -25,6 +24,7 @@ from tests.strategies import (
     take,
     thorough,
     transform_of,
+    workspace_floor,
 )
 
 

@@ -13,15 +13,15 @@ from srpo_kernels import SRPOConfig
 from srpo_kernels.config import LOSS_TYPES
 from srpo_kernels.engine.plan import (
     Plan,
+    RowMemory,
     RowOrder,
-    chunk_capacity,
     make_plan,
     order_rows,
     row_chunks,
     sequence_segments,
-    workspace_floor,
 )
-from srpo_kernels.rows_torch import SCRATCH_BLOCKS, block_rows
+from srpo_kernels.engine.workspace import row_stride
+from srpo_kernels.rows import Scratch
 
 CPU = torch.device("cpu")
 
@@ -59,22 +59,26 @@ def test_sequence_segments_cover_the_rows_in_order_and_cut_no_sequence(lengths: 
 @given(
     vocab_size=st.integers(1, 300_000),
     itemsize=st.sampled_from([4, 8]),
+    copy_itemsize=st.sampled_from([0, 2]),
+    scratch=st.builds(Scratch, st.integers(0, 6), st.integers(0, 40)),
     models=st.sampled_from([1, 2]),
     times=st.floats(1, 5000),
 )
 def test_a_chunk_and_its_scratch_fit_into_the_workspace(
-    vocab_size: int, itemsize: int, models: int, times: float
+    vocab_size: int, itemsize: int, copy_itemsize: int, scratch: Scratch, models: int, times: float
 ) -> None:
-    workspace = int(workspace_floor(vocab_size, itemsize, models) * times)
-    capacity = chunk_capacity(vocab_size, itemsize, models, workspace, CPU)
+    memory = RowMemory(vocab_size, itemsize, scratch, CPU, copy_itemsize)
+    workspace = int(memory.floor(models) * times)
+    capacity = memory.capacity(models, workspace)
     assert capacity >= 1
-    scratch = SCRATCH_BLOCKS * min(capacity, block_rows(vocab_size, CPU))
-    assert (models * capacity + scratch) * vocab_size * itemsize <= workspace
+    logits = capacity * (models * itemsize + copy_itemsize)
+    scratch_logits = scratch.blocks * min(capacity, scratch.rows) * itemsize
+    assert (logits + scratch_logits) * row_stride(vocab_size) <= workspace
 
 
 def test_a_larger_workspace_never_makes_smaller_chunks() -> None:
-    floor = workspace_floor(1000, 4, 2)
-    capacities = [chunk_capacity(1000, 4, 2, floor * times, CPU) for times in range(1, 2000)]
+    memory = RowMemory(1000, 4, Scratch(5, 9), CPU)
+    capacities = [memory.capacity(2, memory.floor(2) * times) for times in range(1, 2000)]
     assert capacities == sorted(capacities)
     assert capacities[-1] > capacities[0]
 
@@ -118,10 +122,8 @@ def plan_of(
         rows,
         lengths,
         config,
-        vocab_size=1000,
-        itemsize=8,
-        device=CPU,
-        workspace_bytes=workspace_rows * 1000 * 8,
+        memory=RowMemory(1000, 8, Scratch(5, 100), CPU),
+        workspace_bytes=workspace_rows * row_stride(1000) * 8,
         gradients=gradients,
         log_mean_known=log_mean_known,
     )

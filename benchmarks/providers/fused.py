@@ -7,8 +7,8 @@ from torch import Tensor
 import srpo_kernels as sk
 from benchmarks.cases import CONFIG, Batch
 from benchmarks.providers import Step, autograd_step
-from srpo_kernels.engine.plan import chunk_capacity
-from srpo_kernels.rows_torch import SCRATCH_BLOCKS, block_rows
+from srpo_kernels import rows_torch
+from srpo_kernels.engine.plan import RowMemory
 
 
 def loss(batch: Batch) -> Tensor:
@@ -35,9 +35,8 @@ def peak_limit(batch: Batch) -> float:
 
     The same for any number of rows.
     """
-    vocab_size, itemsize, device = len(batch.weight), batch.weight.itemsize, batch.weight.device
+    memory = RowMemory.of(batch.weight, batch.weight.dtype, rows_torch)
     models = 2 if batch.sdpo_mask.any() else 1
-    logits_rows = models * chunk_capacity(vocab_size, itemsize, models, None, device)
-    scratch_rows = SCRATCH_BLOCKS * block_rows(vocab_size, device)
-    workspace = (logits_rows + scratch_rows) * vocab_size * itemsize
+    rows = models * memory.capacity(models, None) + memory.scratch.blocks * memory.scratch.rows
+    workspace = rows * memory.vocab_size * memory.itemsize
     return 1.05 * (workspace + batch.weight.nbytes)

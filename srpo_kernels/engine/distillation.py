@@ -9,73 +9,89 @@ import torch
 from torch import Tensor
 
 from srpo_kernels import objective
-from srpo_kernels import rows_torch as row_passes
 from srpo_kernels.config import SRPOConfig
-from srpo_kernels.rows import RowSpec
+from srpo_kernels.rows import Dlogits, RowPasses, RowSpec
 
 
 class DistilledChunk(NamedTuple):
     """Statistics ``[n]`` of a chunk.
 
-    ``loss`` is the token loss before any weight, ``divergence`` what a log should show of it. ``gradient_`` takes the
-    ``[n]`` upstream gradients of ``loss``, leaves dlogits in the student's buffer up to a factor ``[n, 1]`` per row,
-    and returns that factor.
+    ``loss`` is the token loss before any weight, ``divergence`` what a log should show of it. ``gradient_`` turns
+    the ``[n]`` upstream gradients of ``loss`` into dlogits and consumes both models' logits.
     """
 
     log_probs: Tensor
     teacher_entropy: Tensor
     divergence: Tensor
     loss: Tensor
-    gradient_: Callable[[Tensor], Tensor]
+    gradient_: Callable[[Tensor], Dlogits]
 
 
 def distill_chunk(
-    z: Tensor, y: Tensor, target_ids: Tensor, spec: RowSpec, config: SRPOConfig, *, gradient: bool
+    passes: RowPasses,
+    z: Tensor,
+    y: Tensor,
+    target_ids: Tensor,
+    spec: RowSpec,
+    config: SRPOConfig,
+    *,
+    gradient: bool,
+    dtype: torch.dtype,
 ) -> DistilledChunk:
-    """Reduce the student's logits ``z`` and the teacher's ``y``, ``[n, V]`` both, after ``distillation_mode``."""
+    """Reduce the student's logits ``z`` and the teacher's ``y``, ``[n, V]`` both, after ``distillation_mode``.
+
+    ``gradient`` says that ``gradient_`` will be called; ``dtype`` is that of its dlogits.
+    """
     if config.distillation_mode == "full":
-        return _full(z, y, target_ids, spec, gradient)
+        return _full(passes, z, y, target_ids, spec, gradient, dtype)
     if config.distillation_mode == "sampled":
-        return _sampled(z, y, target_ids, spec)
-    return _topk(z, y, target_ids, spec, config)
+        return _sampled(passes, z, y, target_ids, spec, dtype)
+    return _topk(passes, z, y, target_ids, spec, config, dtype)
 
 
-def _full(z: Tensor, y: Tensor, target_ids: Tensor, spec: RowSpec, gradient: bool) -> DistilledChunk:
-    stats = row_passes.divergence_stats(z, y, spec, target_ids=target_ids, gradient=gradient)
+def _full(
+    passes: RowPasses, z: Tensor, y: Tensor, target_ids: Tensor, spec: RowSpec, gradient: bool, dtype: torch.dtype
+) -> DistilledChunk:
+    stats = passes.divergence_stats(z, y, spec, target_ids=target_ids, gradient=gradient)
 
-    def gradient_(upstream: Tensor) -> Tensor:
-        return row_passes.divergence_gradient(upstream, spec)
+    def gradient_(upstream: Tensor) -> Dlogits:
+        return passes.divergence_gradient_(z, y, stats, spec, grad_divergence=upstream, dtype=dtype)
 
     return DistilledChunk(stats.log_probs, stats.teacher_entropy, stats.divergence, stats.divergence, gradient_)
 
 
-def _sampled(z: Tensor, y: Tensor, target_ids: Tensor, spec: RowSpec) -> DistilledChunk:
-    student = row_passes.row_stats(z, spec, target_ids=target_ids)
-    teacher = row_passes.row_stats(y, spec, target_ids=target_ids, entropy=True)
+def _sampled(
+    passes: RowPasses, z: Tensor, y: Tensor, target_ids: Tensor, spec: RowSpec, dtype: torch.dtype
+) -> DistilledChunk:
+    student = passes.row_stats(z, spec, target_ids=target_ids)
+    teacher = passes.row_stats(y, spec, target_ids=target_ids, entropy=True)
     assert teacher.entropy is not None
     with torch.enable_grad():
         log_probs = student.log_probs.detach().requires_grad_()
         loss = objective.sampled_divergence(log_probs, teacher.log_probs)
 
-    def gradient_(upstream: Tensor) -> Tensor:
+    def gradient_(upstream: Tensor) -> Dlogits:
         (grad,) = torch.autograd.grad(loss, log_probs, upstream)
-        return row_passes.log_prob_gradient_(
+        return passes.log_prob_gradient_(
             z,
             student,
             spec,
             ids=target_ids[:, None],
             log_probs=student.log_probs[:, None],
             grad_log_probs=grad[:, None],
+            dtype=dtype,
         )
 
     difference = student.log_probs - teacher.log_probs
     return DistilledChunk(student.log_probs, teacher.entropy, difference, loss.detach(), gradient_)
 
 
-def _topk(z: Tensor, y: Tensor, target_ids: Tensor, spec: RowSpec, config: SRPOConfig) -> DistilledChunk:
-    student = row_passes.row_stats(z, spec, target_ids=target_ids)
+def _topk(
+    passes: RowPasses, z: Tensor, y: Tensor, target_ids: Tensor, spec: RowSpec, config: SRPOConfig, dtype: torch.dtype
+) -> DistilledChunk:
+    student = passes.row_stats(z, spec, target_ids=target_ids)
     ids = student.support_ids
-    teacher = row_passes.row_stats(y, spec, target_ids=target_ids, support_ids=ids, entropy=True)
+    teacher = passes.row_stats(y, spec, target_ids=target_ids, support_ids=ids, entropy=True)
     assert ids is not None and student.support_log_probs is not None
     assert teacher.entropy is not None and teacher.support_log_probs is not None
     student_log_probs = student.support_log_probs
@@ -84,10 +100,10 @@ def _topk(z: Tensor, y: Tensor, target_ids: Tensor, spec: RowSpec, config: SRPOC
         log_tail = None if student.log_tail is None else student.log_tail.detach().requires_grad_()
         loss = objective.support_divergence(log_p, teacher.support_log_probs, log_tail, teacher.log_tail, config)
 
-    def gradient_(upstream: Tensor) -> Tensor:
+    def gradient_(upstream: Tensor) -> Dlogits:
         variables = [log_p] if log_tail is None else [log_p, log_tail]
         grad_log_probs, *grad_tail = torch.autograd.grad(loss, variables, upstream)
-        return row_passes.log_prob_gradient_(
+        return passes.log_prob_gradient_(
             z,
             student,
             spec,
@@ -95,6 +111,7 @@ def _topk(z: Tensor, y: Tensor, target_ids: Tensor, spec: RowSpec, config: SRPOC
             log_probs=student_log_probs,
             grad_log_probs=grad_log_probs,
             grad_tail=grad_tail[0] if grad_tail else None,
+            dtype=dtype,
         )
 
     divergence = loss.detach()

@@ -14,23 +14,23 @@ import torch
 from torch import Tensor
 
 from srpo_kernels import objective
-from srpo_kernels import rows_torch as row_passes
 from srpo_kernels.config import SRPOConfig
 from srpo_kernels.engine import gemm, workspace
 from srpo_kernels.engine.batch import Batch, FusedResult, Head, Needs
 from srpo_kernels.engine.distillation import distill_chunk
 from srpo_kernels.engine.plan import Plan
-from srpo_kernels.rows import RowSpec, RowStats
+from srpo_kernels.rows import Dlogits, RowPasses, RowSpec, RowStats
 from srpo_kernels.types import METRICS
 
 
 class FusedPass:
     """One run of the loss over a batch, after a plan."""
 
-    def __init__(self, batch: Batch, plan: Plan, config: SRPOConfig, needs: Needs) -> None:
-        self.batch, self.plan, self.config, self.needs = batch, plan, config, needs
+    def __init__(self, batch: Batch, plan: Plan, config: SRPOConfig, needs: Needs, passes: RowPasses) -> None:
+        self.batch, self.plan, self.config, self.needs, self.passes = batch, plan, config, needs, passes
         self.vocab_size = len(batch.head.weight)
         self.dtype = gemm.accumulation_dtype(batch.hidden, batch.head.weight)
+        self.operand_dtype = gemm.operand_dtype(batch.head.weight, self.dtype)
         topk = min(config.topk, self.vocab_size) if config.distillation_mode == "topk" else 0
         self.policy_spec = RowSpec(
             temperature=config.temperature, logit_scale=config.logit_scale, softcap=config.softcap
@@ -42,7 +42,7 @@ class FusedPass:
             topk=topk,
             add_tail=config.add_tail and 0 < topk < self.vocab_size,
         )
-        self.buffer = workspace.borrow(plan.buffer_rows * self.vocab_size, self.dtype, batch.hidden.device)
+        self.buffer = workspace.borrow(plan.buffer_rows, self.vocab_size, self.dtype, batch.hidden.device)
         self.log_probs = batch.hidden.new_zeros(len(batch.target_ids), dtype=self.dtype)
         self.grad_hidden = torch.zeros_like(batch.hidden, dtype=self.dtype) if needs.hidden else None
         self.grad_head = gemm.HeadGradient(
@@ -79,12 +79,14 @@ class FusedPass:
             hidden, z = self._logits(rows)
             y = self._teacher_logits(rows, offset=len(rows))
             distilled = distill_chunk(
+                self.passes,
                 z,
                 y,
                 self.batch.target_ids[rows],
                 self.distillation_spec,
                 self.config,
                 gradient=any(self.needs),
+                dtype=self.operand_dtype,
             )
             parts.append((distilled.log_probs, distilled.teacher_entropy, distilled.divergence, distilled.loss))
             rescale = None
@@ -94,10 +96,10 @@ class FusedPass:
             if any(self.needs):
                 weights = torch.exp(-beta * distilled.teacher_entropy - reference)
                 upstream = self.batch.factors[rows] * weights * self._correction(distilled.log_probs, rows)
-                factor = distilled.gradient_(upstream)
+                dlogits = distilled.gradient_(upstream)
                 if rescale is not None and self.grad_hidden is not None:
                     self.grad_hidden[order[: chunk.start]] *= rescale
-                self._accumulate(z, factor, hidden, rows, rescale)
+                self._accumulate(dlogits, hidden, rows, rescale)
 
         log_probs, teacher_entropy, divergence, token_loss = map(torch.cat, zip(*parts, strict=True))
         self.log_probs[order] = log_probs
@@ -129,7 +131,7 @@ class FusedPass:
                 if chunk is not segment[-1]:
                     hidden, z, last_stats = self._policy_stats(rows)
                 local = slice(chunk.start - segment[0].start, chunk.stop - segment[0].start)
-                factor = row_passes.log_prob_gradient_(
+                dlogits = self.passes.log_prob_gradient_(
                     z,
                     last_stats,
                     self.policy_spec,
@@ -137,8 +139,9 @@ class FusedPass:
                     log_probs=last_stats.log_probs[:, None],
                     grad_log_probs=grad_log_probs[local, None],
                     grad_entropy=None if grad_entropy is None else grad_entropy[local],
+                    dtype=self.operand_dtype,
                 )
-                self._accumulate(z, factor, hidden, rows)
+                self._accumulate(dlogits, hidden, rows)
         stats += [self._policy_stats(order.inactive[chunk])[-1] for chunk in self.plan.inactive_chunks]
 
         active = len(order.policy)
@@ -164,7 +167,7 @@ class FusedPass:
     def _policy_stats(self, rows: Tensor) -> tuple[Tensor, Tensor, RowStats]:
         hidden, z = self._logits(rows)
         entropy = self.config.entropy_coef != 0.0
-        stats = row_passes.row_stats(z, self.policy_spec, target_ids=self.batch.target_ids[rows], entropy=entropy)
+        stats = self.passes.row_stats(z, self.policy_spec, target_ids=self.batch.target_ids[rows], entropy=entropy)
         return hidden, z, stats
 
     def _policy_gradients(self, stats: list[RowStats], rows: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -182,7 +185,7 @@ class FusedPass:
         entropies = []
         for chunk in self.plan.distillation_chunks:
             rows = self.plan.order.distillation[chunk]
-            stats = row_passes.row_stats(
+            stats = self.passes.row_stats(
                 self._teacher_logits(rows, offset=0),
                 self.policy_spec,
                 target_ids=self.batch.target_ids[rows],
@@ -202,28 +205,20 @@ class FusedPass:
         return self._project(batch.teacher_hidden, batch.teacher_rows[rows], batch.teacher_head, offset)[1]
 
     def _project(self, hidden: Tensor, rows: Tensor, head: Head, offset: int) -> tuple[Tensor, Tensor]:
-        start, stop = offset * self.vocab_size, (offset + len(rows)) * self.vocab_size
-        logits = self.buffer[start:stop].view(len(rows), self.vocab_size)
-        states = gemm.operand(hidden[rows], head.weight, self.dtype)
+        logits = self.buffer[offset : offset + len(rows)]
+        states = hidden[rows].to(gemm.operand_dtype(head.weight, self.dtype))
         gemm.project(states, head.weight, head.bias, out=logits)
         return states, logits
 
-    def _accumulate(
-        self, dlogits: Tensor, factor: Tensor, hidden: Tensor, rows: Tensor, rescale: Tensor | None = None
-    ) -> None:
-        """Add a chunk's dX rows and its part of dW and db; its dlogits are ``factor * dlogits``."""
-        self.grad_head.add_bias(dlogits, factor, rescale)
-        if hidden.dtype != self.dtype:
-            # A factor on low-precision hidden states would be rounded once more than one on dlogits.
-            dlogits.mul_(factor)
-            factor = torch.ones_like(factor)
-        weight = self.batch.head.weight
-        dlogits = gemm.operand(dlogits, weight, self.dtype)
+    def _accumulate(self, dlogits: Dlogits, hidden: Tensor, rows: Tensor, rescale: Tensor | None = None) -> None:
+        """Add a chunk's dX rows and its part of dW and db."""
+        values, factor = dlogits
+        self.grad_head.add_bias(dlogits, rescale)
         if self.grad_hidden is not None:
             grad = self.grad_hidden.new_empty(hidden.shape)
-            gemm.backproject(dlogits, weight, out=grad)
-            self.grad_hidden[rows] = grad.mul_(factor)
-        self.grad_head.add_weight(dlogits, hidden * factor.to(hidden.dtype), rescale)
+            gemm.backproject(values, self.batch.head.weight, out=grad)
+            self.grad_hidden[rows] = grad if factor is None else grad.mul_(factor)
+        self.grad_head.add_weight(values, hidden if factor is None else hidden * factor, rescale)
 
     def _correction(self, log_probs: Tensor, rows: Tensor) -> Tensor:
         return objective.distillation_weights(log_probs, self.batch.inputs.select(rows), self.config)

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from srpo_kernels.rows import Dlogits
+
 # Elements of one widened slab of the weight: 32 MiB in fp32.
 _SLAB_ELEMENTS = 1 << 23
 
@@ -20,12 +22,12 @@ def accumulation_dtype(*tensors: Tensor | None) -> torch.dtype:
     return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
-def operand(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """``x`` in the dtype in which it is multiplied with ``weight`` for a result in ``dtype``.
+def operand_dtype(weight: Tensor, dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which tensors are multiplied with ``weight`` for a result in ``dtype``.
 
     fp16 is widened too: dlogits of a mean over many tokens lie below its smallest number.
     """
-    return x.to(torch.bfloat16 if weight.is_cuda and weight.dtype == torch.bfloat16 else dtype)
+    return torch.bfloat16 if weight.is_cuda and weight.dtype == torch.bfloat16 else dtype
 
 
 def project(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
@@ -84,12 +86,16 @@ class HeadGradient:
             _addmm(dlogits.t(), hidden, out=self.weight)
         self._empty = False
 
-    def add_bias(self, dlogits: Tensor, factor: Tensor, rescale: Tensor | None = None) -> None:
-        """Add the column sums of ``factor * dlogits``: ``[n, 1]`` and ``[n, V]`` in the accumulation dtype."""
-        if self.bias is not None:
-            if rescale is not None:
-                self.bias.mul_(rescale)
-            self.bias.addmv_(dlogits.t(), factor.squeeze(1))
+    def add_bias(self, dlogits: Dlogits, rescale: Tensor | None = None) -> None:
+        """Add the column sums of dlogits."""
+        if self.bias is None:
+            return
+        if rescale is not None:
+            self.bias.mul_(rescale)
+        if dlogits.factor is None:
+            self.bias += dlogits.values.sum(0, dtype=self.bias.dtype)
+        else:
+            self.bias.addmv_(dlogits.values.t(), dlogits.factor.squeeze(1))
 
     def finish(self) -> None:
         """Make the gradient of no rows at all a zero."""

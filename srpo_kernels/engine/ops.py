@@ -13,12 +13,14 @@ from srpo_kernels.engine import stats
 from srpo_kernels.engine.batch import Batch, FusedResult, Head, Needs
 from srpo_kernels.engine.fused import FusedPass
 from srpo_kernels.engine.plan import Plan
-from srpo_kernels.rows import DivergenceStats, RowGradients
+from srpo_kernels.rows import DivergenceStats, RowGradients, RowPasses
 
 
-def fused_loss(batch: Batch, plan: Plan, config: SRPOConfig, needs: Needs) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+def fused_loss(
+    batch: Batch, plan: Plan, config: SRPOConfig, needs: Needs, passes: RowPasses
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Loss, log-probs ``[N]`` and metrics; only the loss carries gradient, to the batch's hidden states and head."""
-    loss, log_probs, metrics = _FusedLoss.apply(batch.hidden, *batch.head, batch, plan, config, needs)
+    loss, log_probs, metrics = _FusedLoss.apply(batch.hidden, *batch.head, batch, plan, config, needs, passes)
     return loss, log_probs, metrics
 
 
@@ -41,9 +43,10 @@ class _FusedLoss(torch.autograd.Function):
         plan: Plan,
         config: SRPOConfig,
         needs: Needs,
+        passes: RowPasses,
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         with torch.autocast(hidden.device.type, enabled=False):
-            result: FusedResult = FusedPass(batch, plan, config, needs).run()
+            result: FusedResult = FusedPass(batch, plan, config, needs, passes).run()
         ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
         ctx.save_for_backward(result.grad_hidden, result.grad_weight, result.grad_bias)
         ctx.mark_non_differentiable(result.log_probs)
@@ -56,7 +59,7 @@ class _FusedLoss(torch.autograd.Function):
             raise RuntimeError(f"srpo_loss takes a scalar upstream gradient, got {list(grad_loss.shape)}")
         scaled = [_scale(x, grad_loss) for x in ctx.saved_tensors]
         grads = [x if x is None else x.to(dtype) for x, dtype in zip(scaled, ctx.dtypes, strict=True)]
-        return (*grads, None, None, None, None)
+        return (*grads, None, None, None, None, None)
 
 
 def _scale(grad: Tensor | None, factor: Tensor) -> Tensor | None:

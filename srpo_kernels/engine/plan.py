@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from srpo_kernels.config import SRPOConfig
-from srpo_kernels.rows_torch import SCRATCH_BLOCKS, block_rows
+from srpo_kernels.engine import gemm
+from srpo_kernels.engine.workspace import row_stride
+from srpo_kernels.rows import RowPasses, Scratch
 
 # Where none is given: enough rows for the products to run near their best at vocabularies up to 262k.
 _DEFAULT_WORKSPACE_CPU = 640 << 20
@@ -65,25 +67,46 @@ def order_rows(
     return RowOrder(distillation, active, inactive)
 
 
-def workspace_floor(vocab_size: int, itemsize: int, models: int) -> int:
-    """Bytes that one row of ``models`` models' logits needs, with its scratch."""
-    return vocab_size * itemsize * (models + SCRATCH_BLOCKS)
+@dataclass(frozen=True)
+class RowMemory:
+    """What a row costs while it is computed: its logits in every model, its scratch, its dlogits where they move.
 
+    ``copy_itemsize`` is the size of an element of dlogits that cannot take the place of the logits, else 0.
+    """
 
-def chunk_capacity(
-    vocab_size: int, itemsize: int, models: int, workspace_bytes: int | None, device: torch.device
-) -> int:
-    """Rows of a chunk whose logits and scratch fit into the workspace; a default where none is given."""
-    if workspace_bytes is None:
-        if device.type != "cpu":
-            return _ROWS_ACCELERATOR
-        workspace_bytes = max(_DEFAULT_WORKSPACE_CPU, workspace_floor(vocab_size, itemsize, models))
-    rows = workspace_bytes // (vocab_size * itemsize)
-    block = block_rows(vocab_size, device)
-    capacity = max((rows - SCRATCH_BLOCKS * block) // models, min(block, rows // (models + SCRATCH_BLOCKS)), 1)
-    if device.type != "cpu" and capacity > _ROWS_ACCELERATOR:
-        capacity -= capacity % _ROWS_ACCELERATOR
-    return capacity
+    vocab_size: int
+    itemsize: int
+    scratch: Scratch
+    device: torch.device
+    copy_itemsize: int = 0
+
+    @classmethod
+    def of(cls, weight: Tensor, dtype: torch.dtype, passes: RowPasses) -> RowMemory:
+        """For logits in ``dtype`` of the head ``weight`` ``[V, H]``."""
+        copy = gemm.operand_dtype(weight, dtype)
+        scratch = passes.scratch(len(weight), weight.device)
+        return cls(len(weight), dtype.itemsize, scratch, weight.device, 0 if copy == dtype else copy.itemsize)
+
+    def floor(self, models: int) -> int:
+        """Bytes that one row of ``models`` models needs."""
+        return self._logits(models) + self.scratch.blocks * self._logits(1, copy=False)
+
+    def capacity(self, models: int, workspace_bytes: int | None) -> int:
+        """Rows of a chunk that fit into the workspace; a default where none is given."""
+        if workspace_bytes is None:
+            if self.device.type != "cpu":
+                return _ROWS_ACCELERATOR
+            workspace_bytes = max(_DEFAULT_WORKSPACE_CPU, self.floor(models))
+        # Scratch is for a block of rows at most, and for no more rows than the chunk has.
+        block = self.scratch.blocks * self.scratch.rows * self._logits(1, copy=False)
+        beside_a_block = (workspace_bytes - block) // self._logits(models)
+        capacity = max(beside_a_block, min(self.scratch.rows, workspace_bytes // self.floor(models)), 1)
+        if self.device.type != "cpu" and capacity > _ROWS_ACCELERATOR:
+            capacity -= capacity % _ROWS_ACCELERATOR
+        return capacity
+
+    def _logits(self, models: int, copy: bool = True) -> int:
+        return row_stride(self.vocab_size) * (models * self.itemsize + copy * self.copy_itemsize)
 
 
 def row_chunks(num_rows: int, capacity: int) -> list[slice]:
@@ -150,9 +173,7 @@ def make_plan(
     sequence_lengths: list[int] | None,
     config: SRPOConfig,
     *,
-    vocab_size: int,
-    itemsize: int,
-    device: torch.device,
+    memory: RowMemory,
     workspace_bytes: int | None,
     gradients: int,
     log_mean_known: bool,
@@ -161,15 +182,15 @@ def make_plan(
 
     ``gradients`` is how many of dX and dW are wanted.
     """
-    policy_rows = chunk_capacity(vocab_size, itemsize, 1, workspace_bytes, device)
-    distillation_rows = chunk_capacity(vocab_size, itemsize, 2, workspace_bytes, device)
+    policy_rows = memory.capacity(1, workspace_bytes)
+    distillation_rows = memory.capacity(2, workspace_bytes)
     if sequence_lengths is None:
         segments = [[chunk] for chunk in row_chunks(len(order.policy), policy_rows)]
     else:
         segments = sequence_segments(sequence_lengths, policy_rows)
     inactive = len(order.inactive) if config.count_inactive else 0
     distilled = len(order.distillation)
-    teacher_first = bool(distilled) and not log_mean_known and weights_need_teacher_first(config, vocab_size)
+    teacher_first = bool(distilled) and not log_mean_known and weights_need_teacher_first(config, memory.vocab_size)
     repeated = sum(_length(chunk) for segment in segments for chunk in segment[:-1])
     return Plan(
         order,

@@ -11,10 +11,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from srpo_kernels import rows_torch as row_passes
 from srpo_kernels.engine import gemm, plan, workspace
 from srpo_kernels.engine.batch import Head, Needs
-from srpo_kernels.rows import DivergenceStats, RowGradients, RowSpec, RowStats
+from srpo_kernels.rows import DivergenceStats, RowGradients, RowPasses, RowSpec, RowStats
 
 # Columns of a slice are a multiple of this where possible: products like whole tiles.
 _COLUMN_ALIGNMENT = 128
@@ -29,6 +28,7 @@ class StatsCall(NamedTuple):
     teacher_hidden: Tensor | None
     teacher_head: Head
     workspace_bytes: int | None
+    passes: RowPasses
 
     @property
     def models(self) -> int:
@@ -39,14 +39,14 @@ class StatsCall(NamedTuple):
 def forward(hidden: Tensor, head: Head, call: StatsCall) -> RowStats | DivergenceStats:
     """Statistics of ``call.rows``, ``[n]`` each."""
     dtype, vocab_size = gemm.accumulation_dtype(hidden, head.weight), len(head.weight)
-    capacity = plan.chunk_capacity(vocab_size, dtype.itemsize, call.models, call.workspace_bytes, hidden.device)
+    capacity = plan.RowMemory.of(head.weight, dtype, call.passes).capacity(call.models, call.workspace_bytes)
     chunks = plan.row_chunks(len(call.rows), capacity) or [slice(0, 0)]
     longest = max(chunk.stop - chunk.start for chunk in chunks)
-    buffer = workspace.borrow(call.models * longest * vocab_size, dtype, hidden.device)
-    buffer = buffer.view(call.models, longest, vocab_size)
+    buffer = workspace.borrow(call.models * longest, vocab_size, dtype, hidden.device)
 
     def logits(states: Tensor, head: Head, rows: Tensor, out: Tensor) -> Tensor:
-        gemm.project(gemm.operand(states[rows], head.weight, dtype), head.weight, head.bias, out=out)
+        operand = states[rows].to(gemm.operand_dtype(head.weight, dtype))
+        gemm.project(operand, head.weight, head.bias, out=out)
         return out
 
     alone: list[RowStats] = []
@@ -54,13 +54,13 @@ def forward(hidden: Tensor, head: Head, call: StatsCall) -> RowStats | Divergenc
     for chunk in chunks:
         rows = call.rows[chunk]
         target_ids = call.target_ids[rows]
-        z = logits(hidden, head, rows, buffer[0, : len(rows)])
+        z = logits(hidden, head, rows, buffer[: len(rows)])
         if call.teacher_hidden is None:
-            alone.append(row_passes.row_stats(z, call.spec, target_ids=target_ids, entropy=True))
+            alone.append(call.passes.row_stats(z, call.spec, target_ids=target_ids, entropy=True))
         else:
-            y = logits(call.teacher_hidden, call.teacher_head, rows, buffer[1, : len(rows)])
+            y = logits(call.teacher_hidden, call.teacher_head, rows, buffer[longest : longest + len(rows)])
             paired.append(
-                row_passes.divergence_stats(z, y, call.spec, target_ids=target_ids, gradient=False, entropy=True)
+                call.passes.divergence_stats(z, y, call.spec, target_ids=target_ids, gradient=False, entropy=True)
             )
     return DivergenceStats.concatenate(paired) if paired else RowStats.concatenate(alone)
 
@@ -82,32 +82,33 @@ def backward(
     rows = call.rows[moving]
     stats, grads = stats.select(moving), grads.select(moving)
     target_ids = call.target_ids[rows]
-    states = gemm.operand(hidden[rows], head.weight, dtype)
+    operand_dtype = gemm.operand_dtype(head.weight, dtype)
+    states = hidden[rows].to(operand_dtype)
     teacher = call.teacher_head
     teacher_states = None
     if call.teacher_hidden is not None:
-        teacher_states = gemm.operand(call.teacher_hidden[rows], teacher.weight, dtype)
+        teacher_states = call.teacher_hidden[rows].to(gemm.operand_dtype(teacher.weight, dtype))
 
     grad_states = torch.zeros(states.shape, dtype=dtype, device=hidden.device) if needs.hidden else None
     grad_weight = torch.zeros_like(head.weight) if needs.weight else None
     grad_bias = torch.zeros_like(head.bias) if needs.bias and head.bias is not None else None
     width = _slice_width(len(rows), head, call, dtype)
-    buffer = workspace.borrow(call.models * len(rows) * width, dtype, hidden.device)
+    buffer = workspace.borrow(call.models * len(rows), width, dtype, hidden.device)
     for first in range(0, vocab_size if len(rows) else 0, width):
         ids = slice(first, min(first + width, vocab_size))
-        size = len(rows) * (ids.stop - ids.start)
-        weight = gemm.operand(head.weight[ids], head.weight, dtype)
-        z = buffer[:size].view(len(rows), -1)
+        weight = head.weight[ids].to(operand_dtype)
+        z = buffer[: len(rows), : ids.stop - ids.start]
         gemm.project(states, weight, None if head.bias is None else head.bias[ids], out=z)
         y = None
         if teacher_states is not None:
-            y = buffer[size : 2 * size].view(len(rows), -1)
+            y = buffer[len(rows) :, : ids.stop - ids.start]
             bias = None if teacher.bias is None else teacher.bias[ids]
             gemm.project(teacher_states, teacher.weight[ids], bias, out=y)
-        row_passes.slice_gradient_(z, y, stats, grads, call.spec, target_ids=target_ids, first_id=first)
+        dlogits = call.passes.slice_gradient_(
+            z, y, stats, grads, call.spec, target_ids=target_ids, first_id=first, dtype=operand_dtype
+        )
         if grad_bias is not None:
-            grad_bias[ids] = z.sum(0)
-        dlogits = gemm.operand(z, head.weight, dtype)
+            grad_bias[ids] = dlogits.sum(0, dtype=dtype)
         if grad_states is not None:
             gemm.backproject(dlogits, weight, out=grad_states, accumulate=True)
         if grad_weight is not None:
@@ -123,7 +124,7 @@ def backward(
 def _slice_width(num_rows: int, head: Head, call: StatsCall, dtype: torch.dtype) -> int:
     """Columns of a vocabulary slice whose logits fit into the workspace that the forward had."""
     vocab_size = len(head.weight)
-    capacity = plan.chunk_capacity(vocab_size, dtype.itemsize, call.models, call.workspace_bytes, head.weight.device)
+    capacity = plan.RowMemory.of(head.weight, dtype, call.passes).capacity(call.models, call.workspace_bytes)
     width = capacity * vocab_size // max(num_rows, 1)
     if head.weight.dtype != dtype:
         width = min(width, gemm.slab_height(head.weight))

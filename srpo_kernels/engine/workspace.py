@@ -12,6 +12,9 @@ import threading
 import torch
 from torch import Tensor
 
+# Elements, so that a kernel may load 16 bytes at a time in any row.
+_ALIGNMENT = 16
+
 
 class _Kept(threading.local):
     buffer: Tensor = torch.empty(0, dtype=torch.uint8)
@@ -20,16 +23,25 @@ class _Kept(threading.local):
 _kept = _Kept()
 
 
-def borrow(elements: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A flat buffer of unspecified content, valid until this thread's next call."""
+def row_stride(width: int) -> int:
+    """Elements from one row of ``width`` to the next: every row starts at a multiple of 64 bytes."""
+    return -(-width // _ALIGNMENT) * _ALIGNMENT
+
+
+def borrow(rows: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A buffer ``[rows, width]`` of unspecified content, valid until this thread's next call."""
+    stride = row_stride(width)
+    return _borrow(rows * stride * dtype.itemsize, device).view(dtype).view(rows, stride)[:, :width]
+
+
+def _borrow(size: int, device: torch.device) -> Tensor:
     if device.type != "cpu":
-        return torch.empty(elements, dtype=dtype, device=device)
-    size = elements * dtype.itemsize
+        return torch.empty(size, dtype=torch.uint8, device=device)
     if len(_kept.buffer) < size:
         # The old buffer goes first: both at once would be a peak that no caller asked for.
         _kept.buffer = torch.empty(0, dtype=torch.uint8)
         _kept.buffer = torch.empty(size, dtype=torch.uint8)
-    return _kept.buffer[:size].view(dtype)
+    return _kept.buffer[:size]
 
 
 def release() -> None:

@@ -1,0 +1,53 @@
+"""Which implementation of the row passes runs where."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Literal
+
+import torch
+
+from srpo_kernels import rows_torch
+from srpo_kernels.rows import RowPasses
+
+BackendName = Literal["torch", "triton"]
+
+_TRITON_DEVICES = ("cuda", "xpu")
+
+
+def resolve_backend(backend: str, device: torch.device, dtype: torch.dtype) -> BackendName:
+    """The backend that ``"auto"``, ``"torch"`` or ``"triton"`` means on ``device``, for logits in ``dtype``.
+
+    Triton wherever it compiles for the device and logits are fp32; torch elsewhere. Raises ValueError where Triton was
+    asked for and cannot run.
+    """
+    if backend == "torch":
+        return "torch"
+    if backend == "auto":
+        usable = device.type in _TRITON_DEVICES and dtype == torch.float32
+        return "triton" if usable and importlib.util.find_spec("triton") else "torch"
+    if not importlib.util.find_spec("triton"):
+        raise ValueError("backend='triton' needs the package triton, which is not installed; use 'auto' or 'torch'")
+    if dtype != torch.float32:
+        raise ValueError(f"backend='triton' computes in float32, got inputs of {dtype}; use 'auto' or 'torch'")
+    if device.type not in _TRITON_DEVICES and not _interpreted():
+        raise ValueError(
+            f"backend='triton' needs a GPU, got tensors on {device}; use 'auto' or 'torch', or set TRITON_INTERPRET=1 "
+            "before triton is first imported to run the kernels in its interpreter"
+        )
+    return "triton"
+
+
+def row_passes(backend: BackendName) -> RowPasses:
+    """The row passes of a backend; triton is imported for its own alone."""
+    if backend == "torch":
+        return rows_torch
+    from srpo_kernels.kernels import passes
+
+    return passes
+
+
+def _interpreted() -> bool:
+    from srpo_kernels.kernels import launch
+
+    return launch.INTERPRETED

@@ -1,0 +1,77 @@
+"""How the kernels are launched: static configurations, each with its reason.
+
+Nothing is tuned at run time: ``row_grad`` overwrites its input, and a choice that depends on a measurement would change
+the order of a sum from run to run.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import triton
+from torch import Tensor
+
+from srpo_kernels.kernels.row_stats import row_stats_kernel
+
+Vendor = Literal["nvidia", "amd", "other"]
+
+# Kernels are functions of numpy where TRITON_INTERPRET was set when triton was imported.
+INTERPRETED = not isinstance(row_stats_kernel, triton.JITFunction)
+
+# Eight programs fill a multiprocessor of 2048 threads.
+_ROW_THREADS = 256
+# A thread has four 16-byte loads in flight: of one model's row, or two of each model's.
+_ROW_LANES = 4 * _ROW_THREADS
+
+
+@dataclass(frozen=True)
+class RowLaunch:
+    """One program per row: ``lanes`` 16-byte vectors of each of its rows at a time."""
+
+    lanes: int
+    num_warps: int
+
+
+@dataclass(frozen=True)
+class TileLaunch:
+    """One program per tile of logits."""
+
+    block_rows: int
+    block_vocab: int
+    block_hidden: int
+    num_warps: int
+    num_stages: int
+
+
+def row_launch(models: int, vendor: Vendor) -> RowLaunch:
+    """The row passes over one model's logits, or over two models'."""
+    return RowLaunch(_ROW_LANES // models, _ROW_THREADS // (64 if vendor == "amd" else 32))
+
+
+def tile_launch(models: int, dtype: torch.dtype, vendor: Vendor, capability: int) -> TileLaunch:
+    """The tiles of one model, or of two side by side; ``capability`` is NVIDIA's major version.
+
+    Operands below fp32 go through tensor cores; those of Ampere, Ada and consumer Blackwell take operands and sums from
+    registers, which two tiles of full width would spill.
+    """
+    if dtype == torch.float32:
+        return TileLaunch(64, 64, 32, num_warps=8, num_stages=2)
+    narrow = models == 2 and vendor == "nvidia" and capability in (8, 12)
+    return TileLaunch(128, 64 if narrow else 128, 64, num_warps=8, num_stages=2 if vendor == "amd" else 3)
+
+
+def vendor_of(device: torch.device) -> Vendor:
+    """Whose GPU ``device`` is; "other" in the interpreter."""
+    if INTERPRETED or device.type != "cuda":
+        return "other"
+    return "amd" if torch.version.hip else "nvidia"
+
+
+def on_device(tensor: Tensor) -> AbstractContextManager[object]:
+    """Triton launches on the current device: make it the tensor's."""
+    if tensor.device.type == "cpu":
+        return nullcontext()
+    return torch.get_device_module(tensor.device).device(tensor.device)  # type: ignore[no-any-return]

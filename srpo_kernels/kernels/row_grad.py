@@ -1,0 +1,122 @@
+"""The gradient of a row's statistics with respect to its logits: all terms in one pass."""
+
+import triton
+import triton.language as tl
+
+from srpo_kernels.kernels.primitives import VECTOR, block_columns, load_units, log2, mixture, to_units
+
+
+@triton.jit
+def row_grad_kernel(
+    z_ptr,
+    y_ptr,
+    out_ptr,
+    ids_ptr,
+    id_grads_ptr,
+    coefficients_ptr,
+    z_stride_row,
+    y_stride_row,
+    out_stride_row,
+    vocab_size,
+    num_ids,
+    inner,
+    slope2,
+    DIVERGENCE: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    LANES: tl.constexpr,
+    BLOCK_IDS: tl.constexpr,
+    HARDWARE_LOG: tl.constexpr,
+):
+    """Write dlogits of a row: in place (``out_ptr`` is ``z_ptr``) or into another buffer of any floating dtype.
+
+    ``coefficients`` ``[n, 8]``: student's and teacher's log-sum-exp in base 2; what multiplies p, p log2 p, the
+    divergence's own term, and p at the ids; the models' shares in the mixture. ``ids`` and ``id_grads``
+    ``[n, num_ids]`` are tokens whose logits have gradients of their own; ids outside of ``[0, vocab_size)`` are another
+    slice's.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    z_row = z_ptr + row * z_stride_row
+    y_row = y_ptr + row * y_stride_row
+    out_row = out_ptr + row * out_stride_row
+    own = coefficients_ptr + row * 8
+    z_lse2, y_lse2, by_p, by_log = tl.load(own), tl.load(own + 1), tl.load(own + 2), tl.load(own + 3)
+    by_divergence, by_p_at_ids = tl.load(own + 4), tl.load(own + 5)
+    z_share, y_share = tl.load(own + 6), tl.load(own + 7)
+
+    # The logits at the ids are read before anything is overwritten.
+    k = tl.arange(0, BLOCK_IDS)
+    ids = tl.load(ids_ptr + row * num_ids + k, mask=k < num_ids, other=-1)
+    id_grads = tl.load(id_grads_ptr + row * num_ids + k, mask=k < num_ids, other=0.0)
+    here = (ids >= 0) & (ids < vocab_size)
+    z_ids = to_units(tl.load(z_row + ids, mask=here, other=0.0), inner, SOFTCAP)
+    y_ids = z_ids
+    if DIVERGENCE != "none":
+        y_ids = to_units(tl.load(y_row + ids, mask=here, other=0.0), inner, SOFTCAP)
+    at_ids = _dlogits(
+        z_ids, y_ids, id_grads, z_lse2, y_lse2, by_p_at_ids, by_log, by_divergence, z_share, y_share, slope2,
+        DIVERGENCE, SOFTCAP, HARDWARE_LOG,
+    )  # fmt: skip
+
+    columns = block_columns(LANES)
+    BLOCK: tl.constexpr = LANES * VECTOR
+    whole = vocab_size // BLOCK * BLOCK
+    for start in range(0, whole, BLOCK):
+        z = load_units(z_row + start, columns, BLOCK, inner, SOFTCAP, False)
+        y = z
+        if DIVERGENCE != "none":
+            y = load_units(y_row + start, columns, BLOCK, inner, SOFTCAP, False)
+        dz = _dlogits(
+            z, y, 0.0, z_lse2, y_lse2, by_p, by_log, by_divergence, z_share, y_share, slope2,
+            DIVERGENCE, SOFTCAP, HARDWARE_LOG,
+        )  # fmt: skip
+        tl.store(out_row + start + columns, dz.to(out_ptr.dtype.element_ty))
+    if whole < vocab_size:
+        rest = vocab_size - whole
+        z_rest = load_units(z_row + whole, columns, rest, inner, SOFTCAP, True)
+        y_rest = z_rest
+        if DIVERGENCE != "none":
+            y_rest = load_units(y_row + whole, columns, rest, inner, SOFTCAP, True)
+        dz_rest = _dlogits(
+            z_rest, y_rest, 0.0, z_lse2, y_lse2, by_p, by_log, by_divergence, z_share, y_share, slope2,
+            DIVERGENCE, SOFTCAP, HARDWARE_LOG,
+        )  # fmt: skip
+        tl.store(out_row + whole + columns, dz_rest.to(out_ptr.dtype.element_ty), mask=columns < rest)
+    # Another thread may have written where an id is.
+    tl.debug_barrier()
+    tl.store(out_row + ids, at_ids.to(out_ptr.dtype.element_ty), mask=here)
+
+
+@triton.jit
+def _dlogits(
+    z,
+    y,
+    own_grad,
+    z_lse2,
+    y_lse2,
+    by_p,
+    by_log,
+    by_divergence,
+    z_share,
+    y_share,
+    slope2,
+    DIVERGENCE: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    HARDWARE_LOG: tl.constexpr,
+):
+    """``own_grad + p (by_p + by_log log2 p + by_divergence r)``, r the log-ratio to the teacher or the mixture.
+
+    Forward KL has ``- by_divergence q`` instead of the last term. A softcap multiplies all of it by ``1 - tanh^2``.
+    """
+    log2_p, log2_q = tl.fma(z, slope2, -z_lse2), tl.fma(y, slope2, -y_lse2)
+    p = tl.exp2(log2_p)
+    factor = by_p + by_log * log2_p
+    if DIVERGENCE == "forward_kl":
+        own_grad -= by_divergence * tl.exp2(log2_q)
+    if DIVERGENCE == "reverse_kl":
+        factor += by_divergence * (log2_p - log2_q)
+    if DIVERGENCE == "jsd":
+        factor += by_divergence * (log2_p - log2(mixture(p, tl.exp2(log2_q), z_share, y_share), HARDWARE_LOG))
+    dz = own_grad + p * factor
+    if SOFTCAP:
+        dz *= 1.0 - z * z
+    return dz

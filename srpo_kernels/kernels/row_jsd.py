@@ -1,0 +1,56 @@
+"""The Jensen-Shannon divergence of a row, given both models' log-sum-exps."""
+
+import triton
+import triton.language as tl
+
+from srpo_kernels.kernels.primitives import VECTOR, block_columns, load_units, log2, mixture
+
+
+@triton.jit
+def row_jsd_kernel(
+    z_ptr,
+    y_ptr,
+    coefficients_ptr,
+    kl2_ptr,
+    z_stride_row,
+    y_stride_row,
+    vocab_size,
+    inner,
+    slope2,
+    SOFTCAP: tl.constexpr,
+    LANES: tl.constexpr,
+    HARDWARE_LOG: tl.constexpr,
+):
+    """Write ``KL(p || m)`` and ``KL(q || m)`` of a row, ``[2]`` in bits, for the mixture ``m`` of p and q.
+
+    ``coefficients`` ``[n, 4]``: student's and teacher's log-sum-exp in base 2, their shares in the mixture. Every logit
+    is read once; vocabulary slices add up.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    z_row = z_ptr + row * z_stride_row
+    y_row = y_ptr + row * y_stride_row
+    own = coefficients_ptr + row * 4
+    z_lse2, y_lse2, by_p, by_q = tl.load(own), tl.load(own + 1), tl.load(own + 2), tl.load(own + 3)
+    columns = block_columns(LANES)
+    BLOCK: tl.constexpr = LANES * VECTOR
+    whole = vocab_size // BLOCK * BLOCK
+
+    p_kl = tl.zeros([LANES], tl.float32)
+    q_kl = tl.zeros([LANES], tl.float32)
+    for start in range(0, whole, BLOCK):
+        z = load_units(z_row + start, columns, BLOCK, inner, SOFTCAP, False)
+        y = load_units(y_row + start, columns, BLOCK, inner, SOFTCAP, False)
+        p_kl, q_kl = _add(p_kl, q_kl, tl.fma(z, slope2, -z_lse2), tl.fma(y, slope2, -y_lse2), by_p, by_q, HARDWARE_LOG)
+    if whole < vocab_size:
+        z = load_units(z_row + whole, columns, vocab_size - whole, inner, SOFTCAP, True)
+        y = load_units(y_row + whole, columns, vocab_size - whole, inner, SOFTCAP, True)
+        p_kl, q_kl = _add(p_kl, q_kl, tl.fma(z, slope2, -z_lse2), tl.fma(y, slope2, -y_lse2), by_p, by_q, HARDWARE_LOG)
+    tl.store(kl2_ptr + row * 2, tl.sum(p_kl))
+    tl.store(kl2_ptr + row * 2 + 1, tl.sum(q_kl))
+
+
+@triton.jit
+def _add(p_kl, q_kl, log2_p, log2_q, by_p, by_q, HARDWARE_LOG: tl.constexpr):
+    p, q = tl.exp2(log2_p), tl.exp2(log2_q)
+    log2_m = log2(mixture(p, q, by_p, by_q), HARDWARE_LOG)
+    return p_kl + tl.sum(p * (log2_p - log2_m), axis=1), q_kl + tl.sum(q * (log2_q - log2_m), axis=1)

@@ -1,0 +1,118 @@
+"""Projection and reductions in one kernel: the statistics of hidden states without a logit in memory."""
+
+import triton
+import triton.language as tl
+
+from srpo_kernels.kernels.primitives import LOWEST, to_units
+
+
+@triton.jit
+def tile_stats_kernel(
+    hidden_ptr,
+    weight_ptr,
+    bias_ptr,
+    teacher_hidden_ptr,
+    teacher_weight_ptr,
+    teacher_bias_ptr,
+    target_ids_ptr,
+    sums_ptr,
+    num_rows,
+    vocab_size,
+    hidden_size,
+    teacher_hidden_size,
+    hidden_stride_row,
+    weight_stride_row,
+    teacher_hidden_stride_row,
+    teacher_weight_stride_row,
+    inner,
+    slope2,
+    TEACHER: tl.constexpr,
+    BIAS: tl.constexpr,
+    TEACHER_BIAS: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    WIDEN: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_VOCAB: tl.constexpr,
+    BLOCK_HIDDEN: tl.constexpr,
+):
+    """Write the ``ModelSums`` of a group of rows over one tile of the vocabulary, ``[rows, tiles, 1 or 2, 5]``.
+
+    Row groups are the fast axis of the grid: programs that run together share a tile of the weight, which therefore
+    streams through the cache once, while the hidden states stay there.
+    """
+    rows = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    tile = tl.program_id(1)
+    ids = tile * BLOCK_VOCAB + tl.arange(0, BLOCK_VOCAB)
+    row_in_range, id_in_range = rows < num_rows, ids < vocab_size
+    z = _logits(
+        hidden_ptr, weight_ptr, bias_ptr, rows, ids, row_in_range, id_in_range, hidden_size, hidden_stride_row,
+        weight_stride_row, BIAS, WIDEN, BLOCK_ROWS, BLOCK_VOCAB, BLOCK_HIDDEN,
+    )  # fmt: skip
+    z = tl.where(id_in_range[None, :], to_units(z, inner, SOFTCAP), LOWEST)
+    target_ids = tl.load(target_ids_ptr + rows, mask=row_in_range, other=-1)
+    target = tl.max(tl.where(ids[None, :] == target_ids[:, None], z, LOWEST), axis=1)
+
+    models: tl.constexpr = 2 if TEACHER else 1
+    out = sums_ptr + (rows.to(tl.int64) * tl.num_programs(1) + tile) * (5 * models)
+    if TEACHER:
+        y = _logits(
+            teacher_hidden_ptr, teacher_weight_ptr, teacher_bias_ptr, rows, ids, row_in_range, id_in_range,
+            teacher_hidden_size, teacher_hidden_stride_row, teacher_weight_stride_row, TEACHER_BIAS, WIDEN, BLOCK_ROWS,
+            BLOCK_VOCAB, BLOCK_HIDDEN,
+        )  # fmt: skip
+        y = tl.where(id_in_range[None, :], to_units(y, inner, SOFTCAP), LOWEST)
+        z_max, y_max = tl.max(z, axis=1), tl.max(y, axis=1)
+        z -= z_max[:, None]
+        y -= y_max[:, None]
+        _reduce(out, z_max, z, z - y, target, slope2, row_in_range)
+        _reduce(out + 5, y_max, y, z - y, target, slope2, row_in_range)
+    else:
+        z_max = tl.max(z, axis=1)
+        z -= z_max[:, None]
+        _reduce(out, z_max, z, z, target, slope2, row_in_range)
+
+
+@triton.jit
+def _logits(
+    hidden_ptr,
+    weight_ptr,
+    bias_ptr,
+    rows,
+    ids,
+    row_in_range,
+    id_in_range,
+    hidden_size,
+    hidden_stride_row,
+    weight_stride_row,
+    BIAS: tl.constexpr,
+    WIDEN: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_VOCAB: tl.constexpr,
+    BLOCK_HIDDEN: tl.constexpr,
+):
+    """``hidden @ weight.T + bias`` of a tile, ``[BLOCK_ROWS, BLOCK_VOCAB]`` in fp32."""
+    channels = tl.arange(0, BLOCK_HIDDEN)
+    hidden_rows = hidden_ptr + rows.to(tl.int64)[:, None] * hidden_stride_row + channels[None, :]
+    weight_rows = weight_ptr + ids.to(tl.int64)[None, :] * weight_stride_row + channels[:, None]
+    logits = tl.zeros([BLOCK_ROWS, BLOCK_VOCAB], tl.float32)
+    for start in range(0, hidden_size, BLOCK_HIDDEN):
+        channel_in_range = channels < hidden_size - start
+        x = tl.load(hidden_rows + start, mask=row_in_range[:, None] & channel_in_range[None, :], other=0.0)
+        w = tl.load(weight_rows + start, mask=id_in_range[None, :] & channel_in_range[:, None], other=0.0)
+        if WIDEN:
+            x, w = x.to(tl.float32), w.to(tl.float32)
+        logits = tl.dot(x, w, logits, input_precision="ieee")
+    if BIAS:
+        logits += tl.load(bias_ptr + ids, mask=id_in_range, other=0.0).to(tl.float32)[None, :]
+    return logits
+
+
+@triton.jit
+def _reduce(out, maximum, x, gap, target, slope2, row_in_range):
+    """Write the sums of each row of a tile of units, which are relative to the row's maximum."""
+    e = tl.exp2(x * slope2)
+    tl.store(out, maximum, mask=row_in_range)
+    tl.store(out + 1, tl.sum(e, axis=1), mask=row_in_range)
+    tl.store(out + 2, tl.sum(e * x, axis=1), mask=row_in_range)
+    tl.store(out + 3, tl.sum(e * gap, axis=1), mask=row_in_range)
+    tl.store(out + 4, target, mask=row_in_range)
