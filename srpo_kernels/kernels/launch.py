@@ -25,6 +25,8 @@ INTERPRETED = not isinstance(row_stats_kernel, triton.JITFunction)
 _ROW_THREADS = 256
 # A thread has four 16-byte loads in flight: of one model's row, or two of each model's.
 _ROW_LANES = 4 * _ROW_THREADS
+# A row's tiles, up to 4096 of them, in the registers of 256 threads (512 on AMD).
+MERGE_WARPS = 8
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,8 @@ class RowLaunch:
 
     lanes: int
     num_warps: int
+    # The loop has no product whose operands could be fetched ahead.
+    num_stages: int = 1
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,7 @@ def row_stats(
         support_ids = logits.topk(spec.topk, dim=1).indices
     if support_ids is None:
         (sums,) = _launch_stats(logits, None, transform, target_ids)
-        return _row_stats(sums, transform, entropy)
+        return finish_row(sums, transform, entropy=entropy)
 
     # The support is taken out of the row for as long as its complement is summed: 1 - sum(support) would lose a small
     # tail to rounding.
@@ -53,7 +53,7 @@ def row_stats(
     pairs = zip(complement, ModelSums.of_support(units, transform), strict=True)
     (sums,) = merge([ModelSums._make(map(torch.stack, pairs))], transform)
     sums = sums._replace(target=targets)
-    stats = _row_stats(sums, transform, entropy)
+    stats = finish_row(sums, transform, entropy=entropy)
     log_probs = transform.slope * (units - sums.maximum[:, None]) - sums.total.log()[:, None]
     log_tail = None
     if spec.add_tail:
@@ -73,24 +73,11 @@ def divergence_stats(
     """Leave both models' logits as they are."""
     transform = Transform.of(spec)
     student, teacher = _launch_stats(student_logits, teacher_logits, transform, target_ids)
-    lse, teacher_lse = student.logsumexp(transform)[:, None], teacher.logsumexp(transform)[:, None]
-    if spec.divergence == "jsd":
-        kl, teacher_kl = _launch_jsd(student_logits, teacher_logits, lse, teacher_lse, spec)
-        divergence, center = (1.0 - spec.alpha) * kl + spec.alpha * teacher_kl, kl
-    else:
-        forward_kl, reverse_kl = divergences(student, teacher, transform)
-        forward = spec.divergence == "forward_kl"
-        divergence = forward_kl if forward else reverse_kl
-        center = torch.zeros_like(divergence) if forward else divergence
-    return DivergenceStats(
-        student.log_probs(transform),
-        lse,
-        student.entropy(transform) if entropy else None,
-        teacher_lse,
-        teacher.entropy(transform),
-        divergence,
-        center[:, None],
-    )
+    stats = finish_divergence(student, teacher, spec, transform, entropy=entropy)
+    if spec.divergence != "jsd":
+        return stats
+    kl, teacher_kl = _launch_jsd(student_logits, teacher_logits, stats.logsumexp, stats.teacher_logsumexp, spec)
+    return stats._replace(divergence=(1.0 - spec.alpha) * kl + spec.alpha * teacher_kl, center=kl[:, None])
 
 
 def log_prob_gradient_(
@@ -207,9 +194,27 @@ def _slice_gradient(
     )
 
 
-def _row_stats(sums: ModelSums, transform: Transform, entropy: bool) -> RowStats:
+def finish_row(sums: ModelSums, transform: Transform, *, entropy: bool) -> RowStats:
+    """What the sums of a row say."""
     lse = sums.logsumexp(transform)[:, None]
     return RowStats(sums.log_probs(transform), lse, sums.entropy(transform) if entropy else None, None, None, None)
+
+
+def finish_divergence(
+    student: ModelSums, teacher: ModelSums, spec: RowSpec, transform: Transform, *, entropy: bool
+) -> DivergenceStats:
+    """What both models' sums say; jsd takes a pass of its own over the logits, its divergence is reverse_kl here."""
+    forward_kl, reverse_kl = divergences(student, teacher, transform)
+    forward = spec.divergence == "forward_kl"
+    return DivergenceStats(
+        student.log_probs(transform),
+        student.logsumexp(transform)[:, None],
+        student.entropy(transform) if entropy else None,
+        teacher.logsumexp(transform)[:, None],
+        teacher.entropy(transform),
+        forward_kl if forward else reverse_kl,
+        (torch.zeros_like(forward_kl) if forward else reverse_kl)[:, None],
+    )
 
 
 def _launch_stats(z: Tensor, y: Tensor | None, transform: Transform, target_ids: Tensor) -> list[ModelSums]:
@@ -233,6 +238,7 @@ def _launch_stats(z: Tensor, y: Tensor | None, transform: Transform, target_ids:
                 SOFTCAP=transform.softcap,
                 LANES=launch.lanes,
                 num_warps=launch.num_warps,
+                num_stages=launch.num_stages,
             )
     return [ModelSums.unpack(model) for model in sums.unbind(1)]
 
@@ -259,6 +265,7 @@ def _launch_jsd(z: Tensor, y: Tensor, lse: Tensor, teacher_lse: Tensor, spec: Ro
                 LANES=launch.lanes,
                 HARDWARE_LOG=vendor == "nvidia",
                 num_warps=launch.num_warps,
+                num_stages=launch.num_stages,
             )
     # The kernel's log p is off by what its log-sum-exp lacks; p sums to 1.
     kl, teacher_kl = ((kl2 - torch.cat([student.low, teacher.low], dim=1)) * math.log(2.0)).unbind(1)
@@ -323,6 +330,7 @@ def _launch_gradient(
                 BLOCK_IDS=triton.next_power_of_2(ids.shape[1]),
                 HARDWARE_LOG=vendor == "nvidia",
                 num_warps=launch.num_warps,
+                num_stages=launch.num_stages,
             )
     return out
 

@@ -63,10 +63,12 @@ def row_stats_kernel(
     z_shift = z_max - tl.max(z_max)
     if TEACHER:
         y_shift = y_max - tl.max(y_max)
-        _store(sums_ptr + row * 10, z_max, z_total, z_weighted, z_gap, z_shift, z_shift - y_shift, target, slope2)
-        _store(sums_ptr + row * 10 + 5, y_max, y_total, y_weighted, y_gap, y_shift, z_shift - y_shift, LOWEST, slope2)
+        store_sums(sums_ptr + row * 10, z_max, z_total, z_weighted, z_gap, z_shift, z_shift - y_shift, target, slope2)
+        store_sums(
+            sums_ptr + row * 10 + 5, y_max, y_total, y_weighted, y_gap, y_shift, z_shift - y_shift, LOWEST, slope2
+        )
     else:
-        _store(sums_ptr + row * 5, z_max, z_total, z_weighted, z_gap, z_shift, z_shift, target, slope2)
+        store_sums(sums_ptr + row * 5, z_max, z_total, z_weighted, z_gap, z_shift, z_shift, target, slope2)
 
 
 @triton.jit
@@ -102,8 +104,8 @@ def _add_pair(z_max, z_total, z_weighted, z_gap, y_max, y_total, y_weighted, y_g
 
 
 @triton.jit
-def _store(out, maximum, total, weighted, gap, shift, gap_shift, target, slope2):
-    """Merge the lanes, as ``ModelSums.merge`` does parts of a row, and write them."""
+def store_sums(out, maximum, total, weighted, gap, shift, gap_shift, target, slope2):
+    """Merge the lanes' sums and write maximum, total, weighted, gap and target; shifts are from the row's maxima."""
     decay = tl.exp2(shift * slope2)
     tl.store(out, tl.max(maximum))
     tl.store(out + 1, tl.sum(total * decay))

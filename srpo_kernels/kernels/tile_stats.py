@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from srpo_kernels.kernels.primitives import LOWEST, to_units
+from srpo_kernels.kernels.row_stats import store_sums
 
 
 @triton.jit
@@ -28,7 +29,6 @@ def tile_stats_kernel(
     slope2,
     TEACHER: tl.constexpr,
     BIAS: tl.constexpr,
-    TEACHER_BIAS: tl.constexpr,
     SOFTCAP: tl.constexpr,
     WIDEN: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
@@ -57,7 +57,7 @@ def tile_stats_kernel(
     if TEACHER:
         y = _logits(
             teacher_hidden_ptr, teacher_weight_ptr, teacher_bias_ptr, rows, ids, row_in_range, id_in_range,
-            teacher_hidden_size, teacher_hidden_stride_row, teacher_weight_stride_row, TEACHER_BIAS, WIDEN, BLOCK_ROWS,
+            teacher_hidden_size, teacher_hidden_stride_row, teacher_weight_stride_row, BIAS, WIDEN, BLOCK_ROWS,
             BLOCK_VOCAB, BLOCK_HIDDEN,
         )  # fmt: skip
         y = tl.where(id_in_range[None, :], to_units(y, inner, SOFTCAP), LOWEST)
@@ -116,3 +116,30 @@ def _reduce(out, maximum, x, gap, target, slope2, row_in_range):
     tl.store(out + 2, tl.sum(e * x, axis=1), mask=row_in_range)
     tl.store(out + 3, tl.sum(e * gap, axis=1), mask=row_in_range)
     tl.store(out + 4, target, mask=row_in_range)
+
+
+@triton.jit
+def merge_tiles_kernel(sums_ptr, merged_ptr, tiles, slope2, TEACHER: tl.constexpr, BLOCK_TILES: tl.constexpr):
+    """Merge the sums of a row's tiles, in an order that no other row has a part in."""
+    row = tl.program_id(0).to(tl.int64)
+    models: tl.constexpr = 2 if TEACHER else 1
+    tile = tl.arange(0, BLOCK_TILES)
+    in_range = tile < tiles
+    own = sums_ptr + (row * tiles + tile) * (5 * models)
+    merged = merged_ptr + row * (5 * models)
+    z_max = tl.load(own, mask=in_range, other=LOWEST)
+    z_total = tl.load(own + 1, mask=in_range, other=0.0)
+    z_weighted = tl.load(own + 2, mask=in_range, other=0.0)
+    z_gap = tl.load(own + 3, mask=in_range, other=0.0)
+    target = tl.max(tl.load(own + 4, mask=in_range, other=LOWEST))
+    z_shift = z_max - tl.max(z_max)
+    if TEACHER:
+        y_max = tl.load(own + 5, mask=in_range, other=LOWEST)
+        y_total = tl.load(own + 6, mask=in_range, other=0.0)
+        y_weighted = tl.load(own + 7, mask=in_range, other=0.0)
+        y_gap = tl.load(own + 8, mask=in_range, other=0.0)
+        y_shift = y_max - tl.max(y_max)
+        store_sums(merged, z_max, z_total, z_weighted, z_gap, z_shift, z_shift - y_shift, target, slope2)
+        store_sums(merged + 5, y_max, y_total, y_weighted, y_gap, y_shift, z_shift - y_shift, target, slope2)
+    else:
+        store_sums(merged, z_max, z_total, z_weighted, z_gap, z_shift, z_shift, target, slope2)

@@ -1,0 +1,88 @@
+"""Statistics straight from hidden states: no logits, no gradient."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from srpo_kernels.kernels.launch import INTERPRETED, MERGE_WARPS, on_device, tile_launch, vendor_of
+from srpo_kernels.kernels.passes import finish_divergence, finish_row
+from srpo_kernels.kernels.sums import ModelSums, Transform
+from srpo_kernels.kernels.tile_stats import merge_tiles_kernel, tile_stats_kernel
+from srpo_kernels.rows import DivergenceStats, RowSpec, RowStats
+
+# Bytes of the sums of all tiles that one launch may write.
+_MOST_SUMS = 64 << 20
+
+
+class Projection(NamedTuple):
+    """A model's rows: ``hidden`` ``[n, H]``, ``weight`` ``[V, H]`` of the same dtype, ``bias`` ``[V]``."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+
+
+def tile_stats(
+    student: Projection, teacher: Projection | None, spec: RowSpec, target_ids: Tensor
+) -> RowStats | DivergenceStats:
+    """Log-probs, entropies and, with a teacher, the divergence, any but jsd, which takes a second look at the logits.
+
+    A row's tiles and the order in which they are summed do not depend on the other rows: its results are the same to
+    the last bit in any batch.
+    """
+    transform = Transform.of(spec)
+    parts = [student] if teacher is None else [student, teacher]
+    num_rows, vocab_size = len(student.hidden), len(student.weight)
+    device, dtype = student.hidden.device, student.hidden.dtype
+    capability = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
+    launch = tile_launch(len(parts), dtype, vendor_of(device), capability)
+    tiles = triton.cdiv(vocab_size, launch.block_vocab)
+    height = max(launch.block_rows, _MOST_SUMS // (tiles * len(parts) * 20))
+
+    hidden = [part.hidden.contiguous() for part in parts]
+    # Rows of 16-byte multiples come from a contiguous weight; a transposed one would be read element by element.
+    weights = [part.weight if part.weight.stride(1) == 1 else part.weight.contiguous() for part in parts]
+    with_bias = any(part.bias is not None for part in parts)
+    biases = [part.bias for part in parts]
+    if with_bias:
+        biases = [torch.zeros_like(part.weight[:, 0]) if part.bias is None else part.bias for part in parts]
+    merged = torch.empty(num_rows, len(parts), 5, dtype=torch.float32, device=device)
+    for start in range(0, num_rows, height):
+        rows = slice(start, min(start + height, num_rows))
+        count = rows.stop - rows.start
+        states = [x[rows] for x in hidden]
+        sums = merged.new_empty(count, tiles, len(parts), 5)
+        with on_device(sums):
+            tile_stats_kernel[(triton.cdiv(count, launch.block_rows), tiles)](
+                states[0], weights[0], biases[0], states[-1], weights[-1], biases[-1], target_ids[rows], sums,
+                count, vocab_size, states[0].shape[1], states[-1].shape[1],
+                states[0].stride(0), weights[0].stride(0), states[-1].stride(0), weights[-1].stride(0),
+                transform.inner, transform.slope2,
+                TEACHER=teacher is not None,
+                BIAS=with_bias,
+                SOFTCAP=transform.softcap,
+                # The interpreter multiplies the bits of bf16.
+                WIDEN=INTERPRETED and dtype == torch.bfloat16,
+                BLOCK_ROWS=launch.block_rows,
+                BLOCK_VOCAB=launch.block_vocab,
+                BLOCK_HIDDEN=launch.block_hidden,
+                num_warps=launch.num_warps,
+                num_stages=launch.num_stages,
+            )  # fmt: skip
+            merge_tiles_kernel[(count,)](
+                sums,
+                merged[rows],
+                tiles,
+                transform.slope2,
+                TEACHER=teacher is not None,
+                BLOCK_TILES=triton.next_power_of_2(tiles),
+                num_warps=MERGE_WARPS,
+            )
+    models = [ModelSums.unpack(x) for x in merged.unbind(1)]
+    if teacher is None:
+        return finish_row(models[0], transform, entropy=True)
+    return finish_divergence(models[0], models[1], spec, transform, entropy=True)

@@ -1,0 +1,200 @@
+"""Every configuration in which the engine can launch a kernel, for compilers that run ahead of a launch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import product
+
+import torch
+from triton import JITFunction
+from triton.backends.compiler import GPUTarget
+
+from srpo_kernels.config import DIVERGENCES
+from srpo_kernels.kernels.launch import MERGE_WARPS, RowLaunch, Vendor, row_launch, tile_launch
+from srpo_kernels.kernels.primitives import VECTOR
+from srpo_kernels.kernels.row_grad import row_grad_kernel
+from srpo_kernels.kernels.row_jsd import row_jsd_kernel
+from srpo_kernels.kernels.row_stats import row_stats_kernel
+from srpo_kernels.kernels.tile_stats import merge_tiles_kernel, tile_stats_kernel
+
+# One id per row, or the default top-k.
+_ID_BLOCKS = (1, 128)
+# Of vocabularies of 50k, 128k and 262k.
+_TILE_BLOCKS = (512, 2048, 4096)
+_DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A kernel with the types of its arguments and its compile-time values.
+
+    ``divisible`` names the pointers and strides that are multiples of 16. ``elements_per_iteration`` is how many
+    columns of the vocabulary a program handles in one turn of its loop, ``bytes_per_element`` what it moves for each;
+    both are 0 where there is no such loop.
+    """
+
+    kernel: str
+    label: str
+    function: JITFunction[object]
+    signature: dict[str, str]
+    constexprs: dict[str, object]
+    divisible: tuple[str, ...]
+    num_warps: int
+    num_stages: int
+    elements_per_iteration: int
+    bytes_per_element: int
+
+
+def variants(target: GPUTarget) -> Iterator[Variant]:
+    """All variants for ``target``."""
+    vendor: Vendor = "amd" if target.backend == "hip" else "nvidia"
+    capability = int(target.arch) // 10 if vendor == "nvidia" else 0
+    for softcap in (False, True):
+        for models in (1, 2):
+            yield _row_stats(models, softcap, vendor)
+        yield _row_jsd(softcap, vendor)
+        for divergence, half in product(("none", *DIVERGENCES), (False, True)):
+            yield _row_grad(divergence, softcap, half, 1, vendor)
+        for half in (False, True):
+            yield _row_grad("none", softcap, half, _ID_BLOCKS[1], vendor)
+        for models, dtype, bias in product((1, 2), _DTYPES, (False, True)):
+            yield _tile_stats(models, dtype, softcap, bias, vendor, capability)
+
+    for models, tiles in product((1, 2), _TILE_BLOCKS):
+        yield _merge_tiles(models, tiles)
+
+
+def _row_stats(models: int, softcap: bool, vendor: Vendor) -> Variant:
+    launch = row_launch(models, vendor)
+    return _row_variant(
+        "row_stats",
+        _label("student and teacher" if models == 2 else "student", softcap=softcap),
+        row_stats_kernel,
+        {"z_ptr": "*fp32", "y_ptr": "*fp32", "target_ids_ptr": "*i64", "sums_ptr": "*fp32"},
+        {"TEACHER": models == 2, "SOFTCAP": softcap},
+        launch,
+        4 * models,
+    )
+
+
+def _row_jsd(softcap: bool, vendor: Vendor) -> Variant:
+    return _row_variant(
+        "row_jsd",
+        _label("student and teacher", softcap=softcap),
+        row_jsd_kernel,
+        {"z_ptr": "*fp32", "y_ptr": "*fp32", "coefficients_ptr": "*fp32", "kl2_ptr": "*fp32"},
+        {"SOFTCAP": softcap, "HARDWARE_LOG": vendor == "nvidia"},
+        row_launch(2, vendor),
+        8,
+    )
+
+
+def _row_grad(divergence: str, softcap: bool, half: bool, id_block: int, vendor: Vendor) -> Variant:
+    models = 1 if divergence == "none" else 2
+    term = "log-prob and entropy" if divergence == "none" else divergence
+    return _row_variant(
+        "row_grad",
+        _label(term, softcap=softcap, top_k=id_block > 1, into_bf16=half),
+        row_grad_kernel,
+        {
+            "z_ptr": "*fp32",
+            "y_ptr": "*fp32",
+            "out_ptr": "*bf16" if half else "*fp32",
+            "ids_ptr": "*i64",
+            "id_grads_ptr": "*fp32",
+            "coefficients_ptr": "*fp32",
+        },
+        {
+            "DIVERGENCE": divergence,
+            "SOFTCAP": softcap,
+            "BLOCK_IDS": id_block,
+            "HARDWARE_LOG": vendor == "nvidia",
+        },
+        row_launch(models, vendor),
+        4 * models + (2 if half else 4),
+    )
+
+
+def _tile_stats(models: int, dtype: torch.dtype, softcap: bool, bias: bool, vendor: Vendor, capability: int) -> Variant:
+    launch = tile_launch(models, dtype, vendor, capability)
+    names = tile_stats_kernel.arg_names
+    own = {"target_ids_ptr": "*i64", "sums_ptr": "*fp32", "inner": "fp32", "slope2": "fp32"}
+    constexprs: dict[str, object] = {
+        "TEACHER": models == 2,
+        "BIAS": bias,
+        "SOFTCAP": softcap,
+        "WIDEN": False,
+        "BLOCK_ROWS": launch.block_rows,
+        "BLOCK_VOCAB": launch.block_vocab,
+        "BLOCK_HIDDEN": launch.block_hidden,
+    }
+    signature = {name: own.get(name, "*" + _DTYPES[dtype] if name.endswith("_ptr") else "i32") for name in names}
+    return Variant(
+        "tile_stats",
+        _label(
+            f"student and teacher, {_DTYPES[dtype]}" if models == 2 else f"student, {_DTYPES[dtype]}",
+            softcap=softcap,
+            bias=bias,
+        ),
+        tile_stats_kernel,
+        signature | dict.fromkeys(constexprs, "constexpr"),
+        constexprs,
+        tuple(name for name in names if name.endswith(("_ptr", "_stride_row", "hidden_size"))),
+        launch.num_warps,
+        launch.num_stages,
+        0,
+        0,
+    )
+
+
+def _merge_tiles(models: int, tiles: int) -> Variant:
+    return Variant(
+        "merge_tiles",
+        f"{'student and teacher' if models == 2 else 'student'}, {tiles} tiles",
+        merge_tiles_kernel,
+        {
+            "sums_ptr": "*fp32",
+            "merged_ptr": "*fp32",
+            "tiles": "i32",
+            "slope2": "fp32",
+            "TEACHER": "constexpr",
+            "BLOCK_TILES": "constexpr",
+        },
+        {"TEACHER": models == 2, "BLOCK_TILES": tiles},
+        ("sums_ptr", "merged_ptr"),
+        MERGE_WARPS,
+        1,
+        0,
+        0,
+    )
+
+
+def _row_variant(
+    kernel: str,
+    label: str,
+    function: JITFunction[object],
+    pointers: dict[str, str],
+    constexprs: dict[str, object],
+    launch: RowLaunch,
+    bytes_per_element: int,
+) -> Variant:
+    constexprs = constexprs | {"LANES": launch.lanes}
+    scalars = {"inner": "fp32", "slope2": "fp32"} | dict.fromkeys(constexprs, "constexpr")
+    names = function.arg_names
+    return Variant(
+        kernel,
+        label,
+        function,
+        {name: (pointers | scalars).get(name, "i32") for name in names},
+        constexprs,
+        (*pointers, *(name for name in names if name.endswith("_stride_row"))),
+        launch.num_warps,
+        launch.num_stages,
+        launch.lanes * VECTOR.value,
+        bytes_per_element,
+    )
+
+
+def _label(text: str, **flags: bool) -> str:
+    return ", ".join([text, *(name.replace("_", " ") for name, on in flags.items() if on)])
