@@ -2,12 +2,29 @@ from __future__ import annotations
 
 import os
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import settings
 
 # Before transformers is imported: tests never ask a network for a model.
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Before triton is imported: without a GPU its kernels run in the interpreter. Compilers get a process of their own.
+if not torch.accelerator.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+from triton.runtime import interpreter
+
+
+def _fused_multiply_add(
+    _: object, x: interpreter.TensorHandle, y: interpreter.TensorHandle, z: interpreter.TensorHandle
+) -> interpreter.TensorHandle:
+    """Round once, as every GPU does; the interpreter rounds the product too."""
+    exact = x.data.astype(np.float64) * y.data + z.data
+    return interpreter.TensorHandle(exact.astype(z.data.dtype), z.dtype.scalar)
+
+
+interpreter.InterpreterBuilder.create_fma = _fused_multiply_add
 
 # `pytest --hypothesis-profile=deep` searches longer.
 settings.register_profile("ci", max_examples=25, deadline=None, derandomize=True)

@@ -43,7 +43,7 @@ def row_grad_kernel(
     by_divergence, by_p_at_ids = tl.load(own + 4), tl.load(own + 5)
     z_share, y_share = tl.load(own + 6), tl.load(own + 7)
 
-    # The logits at the ids are read before anything is overwritten.
+    # The logits at the ids are read before anything is overwritten, by any of the program's threads.
     k = tl.arange(0, BLOCK_IDS)
     ids = tl.load(ids_ptr + row * num_ids + k, mask=k < num_ids, other=-1)
     id_grads = tl.load(id_grads_ptr + row * num_ids + k, mask=k < num_ids, other=0.0)
@@ -56,6 +56,8 @@ def row_grad_kernel(
         z_ids, y_ids, id_grads, z_lse2, y_lse2, by_p_at_ids, by_log, by_divergence, z_share, y_share, slope2,
         DIVERGENCE, SOFTCAP, HARDWARE_LOG,
     )  # fmt: skip
+
+    tl.debug_barrier()
 
     columns = block_columns(LANES)
     BLOCK: tl.constexpr = LANES * VECTOR

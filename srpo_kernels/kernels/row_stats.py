@@ -63,10 +63,9 @@ def row_stats_kernel(
     z_shift = z_max - tl.max(z_max)
     if TEACHER:
         y_shift = y_max - tl.max(y_max)
-        store_sums(sums_ptr + row * 10, z_max, z_total, z_weighted, z_gap, z_shift, z_shift - y_shift, target, slope2)
-        store_sums(
-            sums_ptr + row * 10 + 5, y_max, y_total, y_weighted, y_gap, y_shift, z_shift - y_shift, LOWEST, slope2
-        )
+        own = sums_ptr + row * 10
+        store_sums(own, z_max, z_total, z_weighted, z_gap, z_shift, z_shift - y_shift, target, slope2)
+        store_sums(own + 5, y_max, y_total, y_weighted, y_gap, y_shift, z_shift - y_shift, LOWEST, slope2)
     else:
         store_sums(sums_ptr + row * 5, z_max, z_total, z_weighted, z_gap, z_shift, z_shift, target, slope2)
 

@@ -1,0 +1,242 @@
+"""The compile gate: what it reads from machine code, planted defects, and every kernel of the library."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+tl = pytest.importorskip("triton.language")
+for module in ("pandas", "rich", "tyro"):
+    pytest.importorskip(module)
+
+import pandas as pd
+import triton
+
+from benchmarks import gate, machine_code
+from benchmarks.targets import KINDS, TARGETS
+
+ROOT = Path(__file__).parent.parent
+NAMES = tuple(TARGETS)
+LANES, VECTOR = 256, 4
+
+
+@triton.jit
+def sum_of_powers(x_ptr, out_ptr, stride_row, size, WHOLE: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr):
+    """Sum of exp2 over the whole blocks of a row, or over the row behind a mask that no vector load can have."""
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, LANES)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
+    total = tl.zeros([LANES, VECTOR], tl.float32)
+    for start in range(0, size // (LANES * VECTOR) * (LANES * VECTOR) if WHOLE else size, LANES * VECTOR):
+        if WHOLE:
+            x = tl.load(x_ptr + row * stride_row + start + columns)
+        else:
+            x = tl.load(x_ptr + row * stride_row + start + columns, mask=start + columns < size, other=0.0)
+        total += tl.exp2(x)
+    tl.store(out_ptr + row, tl.sum(total))
+
+
+@triton.jit
+def keep_everything(x_ptr, out_ptr, BLOCK: tl.constexpr):
+    """Hold a whole block in one warp's registers, across a reduction."""
+    offsets = tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + offsets)
+    tl.store(out_ptr + offsets, x * tl.sum(x))
+
+
+@triton.jit
+def matrix_product(
+    x_ptr, y_ptr, out_ptr, size, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr
+):
+    m, n, k = tl.arange(0, M), tl.arange(0, N), tl.arange(0, K)
+    total = tl.zeros([M, N], tl.float32)
+    for start in range(0, size, K):
+        x = tl.load(x_ptr + m[:, None] * size + start + k[None, :])
+        y = tl.load(y_ptr + n[None, :] * size + start + k[:, None])
+        total = tl.dot(x, y, total, input_precision=PRECISION)
+    tl.store(out_ptr + m[:, None] * N + n[None, :], total)
+
+
+def planted() -> Iterator[tuple[str, str]]:
+    """Compile the kernels above: label and line as JSON. Runs where Triton is no interpreter."""
+    from dataclasses import asdict
+
+    from benchmarks.gate_rules import measure
+    from srpo_kernels.kernels.variants import Variant
+
+    row = {"x_ptr": "*fp32", "out_ptr": "*fp32", "stride_row": "i64", "size": "i32"}
+    product = {"out_ptr": "*fp32", "size": "i32"}
+    bf16 = {"x_ptr": "*bf16", "y_ptr": "*bf16"} | product
+    fp32 = {"x_ptr": "*fp32", "y_ptr": "*fp32"} | product
+    block = {"LANES": LANES, "VECTOR": VECTOR}
+    tile = {"M": 128, "N": 64, "K": 64}
+    for name, target in TARGETS.items():
+        warps = 256 // target.warp_size
+        for kernel, label, function, types, constants, num_warps, elements, size in (
+            ("row", "whole", sum_of_powers, row, block | {"WHOLE": True}, warps, LANES * VECTOR, 4),
+            ("row", "masked", sum_of_powers, row, block | {"WHOLE": False}, warps, LANES * VECTOR, 4),
+            ("row", "miscounted", sum_of_powers, row, block | {"WHOLE": True}, warps, LANES * VECTOR, 3),
+            ("tile_stats", "spilling", keep_everything, {"x_ptr": "*fp32", "out_ptr": "*fp32"}, {"BLOCK": 32_768}, 1, 0, 0),
+            ("tile_stats", "bf16", matrix_product, bf16, tile | {"PRECISION": "ieee"}, 4, 0, 0),
+            ("tile_stats", "bf16, one warp", matrix_product, bf16, {"M": 16, "N": 16, "K": 16, "PRECISION": "ieee"}, 1, 0, 0),
+            ("tile_stats", "fp32", matrix_product, fp32, tile | {"PRECISION": "ieee"}, 4, 0, 0),
+        ):  # fmt: skip
+            divisible = tuple(argument for argument in types if argument != "size" or kernel == "tile_stats")
+            signature = types | dict.fromkeys(constants, "constexpr")
+            variant = Variant(
+                kernel, label, function, signature, constants, divisible, num_warps, 2, elements, size
+            )
+            yield label, json.dumps(asdict(measure(variant, target)))
+
+
+def python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    variables = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | environment
+    return subprocess.run(
+        [sys.executable, *arguments], capture_output=True, text=True, cwd=ROOT, env=variables, timeout=1_800
+    )
+
+
+@pytest.fixture(scope="module")
+def lines() -> pd.DataFrame:
+    done = python("-m", "tests.test_gate", PYTHONPATH=str(ROOT))
+    assert done.returncode == 0, done.stderr
+    return pd.DataFrame([json.loads(line) for line in done.stdout.splitlines()]).set_index(["label", "target"])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_loop_over_whole_blocks_breaks_no_rule(lines: pd.DataFrame, name: str) -> None:
+    line = lines.loc["whole", name]
+    assert line.broken == ""
+    assert line.narrowest_loop_load == line.widest_load == 16
+    assert line.spill_bytes == 0
+    # One exp2 and one sum of an element, however often the loop is unrolled.
+    assert line.special == 1.0
+    assert line.fp32 >= (0.5 if name.startswith("gfx") else 1.0)
+    assert line.fp32 + line.alu + line.special < line.total < 12
+    assert line.unrolled >= 1
+
+
+def test_ptxas_unrolls_a_short_loop(lines: pd.DataFrame) -> None:
+    assert lines.loc[("whole", "sm_90"), "unrolled"] == 4
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_mask_without_alignment_makes_narrow_loads(lines: pd.DataFrame, name: str) -> None:
+    assert "loads of 4 bytes" in lines.loc[("masked", name), "broken"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_bytes_that_do_not_add_up_are_reported(lines: pd.DataFrame, name: str) -> None:
+    assert "the main loop is" in lines.loc[("miscounted", name), "broken"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_spills_are_reported(lines: pd.DataFrame, name: str) -> None:
+    line = lines.loc["spilling", name]
+    assert line.spill_bytes > 256
+    assert f"spills {line.spill_bytes} bytes" in line.broken
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_dot_is_known_by_its_instruction(lines: pd.DataFrame, name: str) -> None:
+    assert lines.loc[("bf16", name), "tensor_core"] == TARGETS[name].tensor_core
+    assert "instead of" not in lines.loc[("bf16", name), "broken"]
+    assert lines.loc[("fp32", name), "tensor_core"] == ("MFMA" if name.startswith("gfx") else "none")
+
+
+@pytest.mark.parametrize("name", ["sm_90", "sm_100"])
+def test_a_dot_that_misses_the_newest_tensor_core_is_reported(lines: pd.DataFrame, name: str) -> None:
+    assert f"HMMA instead of {TARGETS[name].tensor_core}" in lines.loc[("bf16, one warp", name), "broken"]
+
+
+# A prologue, a loop that was unrolled twice with its cold path behind the exit, and what is left over.
+LOOPS = """
+        /*0000*/                   MOV R0, 0x1 ;
+        /*0010*/               @P0 BRA `(.L_x_2) ;
+.L_x_1:
+        /*0020*/                   LDG.E.128 R4, desc[UR4][R2.64] ;
+        /*0030*/                   LDG.E.128 R8, desc[UR4][R2.64+0x1000] ;
+        /*0040*/               @P1 BRA `(.L_x_4) ;
+.L_x_5:
+        /*0050*/                   FADD R0, R0, R4 ;
+        /*0060*/                   MUFU.EX2 R0, R0 ;
+        /*0070*/                   STG.E.64 desc[UR4][R2.64], R4 ;
+        /*0080*/              @!P0 BRA `(.L_x_1) ;
+.L_x_2:
+        /*0090*/                   LDG.E.128 R4, desc[UR4][R2.64] ;
+        /*00a0*/                   IADD3 R0, R0, 0x1, RZ ;
+        /*00b0*/                   BRA.U UP0, `(.L_x_2) ;
+        /*00c0*/                   EXIT ;
+.L_x_4:
+        /*00d0*/                   FMNMX R4, R4, R8, !PT ;
+        /*00e0*/                   BRA `(.L_x_5) ;
+.L_x_3:
+        /*00f0*/                   BRA `(.L_x_3);
+"""
+
+
+def test_the_main_loop_is_the_one_that_reads_most() -> None:
+    program = machine_code.parse_sass(LOOPS)
+    loops = machine_code.natural_loops(program)
+    assert [sorted(loop) for loop in loops] == [[*range(2, 9), 13, 14], [9, 10, 11]]
+    assert machine_code.main_loop(program) == loops[0]
+    assert [program.instructions[index].kind for index in sorted(loops[0])] == [
+        *("memory", "memory", "control", "fp32", "special", "memory", "control", "alu", "control")
+    ]
+    assert sum(program.instructions[index].load_bytes for index in loops[0]) == 32
+    assert sum(program.instructions[index].store_bytes for index in loops[0]) == 8
+
+
+def test_a_program_without_loops_has_no_main_loop() -> None:
+    program = machine_code.parse_amdgcn("f:\n\tglobal_load_dwordx4 v[0:3], v4, s[0:1]\n\ts_endpgm\n.Lfunc_end0:\n\tv_nop\n")
+    assert [(i.load_bytes, i.falls_through) for i in program.instructions] == [(16, True), (0, False)]
+    assert machine_code.main_loop(program) == frozenset()
+
+
+@pytest.mark.parametrize(
+    ("name", "registers", "shared", "columns", "num_warps", "blocks"),
+    [
+        ("sm_90", 32, 0, 0, 8, 8),
+        ("sm_90", 33, 0, 0, 8, 6),
+        ("sm_90", 255, 0, 0, 8, 1),
+        ("sm_90", 32, 96 * 1024, 0, 4, 2),
+        ("sm_80", 32, 163 * 1024, 0, 4, 1),
+        ("sm_100", 32, 0, 256, 4, 2),
+        ("sm_120", 32, 0, 0, 8, 6),
+        ("gfx942", 64, 0, 0, 4, 8),
+        ("gfx942", 94, 0, 0, 4, 5),
+        ("gfx942", 64, 40 * 1024, 0, 4, 1),
+    ],
+)
+def test_resident_blocks(name: str, registers: int, shared: int, columns: int, num_warps: int, blocks: int) -> None:
+    assert TARGETS[name].resident_blocks(registers, shared, columns, num_warps) == blocks
+
+
+def test_the_busiest_pipe_sets_the_issue_ratio() -> None:
+    device = TARGETS["sm_90"].device
+    assert device is not None
+    # 3.35 TB/s over 132 SMs at 1.98 GHz is 12.8 bytes per clock.
+    assert device.bytes_per_clock == pytest.approx(12.82, abs=0.01)
+    counts = dict.fromkeys(KINDS, 0.0) | {"special": 2.0, "fp32": 10.0}
+    ratio, pipe = device.issue_ratio(counts, 4)
+    assert (pipe, ratio) == ("special", pytest.approx(2 / 16 / (4 / 12.82), rel=1e-3))
+
+
+def test_a_document_gets_both_tables(lines: pd.DataFrame, tmp_path: Path) -> None:
+    text = "before\n<!-- gate:resources -->\nold\n<!-- /gate:resources -->\nbetween\n<!-- gate:roofline --><!-- /gate:roofline -->\n"
+    ...
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> tuple[subprocess.CompletedProcess[str], pd.DataFrame]:
+    ...
+
+
+if __name__ == "__main__":
+    for _, line in planted():
+        print(line)
