@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import importlib.util
-from typing import Literal
 
 import torch
 
 from srpo_kernels import rows_torch
 from srpo_kernels.rows import RowPasses
 
-BackendName = Literal["torch", "triton"]
-
 _TRITON_DEVICES = ("cuda", "xpu")
+# Found, not imported: that is left to the first call that wants it.
+_TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 
 
-def resolve_backend(backend: str, device: torch.device, dtype: torch.dtype) -> BackendName:
+def resolve_backend(backend: str, device: torch.device, dtype: torch.dtype) -> str:
     """The backend that ``"auto"``, ``"torch"`` or ``"triton"`` means on ``device``, for logits in ``dtype``.
 
     Triton wherever it compiles for the device and logits are fp32; torch elsewhere. Raises ValueError where Triton was
@@ -25,8 +24,8 @@ def resolve_backend(backend: str, device: torch.device, dtype: torch.dtype) -> B
         return "torch"
     if backend == "auto":
         usable = device.type in _TRITON_DEVICES and dtype == torch.float32
-        return "triton" if usable and importlib.util.find_spec("triton") else "torch"
-    if not importlib.util.find_spec("triton"):
+        return "triton" if usable and _TRITON_INSTALLED else "torch"
+    if not _TRITON_INSTALLED:
         raise ValueError("backend='triton' needs the package triton, which is not installed; use 'auto' or 'torch'")
     if dtype != torch.float32:
         raise ValueError(f"backend='triton' computes in float32, got inputs of {dtype}; use 'auto' or 'torch'")
@@ -38,8 +37,8 @@ def resolve_backend(backend: str, device: torch.device, dtype: torch.dtype) -> B
     return "triton"
 
 
-def row_passes(backend: BackendName) -> RowPasses:
-    """The row passes of a backend; triton is imported for its own alone."""
+def row_passes(backend: str) -> RowPasses:
+    """The row passes of a backend that ``resolve_backend`` returned; triton is imported for its own alone."""
     if backend == "torch":
         return rows_torch
     from srpo_kernels.kernels import passes

@@ -17,7 +17,8 @@ def require_number(name: str, value: object, expected: str, holds: Callable[[flo
     """Raise TypeError unless ``value`` is an int or a float, ValueError unless it is finite and ``holds``."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{name} must be a number {expected}, got {value!r}")
-    if not (math.isfinite(value) and holds(value)):
+    # Not math.isfinite: torch.compile cannot trace it with a number that changes from call to call.
+    if not (-math.inf < value < math.inf and holds(value)):
         raise ValueError(f"{name} must be a finite number {expected}, got {value!r}")
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
 from srpo_kernels.checks import require_number
@@ -93,13 +95,8 @@ class SRPOConfig:
     count_inactive: bool = False
 
     def __post_init__(self) -> None:
-        for name, choices in _CHOICES.items():
-            _require_choice(name, getattr(self, name), choices)
-        for name, (expected, holds) in _RANGES.items():
-            require_number(name, getattr(self, name), expected, holds)
-        for name, (expected, holds) in _OPTIONAL_RANGES.items():
-            if getattr(self, name) is not None:
-                require_number(name, getattr(self, name), f"{expected}, or None", holds)
+        for name in (*_CHOICES, *_RANGES, *_OPTIONAL_RANGES):
+            require_option(name, getattr(self, name))
         for name in ("add_tail", "count_inactive"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be a bool, got {getattr(self, name)!r}")
@@ -107,13 +104,23 @@ class SRPOConfig:
         if self.max_length is not None:
             _require_count("max_length", self.max_length)
         self._refuse_contradictions()
+        # Ready when it is constructed: a compiler guards on a string it finds, but cannot follow how it is made.
+        options = {field.name: getattr(self, field.name) for field in fields(SRPOConfig)}
+        object.__setattr__(self, "_encoded", json.dumps(options))
+
+    def encode(self) -> str:
+        """Every option as one string, the form in which an operator of a compiled graph takes them."""
+        encoded: str = self._encoded  # type: ignore[attr-defined]
+        return encoded
+
+    @staticmethod
+    @functools.lru_cache(maxsize=64)
+    def decode(encoded: str) -> SRPOConfig:
+        """The config whose ``encode()`` this is."""
+        return SRPOConfig(**json.loads(encoded))
 
     def _refuse_contradictions(self) -> None:
-        if self.divergence == "jsd" and not 0 < self.alpha < 1:
-            raise ValueError(
-                f"alpha must be strictly between 0 and 1 with divergence='jsd', got {self.alpha!r}; "
-                "SRPOConfig.from_alpha maps 0 to 'forward_kl' and 1 to 'reverse_kl'"
-            )
+        require_mixture(self.divergence, self.alpha)
         for name in ("delta", "dual_clip"):
             if getattr(self, name) is not None and self.loss_type not in ("grpo", "gspo"):
                 raise ValueError(
@@ -136,6 +143,26 @@ class SRPOConfig:
         require_number("alpha", alpha, *_RANGES["alpha"])
         divergence: Divergence = "forward_kl" if alpha == 0 else "reverse_kl" if alpha == 1 else "jsd"
         return cls(divergence=divergence, alpha=alpha, **options)
+
+
+def require_option(name: str, value: Any) -> None:
+    """Raise TypeError or ValueError unless the named option, a choice or a number, can have this value."""
+    if name in _CHOICES:
+        _require_choice(name, value, _CHOICES[name])
+    elif name in _RANGES:
+        require_number(name, value, *_RANGES[name])
+    elif value is not None:
+        expected, holds = _OPTIONAL_RANGES[name]
+        require_number(name, value, f"{expected}, or None", holds)
+
+
+def require_mixture(divergence: str, alpha: float) -> None:
+    """Raise ValueError where jsd would be a divergence from one of the two models."""
+    if divergence == "jsd" and not 0 < alpha < 1:
+        raise ValueError(
+            f"alpha must be strictly between 0 and 1 with divergence='jsd', got {alpha!r}; "
+            "SRPOConfig.from_alpha maps 0 to 'forward_kl' and 1 to 'reverse_kl'"
+        )
 
 
 def _require_choice(name: str, value: object, choices: tuple[str, ...]) -> None:

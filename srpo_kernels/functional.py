@@ -1,20 +1,17 @@
-"""The public functions: validate, flatten, plan, run."""
+"""The public functions: check, run, pack."""
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from srpo_kernels import backends, validation
 from srpo_kernels.config import SRPOConfig
-from srpo_kernels.engine import ops, stats
-from srpo_kernels.engine.batch import Batch, Head, Needs
+from srpo_kernels.engine import loss_op, stats_op
+from srpo_kernels.engine.arguments import LossArguments, LossOptions, StatsArguments, StatsOptions
 from srpo_kernels.engine.gemm import accumulation_dtype
-from srpo_kernels.engine.plan import RowMemory, make_plan, order_rows
-from srpo_kernels.objective import RowInputs
-from srpo_kernels.rows import RowSpec
-from srpo_kernels.types import Normalizers, SRPOOutput, TeacherStats, TokenStats
+from srpo_kernels.engine.plan import RowMemory
+from srpo_kernels.types import METRICS, Normalizers, SRPOOutput, TeacherStats, TokenStats
 
 _DEFAULT_CONFIG = SRPOConfig()
 
@@ -89,7 +86,7 @@ def srpo_loss(
     validation.check_no_vocab_parallel(vocab_parallel_group)
     validation.check_head(hidden, weight, bias)
     validation.check_target_ids(target_ids, hidden)
-    validation.check_mask(mask, target_ids)
+    validation.check_mask(mask, hidden)
     validation.check_loss_rows(
         target_ids,
         advantages=advantages,
@@ -103,66 +100,31 @@ def srpo_loss(
     validation.check_teacher(teacher_hidden, teacher_weight, teacher_bias, weight, bias, sdpo_mask)
     dtype = accumulation_dtype(hidden, weight)
     models = 1 if sdpo_mask is None else 2
-    passes = backends.row_passes(backends.resolve_backend(backend, hidden.device, dtype))
-    memory = RowMemory.of(weight, dtype, passes)
+    backend = backends.resolve_backend(backend, hidden.device, dtype)
+    memory = RowMemory.of(weight, dtype, backends.row_passes(backend))
     validation.check_workspace(workspace_bytes, memory.floor(models))
 
-    shape, device = target_ids.shape, target_ids.device
-    targets = target_ids.reshape(-1)
-    valid = torch.ones_like(targets, dtype=torch.bool) if mask is None else mask.reshape(-1)
-    routed = torch.zeros_like(valid) if sdpo_mask is None else _per_row(sdpo_mask, shape)
-    row_advantages = targets.new_zeros(len(targets), dtype=dtype)
-    if advantages is not None:
-        row_advantages = _per_row(advantages.detach().to(dtype), shape)
-    validation.check_row_values(
-        targets,
-        valid,
-        routed,
-        len(weight),
-        has_teacher=teacher_hidden is not None,
-        has_advantages=advantages is not None,
+    call = LossArguments(
+        hidden=hidden,
+        weight=weight,
+        bias=bias,
+        target_ids=target_ids,
+        advantages=advantages,
+        mask=mask,
+        sdpo_mask=sdpo_mask,
+        teacher_hidden=teacher_hidden,
+        teacher_weight=teacher_weight,
+        teacher_bias=teacher_bias,
+        old_log_probs=old_log_probs,
+        ref_log_probs=ref_log_probs,
+        is_weights=is_weights,
+        sequence_ids=sequence_ids,
+        token_count=None if normalizers is None else normalizers.token_count,
+        dw_log_mean=None if normalizers is None else normalizers.dw_log_mean,
+        sequence_count=None if normalizers is None else normalizers.sequence_count,
     )
-    teacher_rows = torch.arange(len(targets), device=device)
-    if teacher_hidden is not None and sdpo_mask is not None:
-        teacher_rows = _teacher_rows(teacher_hidden, sdpo_mask, target_ids)
-
-    sequences, num_sequences = _number_sequences(target_ids, sequence_ids, valid, config)
-    inputs = RowInputs(
-        row_advantages,
-        _flat(old_log_probs, dtype),
-        _flat(ref_log_probs, dtype),
-        _flat(is_weights, dtype),
-        sequences,
-        num_sequences,
-    )
-    head = Head(weight, bias)
-    batch = Batch(
-        hidden=hidden.reshape(-1, hidden.shape[-1]),
-        head=head,
-        target_ids=targets.long(),
-        inputs=inputs,
-        factors=_factors(valid, sequences, num_sequences, normalizers, config, dtype),
-        log_mean=_log_mean(normalizers, config, dtype, device),
-        teacher_hidden=None if teacher_hidden is None else teacher_hidden.detach().flatten(0, -2),
-        teacher_rows=teacher_rows,
-        teacher_head=_teacher_head(head, teacher_weight, teacher_bias),
-    )
-    order = order_rows(valid, routed, row_advantages, sequences, num_sequences, config)
-    lengths = None
-    if config.loss_type == "gspo" and sequences is not None:
-        lengths = torch.bincount(sequences[order.policy], minlength=num_sequences).tolist()
-    needs = _needs(hidden, head)
-    plan = make_plan(
-        order,
-        lengths,
-        config,
-        memory=memory,
-        workspace_bytes=workspace_bytes,
-        gradients=int(needs.hidden) + int(needs.weight),
-        log_mean_known=batch.log_mean is not None,
-    )
-    loss, log_probs, metrics = ops.fused_loss(batch, plan, config, needs, passes)
-    return SRPOOutput(loss, metrics, log_probs.view(shape))
+    loss, log_probs, metrics = loss_op.fused_loss(call, LossOptions(config.encode(), backend, workspace_bytes))
+    return SRPOOutput(loss, dict(zip(METRICS, metrics.unbind(), strict=True)), log_probs)
 
 
 def token_stats(
@@ -222,36 +184,20 @@ def token_stats(
     validation.check_divergence(divergence, alpha)
     validation.check_head(hidden, weight, bias)
     validation.check_target_ids(target_ids, hidden)
-    validation.check_mask(mask, target_ids)
+    validation.check_mask(mask, hidden)
     validation.check_stats_teacher(teacher_hidden, teacher_weight, teacher_bias, hidden, weight, bias)
     models = 1 if teacher_hidden is None else 2
     dtype = accumulation_dtype(hidden, weight)
-    passes = backends.row_passes(backends.resolve_backend(backend, hidden.device, dtype))
-    validation.check_workspace(workspace_bytes, RowMemory.of(weight, dtype, passes).floor(models))
-    targets = target_ids.reshape(-1)
-    rows = _rows_to_compute(mask, targets)
-    nowhere = torch.zeros_like(targets, dtype=torch.bool)
-    valid = nowhere.index_fill(0, rows, True)
-    validation.check_row_values(targets, valid, nowhere, len(weight), has_teacher=True, has_advantages=True)
-
-    head = Head(weight, bias)
-    call = stats.StatsCall(
-        target_ids=targets.long(),
-        rows=rows,
-        spec=RowSpec(
-            divergence=None if teacher_hidden is None else divergence,
-            alpha=alpha,
-            temperature=temperature,
-            logit_scale=logit_scale,
-            softcap=softcap,
-        ),
-        teacher_hidden=None if teacher_hidden is None else teacher_hidden.detach().flatten(0, -2),
-        teacher_head=_teacher_head(head, teacher_weight, teacher_bias),
-        workspace_bytes=workspace_bytes,
-        passes=passes,
+    backend = backends.resolve_backend(backend, hidden.device, dtype)
+    memory = RowMemory.of(weight, dtype, backends.row_passes(backend))
+    validation.check_workspace(workspace_bytes, memory.floor(models))
+    result = stats_op.token_stats(
+        StatsArguments(hidden, weight, bias, target_ids, mask, teacher_hidden, teacher_weight, teacher_bias),
+        StatsOptions(divergence, alpha, temperature, logit_scale, softcap, backend, workspace_bytes),
     )
-    outputs = ops.token_stats(hidden.reshape(-1, hidden.shape[-1]), head, call, _needs(hidden, head))
-    return TokenStats._make(None if x is None else _spread(x, rows, target_ids.shape) for x in outputs)
+    if teacher_hidden is None:
+        return TokenStats(result.log_probs, result.entropy, None, None)
+    return TokenStats(result.log_probs, result.entropy, result.divergence, result.teacher_entropy)
 
 
 def teacher_stats(
@@ -296,106 +242,21 @@ def teacher_stats(
     validation.check_head(
         teacher_hidden, teacher_weight, teacher_bias, ("teacher_hidden", "teacher_weight", "teacher_bias")
     )
-    shape = teacher_hidden.shape[:-1]
-    targets = torch.zeros(shape, dtype=torch.int64, device=teacher_hidden.device)
-    validation.check_mask(mask, targets)
+    validation.check_mask(mask, teacher_hidden, "the rows of teacher_hidden")
     dtype = accumulation_dtype(teacher_hidden, teacher_weight)
-    passes = backends.row_passes(backends.resolve_backend(backend, teacher_hidden.device, dtype))
-    validation.check_workspace(workspace_bytes, RowMemory.of(teacher_weight, dtype, passes).floor(1))
-    rows = _rows_to_compute(mask, targets.reshape(-1))
-    head = Head(teacher_weight.detach(), None if teacher_bias is None else teacher_bias.detach())
-    spec = RowSpec(temperature=temperature, logit_scale=logit_scale, softcap=softcap)
-    call = stats.StatsCall(targets.reshape(-1), rows, spec, None, head, workspace_bytes, passes)
-    with torch.no_grad(), torch.autocast(teacher_hidden.device.type, enabled=False):
-        result = stats.forward(teacher_hidden.detach().flatten(0, -2), head, call)
-        assert result.entropy is not None
-        logsumexp = result.logsumexp.squeeze(1).to(dtype)
-        return TeacherStats(_spread(result.entropy, rows, shape), _spread(logsumexp, rows, shape))
-
-
-def _needs(hidden: Tensor, head: Head) -> Needs:
-    grad = torch.is_grad_enabled()
-    return Needs(*(grad and x is not None and x.requires_grad for x in (hidden, *head)))
-
-
-def _teacher_head(head: Head, teacher_weight: Tensor | None, teacher_bias: Tensor | None) -> Head:
-    weight, bias = head if teacher_weight is None else (teacher_weight, teacher_bias)
-    return Head(weight.detach(), None if bias is None else bias.detach())
-
-
-def _flat(values: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    return None if values is None else values.detach().to(dtype).reshape(-1)
-
-
-def _per_row(values: Tensor, shape: torch.Size) -> Tensor:
-    """Values per sequence ``[B]`` or per row, flattened to one per row."""
-    return (values if values.shape == shape else values[:, None].expand(shape)).reshape(-1)
-
-
-def _teacher_rows(teacher_hidden: Tensor, sdpo_mask: Tensor, target_ids: Tensor) -> Tensor:
-    """Where each row's teacher state is: at the row itself, or in the routed entries alone."""
-    routed = sdpo_mask.flatten(1).any(1) if sdpo_mask.ndim == 2 else sdpo_mask
-    rows = torch.arange(target_ids.numel(), device=target_ids.device)
-    if teacher_hidden.shape[:-1] == target_ids.shape:
-        return rows
-    validation.check_teacher_rows(teacher_hidden, target_ids, int(routed.sum()))
-    length = target_ids.shape[1] if target_ids.ndim == 2 else 1
-    rank = routed.long().cumsum(0) - 1
-    return rank.repeat_interleave(length) * length + rows % max(length, 1)
-
-
-def _number_sequences(
-    target_ids: Tensor, sequence_ids: Tensor | None, valid: Tensor, config: SRPOConfig
-) -> tuple[Tensor | None, int]:
-    """The sequence of every row, numbered from 0, and how many there are, at least 1; None where it is not needed."""
-    if config.loss_type != "gspo" and config.reduction == "token":
-        return None, 0
-    if sequence_ids is None:
-        count, length = target_ids.shape
-        return torch.arange(count, device=target_ids.device).repeat_interleave(length), max(count, 1)
-    known, numbers = torch.unique(sequence_ids[valid], return_inverse=True)
-    return torch.zeros_like(sequence_ids, dtype=torch.int64).masked_scatter(valid, numbers), max(len(known), 1)
-
-
-def _factors(
-    valid: Tensor,
-    sequences: Tensor | None,
-    num_sequences: int,
-    normalizers: Normalizers | None,
-    config: SRPOConfig,
-    dtype: torch.dtype,
-) -> Tensor:
-    """Each row's share of the loss, ``[N]``: one over the reduction's denominator."""
-    ones = torch.ones_like(valid, dtype=dtype)
-    if config.reduction == "token" or sequences is None:
-        tokens = valid.sum() if normalizers is None else normalizers.token_count
-        return ones / tokens.to(ones).clamp_min(1.0)
-    count = ones.new_tensor(num_sequences)
-    if normalizers is not None and normalizers.sequence_count is not None:
-        count = normalizers.sequence_count.to(ones)
-    count = count.clamp_min(1.0)
-    if config.reduction == "constant" and config.max_length is not None:
-        return ones / (count * config.max_length)
-    lengths = torch.bincount(sequences[valid], minlength=num_sequences).to(ones).clamp_min(1.0)
-    return 1.0 / (count * lengths[sequences])
-
-
-def _log_mean(
-    normalizers: Normalizers | None, config: SRPOConfig, dtype: torch.dtype, device: torch.device
-) -> Tensor | None:
-    """The log-mean of the entropy weights where it is known: every weight is 1 when ``dw_beta`` is 0."""
-    if config.dw_beta == 0.0:
-        return torch.zeros((), dtype=dtype, device=device)
-    return None if normalizers is None else normalizers.dw_log_mean.to(device, dtype)
-
-
-def _rows_to_compute(mask: Tensor | None, targets: Tensor) -> Tensor:
-    if mask is None:
-        return torch.arange(len(targets), device=targets.device)
-    return mask.reshape(-1).nonzero().squeeze(1)
-
-
-def _spread(values: Tensor, rows: Tensor, shape: torch.Size) -> Tensor:
-    """Values of ``rows`` in the shape of all rows, 0 elsewhere."""
-    flat = values if len(rows) == shape.numel() else values.new_zeros(shape.numel()).index_put((rows,), values)
-    return flat.view(shape)
+    backend = backends.resolve_backend(backend, teacher_hidden.device, dtype)
+    memory = RowMemory.of(teacher_weight, dtype, backends.row_passes(backend))
+    validation.check_workspace(workspace_bytes, memory.floor(1))
+    hidden, weight = teacher_hidden.detach(), teacher_weight.detach()
+    bias = None if teacher_bias is None else teacher_bias.detach()
+    result = stats_op.token_stats(
+        StatsArguments(hidden, weight, bias, target_ids=None, mask=mask),
+        StatsOptions(
+            temperature=temperature,
+            logit_scale=logit_scale,
+            softcap=softcap,
+            backend=backend,
+            workspace_bytes=workspace_bytes,
+        ),
+    )
+    return TeacherStats(result.entropy, result.logsumexp.to(dtype))

@@ -1,15 +1,14 @@
 """Every check of what a caller hands over, and its message: the argument, what came, what was expected.
 
-Checks that read no tensor data come first and cost no synchronisation; ``check_row_values`` reads three flags at once.
+None reads tensor data: that costs a synchronisation, and the engine does it where it reads the rows anyway.
 """
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from srpo_kernels.checks import BOOL, FLOATING, INTEGER, require_shape, require_tensor
-from srpo_kernels.config import SRPOConfig
+from srpo_kernels.config import SRPOConfig, require_mixture, require_option
 from srpo_kernels.types import Normalizers
 
 _BACKENDS = ("auto", "torch", "triton")
@@ -44,13 +43,16 @@ def check_workspace(workspace_bytes: int | None, floor: int) -> None:
 
 
 def check_transform(temperature: float, logit_scale: float, softcap: float | None) -> None:
-    """The logit transform's numbers; ``SRPOConfig`` knows their ranges."""
-    SRPOConfig(temperature=temperature, logit_scale=logit_scale, softcap=softcap)
+    """The logit transform's numbers, in the ranges of ``SRPOConfig``."""
+    for name, value in (("temperature", temperature), ("logit_scale", logit_scale), ("softcap", softcap)):
+        require_option(name, value)
 
 
 def check_divergence(divergence: str, alpha: float) -> None:
-    """The divergence's name and number; ``SRPOConfig`` knows their ranges."""
-    SRPOConfig(divergence=divergence, alpha=alpha)  # type: ignore[arg-type]
+    """The divergence's name and number, in the ranges of ``SRPOConfig``."""
+    require_option("divergence", divergence)
+    require_option("alpha", alpha)
+    require_mixture(divergence, alpha)
 
 
 def check_head(
@@ -74,16 +76,16 @@ def check_head(
 
 
 def check_target_ids(target_ids: object, hidden: Tensor) -> None:
-    """Integer ids, one per row of ``hidden``; whether they lie in the vocabulary is checked by ``check_row_values``."""
+    """Integer ids, one per row of ``hidden``; whether they lie in the vocabulary is for the engine to see."""
     target_ids = require_tensor("target_ids", target_ids, INTEGER, hidden.device)
     require_shape("target_ids", target_ids, [hidden.shape[:-1]], f"the rows of hidden {list(hidden.shape)}")
 
 
-def check_mask(mask: object, target_ids: Tensor) -> None:
-    """None, or bool in ``target_ids``' shape."""
+def check_mask(mask: object, hidden: Tensor, meaning: str = "the shape of target_ids") -> None:
+    """None, or bool, one per row of ``hidden``."""
     if mask is not None:
-        mask = require_tensor("mask", mask, BOOL, target_ids.device)
-        require_shape("mask", mask, [target_ids.shape], "the shape of target_ids")
+        mask = require_tensor("mask", mask, BOOL, hidden.device)
+        require_shape("mask", mask, [hidden.shape[:-1]], meaning)
 
 
 def check_teacher(
@@ -192,38 +194,3 @@ def check_options(
         raise TypeError(f"normalizers must be a Normalizers or None, got {type(normalizers).__name__}")
     if config.reduction != "token" and normalizers.sequence_count is None:
         raise ValueError(f"normalizers.sequence_count is required when reduction={config.reduction!r}, got None")
-
-
-def check_teacher_rows(teacher_hidden: Tensor, target_ids: Tensor, routed_rows: int) -> None:
-    """Teacher states for every row, or for the ``routed_rows`` first-dimension entries that are routed."""
-    full, routed = target_ids.shape, (routed_rows, *target_ids.shape[1:])
-    width = teacher_hidden.shape[-1:]
-    require_shape(
-        "teacher_hidden",
-        teacher_hidden,
-        [full + width, routed + width],
-        "every row, or the routed ones alone",
-    )
-
-
-def check_row_values(
-    target_ids: Tensor,
-    valid: Tensor,
-    routed: Tensor,
-    vocab_size: int,
-    *,
-    has_teacher: bool,
-    has_advantages: bool,
-) -> None:
-    """Ids in the vocabulary, a teacher where a valid row is routed, advantages where one is not: one host read."""
-    outside = valid & ((target_ids < 0) | (target_ids >= vocab_size))
-    flags = torch.stack([outside.any(), (valid & routed).any(), (valid & ~routed).any()]).tolist()
-    if flags[0]:
-        row = int(outside.nonzero()[0])
-        raise ValueError(
-            f"target_ids must lie in [0, {vocab_size}) wherever mask is true, got {int(target_ids[row])} at row {row}"
-        )
-    if flags[1] and not has_teacher:
-        raise ValueError("teacher_hidden is required when sdpo_mask routes a valid row to distillation, got None")
-    if flags[2] and not has_advantages:
-        raise ValueError("advantages is required when a valid row is in the policy branch, got None")

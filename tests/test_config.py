@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from srpo_kernels.config import DIVERGENCES, LOSS_TYPES, SRPOConfig
+from tests.strategies import configs
 
 NUMBERS = (
     "epsilon_low",
@@ -167,3 +168,12 @@ def test_it_is_an_immutable_value() -> None:
         assert hash(twin) == hash(config)
     with pytest.raises(ValueError, match="temperature"):
         dataclasses.replace(config, temperature=0.0)
+
+
+@given(configs())
+def test_encoding_keeps_every_option(config: SRPOConfig) -> None:
+    for twin in (config, copy.deepcopy(config), pickle.loads(pickle.dumps(config)), dataclasses.replace(config)):
+        assert twin.encode() == config.encode()
+    assert SRPOConfig.decode(config.encode()) == config
+    assert dataclasses.replace(config, temperature=0.3).encode() != config.encode()
+    assert "encoded" not in repr(config)

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from srpo_kernels import SRPOConfig, functional, srpo_loss, token_stats
+from srpo_kernels import SRPOConfig, srpo_loss, token_stats
 from srpo_kernels.config import DISTILLATION_MODES
-from srpo_kernels.engine import workspace
+from srpo_kernels.engine import prepare, workspace
 from srpo_kernels.engine.plan import Plan, make_plan
 from srpo_kernels.engine.workspace import row_stride
 from tests.comparison import run_loss, with_leaves
@@ -26,7 +26,7 @@ def plans(monkeypatch: pytest.MonkeyPatch) -> list[Plan]:
         made.append(make_plan(*args, **kwargs))
         return made[-1]
 
-    monkeypatch.setattr(functional, "make_plan", record)
+    monkeypatch.setattr(prepare, "make_plan", record)
     return made
 
 

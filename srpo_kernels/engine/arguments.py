@@ -1,0 +1,72 @@
+"""What a call of a public function hands to the engine: its tensors in the caller's shapes, and its options.
+
+The fields are the arguments of an operator, in its schema's order: an operator takes no tuples.
+"""
+
+from __future__ import annotations
+
+from itertools import islice
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+
+class LossArguments(NamedTuple):
+    """The tensors of a call of ``srpo_loss`` in its caller's shapes; the last three are those of ``Normalizers``."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    target_ids: Tensor
+    advantages: Tensor | None
+    mask: Tensor | None
+    sdpo_mask: Tensor | None
+    teacher_hidden: Tensor | None
+    teacher_weight: Tensor | None
+    teacher_bias: Tensor | None
+    old_log_probs: Tensor | None
+    ref_log_probs: Tensor | None
+    is_weights: Tensor | None
+    sequence_ids: Tensor | None
+    token_count: Tensor | None
+    dw_log_mean: Tensor | None
+    sequence_count: Tensor | None
+
+
+class LossOptions(NamedTuple):
+    """The options of a call of ``srpo_loss``; ``config`` is an ``SRPOConfig``, encoded."""
+
+    config: str
+    backend: str
+    workspace_bytes: int | None
+
+
+class StatsArguments(NamedTuple):
+    """The tensors of a call of ``token_stats`` in its caller's shapes; without ``target_ids`` no log-prob is wanted."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    target_ids: Tensor | None
+    mask: Tensor | None
+    teacher_hidden: Tensor | None = None
+    teacher_weight: Tensor | None = None
+    teacher_bias: Tensor | None = None
+
+
+class StatsOptions(NamedTuple):
+    """The options of a call of ``token_stats``."""
+
+    divergence: str = "jsd"
+    alpha: float = 0.5
+    temperature: float = 1.0
+    logit_scale: float = 1.0
+    softcap: float | None = None
+    backend: str = "auto"
+    workspace_bytes: int | None = None
+
+
+def parse(arguments: tuple[Any, ...], *groups: Any) -> list[Any]:
+    """The flat arguments of an operator as the named tuples that they were."""
+    rest = iter(arguments)
+    return [group._make(islice(rest, len(group._fields))) for group in groups]

@@ -1,0 +1,126 @@
+"""``srpo_loss`` as an operation: its gradients are ready when the forward ends."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from srpo_kernels import backends
+from srpo_kernels.config import SRPOConfig
+from srpo_kernels.engine import ops
+from srpo_kernels.engine.arguments import LossArguments, LossOptions, parse
+from srpo_kernels.engine.batch import Needs
+from srpo_kernels.engine.fused import FusedPass
+from srpo_kernels.engine.gemm import accumulation_dtype
+from srpo_kernels.engine.prepare import flat_rows, prepare_loss
+from srpo_kernels.types import METRICS
+
+
+def fused_loss(call: LossArguments, options: LossOptions) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss, log-probs in the shape of ``target_ids``, and the ``METRICS`` as one vector.
+
+    Only the loss carries gradient, to hidden states, weight and bias.
+    """
+    loss, log_probs, metrics, *_ = ops.run(torch.ops.srpo_kernels.fused_loss, _FusedLoss, call, options)
+    return loss, log_probs, metrics
+
+
+def _forward(*arguments: Any) -> tuple[Tensor, ...]:
+    """Loss, log-probs, metrics, and the gradients of the loss in the accumulation dtype."""
+    call, options, needs = parse(arguments, LossArguments, LossOptions, Needs)
+    config = SRPOConfig.decode(options.config)
+    with torch.autocast(call.hidden.device.type, enabled=False):
+        passes = backends.row_passes(options.backend)
+        batch, plan = prepare_loss(call, config, options.workspace_bytes, needs, passes)
+        result = FusedPass(batch, plan, config, needs, passes).run()
+    grad_hidden = None if result.grad_hidden is None else result.grad_hidden.view(call.hidden.shape)
+    return (
+        result.loss,
+        result.log_probs.view(call.target_ids.shape),
+        torch.stack([result.metrics[name] for name in METRICS]),
+        *ops.dense((grad_hidden, result.grad_weight, result.grad_bias), result.loss),
+    )
+
+
+def _fake(*arguments: Any) -> tuple[Tensor, ...]:
+    call, _, needs = parse(arguments, LossArguments, LossOptions, Needs)
+    hidden, weight, bias = call[:3]
+    loss = hidden.new_empty((), dtype=accumulation_dtype(hidden, weight))
+    gradients = (
+        torch.empty_like(flat_rows(hidden), dtype=loss.dtype).view(hidden.shape) if needs.hidden else None,
+        loss.new_empty(weight.shape) if needs.weight else None,
+        loss.new_empty(bias.shape) if needs.bias else None,
+    )
+    return loss, loss.new_empty(call.target_ids.shape), loss.new_empty(len(METRICS)), *ops.dense(gradients, loss)
+
+
+def _backward(scale: Callable[[Tensor, Tensor], Tensor]) -> ops.Backward:
+    """The backward in which ``scale`` multiplies a gradient by the upstream one."""
+
+    def backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        gradients: list[Tensor | None] = [None] * ctx.num_inputs
+        if grad_loss is None:
+            return tuple(gradients)
+        if grad_loss.numel() != 1:
+            raise RuntimeError(f"srpo_loss takes a scalar upstream gradient, got {list(grad_loss.shape)}")
+        for i, (gradient, dtype) in enumerate(zip(ctx.saved_tensors, ctx.dtypes, strict=True)):
+            if dtype is not None:
+                gradients[i] = scale(gradient, grad_loss).to(dtype)
+        return tuple(gradients)
+
+    once: ops.Backward = once_differentiable(backward)
+    return once
+
+
+def _scale(gradient: Tensor, factor: Tensor) -> Tensor:
+    return gradient * factor
+
+
+def _scale_(gradient: Tensor, factor: Tensor) -> Tensor:
+    """``gradient * factor`` without a host sync; in place when nobody can ask for the gradient a second time."""
+    if torch._C._autograd._get_current_graph_task_keep_graph():
+        return gradient * factor
+    if factor.device.type == "cpu" and factor.item() == 1.0:
+        return gradient
+    return gradient.mul_(factor)
+
+
+class _FusedLoss(torch.autograd.Function):
+    """The eager form. The backward of a graph is traced, and leaves to the compiler what is done in place."""
+
+    @staticmethod
+    def forward(*arguments: Any) -> tuple[Tensor, ...]:
+        return _forward(*arguments)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        call, _, needs = parse(inputs, LossArguments, LossOptions, Needs)
+        ctx.num_inputs = len(inputs)
+        ctx.dtypes = [x.dtype if needed else None for x, needed in zip(call[:3], needs, strict=True)]
+        ctx.save_for_backward(*output[3:])
+        ctx.mark_non_differentiable(*output[1:])
+        # Absent upstream gradients would be zeros in the shape of every output, dW included.
+        ctx.set_materialize_grads(False)
+
+    backward = staticmethod(_backward(_scale_))
+
+
+_operator = torch.library.custom_op(
+    "srpo_kernels::fused_loss",
+    ops.with_autograd(_forward),
+    mutates_args=(),
+    schema=(
+        "(Tensor hidden, Tensor weight, Tensor? bias, Tensor target_ids, Tensor? advantages, Tensor? mask, "
+        "Tensor? sdpo_mask, Tensor? teacher_hidden, Tensor? teacher_weight, Tensor? teacher_bias, "
+        "Tensor? old_log_probs, Tensor? ref_log_probs, Tensor? is_weights, Tensor? sequence_ids, "
+        "Tensor? token_count, Tensor? dw_log_mean, Tensor? sequence_count, "
+        f"str config, str backend, SymInt? workspace_bytes, {ops.NEEDS}) "
+        f"-> (Tensor loss, Tensor log_probs, Tensor metrics, {ops.GRADIENTS})"
+    ),
+)
+_operator.register_fake(_fake)
+_operator.register_autograd(_backward(_scale), setup_context=_FusedLoss.setup_context)

@@ -1,0 +1,191 @@
+"""From the arguments of a call to what the engine works on: flat rows, their order and the plan.
+
+All of it depends on the data, on lengths, routes and advantages, and reads it on the host. It runs within the
+operations, so that a compiled graph never sees it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from srpo_kernels import backends
+from srpo_kernels.config import SRPOConfig
+from srpo_kernels.engine.arguments import LossArguments, StatsArguments, StatsOptions
+from srpo_kernels.engine.batch import Batch, Head, Needs
+from srpo_kernels.engine.gemm import accumulation_dtype
+from srpo_kernels.engine.plan import Plan, RowMemory, make_plan, order_rows
+from srpo_kernels.engine.row_values import check_row_values, check_teacher_rows
+from srpo_kernels.engine.stats import StatsCall
+from srpo_kernels.objective import RowInputs
+from srpo_kernels.rows import RowPasses, RowSpec
+
+
+def flat_rows(states: Tensor) -> Tensor:
+    """Hidden states ``[..., H]`` as ``[N, H]``: a view where strides allow it."""
+    return states.reshape(-1, states.shape[-1])
+
+
+def prepare_loss(
+    call: LossArguments, config: SRPOConfig, workspace_bytes: int | None, needs: Needs, passes: RowPasses
+) -> tuple[Batch, Plan]:
+    """Flatten a batch and lay out how it runs. Raises ValueError for values that ``srpo_loss`` refuses."""
+    dtype = accumulation_dtype(call.hidden, call.weight)
+    shape, device = call.target_ids.shape, call.target_ids.device
+    targets = call.target_ids.reshape(-1)
+    valid = torch.ones_like(targets, dtype=torch.bool) if call.mask is None else call.mask.reshape(-1)
+    routed = torch.zeros_like(valid) if call.sdpo_mask is None else _per_row(call.sdpo_mask, shape)
+    advantages = targets.new_zeros(len(targets), dtype=dtype)
+    if call.advantages is not None:
+        advantages = _per_row(call.advantages.to(dtype), shape)
+    check_row_values(
+        targets,
+        valid,
+        routed,
+        len(call.weight),
+        has_teacher=call.teacher_hidden is not None,
+        has_advantages=call.advantages is not None,
+    )
+    teacher_rows = torch.arange(len(targets), device=device)
+    if call.teacher_hidden is not None and call.sdpo_mask is not None:
+        teacher_rows = _teacher_rows(call.teacher_hidden, call.sdpo_mask, call.target_ids)
+
+    sequences, num_sequences = _number_sequences(call.target_ids, call.sequence_ids, valid, config)
+    batch = Batch(
+        hidden=flat_rows(call.hidden),
+        head=Head(call.weight, call.bias),
+        target_ids=targets.long(),
+        inputs=RowInputs(
+            advantages,
+            _flat(call.old_log_probs, dtype),
+            _flat(call.ref_log_probs, dtype),
+            _flat(call.is_weights, dtype),
+            sequences,
+            num_sequences,
+        ),
+        factors=_factors(valid, sequences, num_sequences, call, config, dtype),
+        log_mean=_log_mean(call.dw_log_mean, config, dtype, device),
+        teacher_hidden=None if call.teacher_hidden is None else flat_rows(call.teacher_hidden),
+        teacher_rows=teacher_rows,
+        teacher_head=_teacher_head(call),
+    )
+    order = order_rows(valid, routed, advantages, sequences, num_sequences, config)
+    lengths = None
+    if config.loss_type == "gspo" and sequences is not None:
+        lengths = torch.bincount(sequences[order.policy], minlength=num_sequences).tolist()
+    plan = make_plan(
+        order,
+        lengths,
+        config,
+        memory=RowMemory.of(call.weight, dtype, passes),
+        workspace_bytes=workspace_bytes,
+        gradients=int(needs.hidden) + int(needs.weight),
+        log_mean_known=batch.log_mean is not None,
+    )
+    return batch, plan
+
+
+def prepare_stats(call: StatsArguments, options: StatsOptions, *, check: bool = False) -> StatsCall:
+    """Flatten a call and find the rows to compute.
+
+    With ``check``, raises ValueError for a target outside the vocabulary in one of them.
+    """
+    device = call.hidden.device
+    if call.target_ids is None:
+        targets = torch.zeros(call.hidden.shape[:-1], dtype=torch.int64, device=device).view(-1)
+    else:
+        targets = call.target_ids.reshape(-1)
+    if call.mask is None:
+        rows = torch.arange(len(targets), device=device)
+    else:
+        rows = call.mask.reshape(-1).nonzero().squeeze(1)
+    if check and call.target_ids is not None:
+        nowhere = torch.zeros_like(targets, dtype=torch.bool)
+        valid = nowhere.index_fill(0, rows, True)
+        check_row_values(targets, valid, nowhere, len(call.weight), has_teacher=True, has_advantages=True)
+    return StatsCall(
+        target_ids=targets.long(),
+        rows=rows,
+        spec=RowSpec(
+            divergence=None if call.teacher_hidden is None else options.divergence,
+            alpha=options.alpha,
+            temperature=options.temperature,
+            logit_scale=options.logit_scale,
+            softcap=options.softcap,
+        ),
+        teacher_hidden=None if call.teacher_hidden is None else flat_rows(call.teacher_hidden),
+        teacher_head=_teacher_head(call),
+        workspace_bytes=options.workspace_bytes,
+        passes=backends.row_passes(options.backend),
+    )
+
+
+def _teacher_head(call: LossArguments | StatsArguments) -> Head:
+    """The student's own where the teacher has none."""
+    if call.teacher_weight is None:
+        return Head(call.weight, call.bias)
+    return Head(call.teacher_weight, call.teacher_bias)
+
+
+def _flat(values: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if values is None else values.to(dtype).reshape(-1)
+
+
+def _per_row(values: Tensor, shape: torch.Size) -> Tensor:
+    """Values per sequence ``[B]`` or per row, flattened to one per row."""
+    return (values if values.shape == shape else values[:, None].expand(shape)).reshape(-1)
+
+
+def _teacher_rows(teacher_hidden: Tensor, sdpo_mask: Tensor, target_ids: Tensor) -> Tensor:
+    """Where each row's teacher state is: at the row itself, or in the routed entries alone."""
+    routed = sdpo_mask.flatten(1).any(1) if sdpo_mask.ndim == 2 else sdpo_mask
+    rows = torch.arange(target_ids.numel(), device=target_ids.device)
+    if teacher_hidden.shape[:-1] == target_ids.shape:
+        return rows
+    check_teacher_rows(teacher_hidden, target_ids, int(routed.sum()))
+    length = target_ids.shape[1] if target_ids.ndim == 2 else 1
+    rank = routed.long().cumsum(0) - 1
+    return rank.repeat_interleave(length) * length + rows % max(length, 1)
+
+
+def _number_sequences(
+    target_ids: Tensor, sequence_ids: Tensor | None, valid: Tensor, config: SRPOConfig
+) -> tuple[Tensor | None, int]:
+    """The sequence of every row, numbered from 0, and how many there are, at least 1; None where it is not needed."""
+    if config.loss_type != "gspo" and config.reduction == "token":
+        return None, 0
+    if sequence_ids is None:
+        count, length = target_ids.shape
+        return torch.arange(count, device=target_ids.device).repeat_interleave(length), max(count, 1)
+    known, numbers = torch.unique(sequence_ids[valid], return_inverse=True)
+    return torch.zeros_like(sequence_ids, dtype=torch.int64).masked_scatter(valid, numbers), max(len(known), 1)
+
+
+def _factors(
+    valid: Tensor,
+    sequences: Tensor | None,
+    num_sequences: int,
+    call: LossArguments,
+    config: SRPOConfig,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Each row's share of the loss, ``[N]``: one over the reduction's denominator."""
+    ones = torch.ones_like(valid, dtype=dtype)
+    if config.reduction == "token" or sequences is None:
+        tokens = valid.sum() if call.token_count is None else call.token_count
+        return ones / tokens.to(ones).clamp_min(1.0)
+    count = ones.new_tensor(num_sequences)
+    if call.sequence_count is not None:
+        count = call.sequence_count.to(ones)
+    count = count.clamp_min(1.0)
+    if config.reduction == "constant" and config.max_length is not None:
+        return ones / (count * config.max_length)
+    lengths = torch.bincount(sequences[valid], minlength=num_sequences).to(ones).clamp_min(1.0)
+    return 1.0 / (count * lengths[sequences])
+
+
+def _log_mean(log_mean: Tensor | None, config: SRPOConfig, dtype: torch.dtype, device: torch.device) -> Tensor | None:
+    """The log-mean of the entropy weights where it is known: every weight is 1 when ``dw_beta`` is 0."""
+    if config.dw_beta == 0.0:
+        return torch.zeros((), dtype=dtype, device=device)
+    return None if log_mean is None else log_mean.to(device, dtype)

@@ -1,0 +1,163 @@
+"""``token_stats`` and ``teacher_stats`` as an operation, and its backward, which computes logits again, as another."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from srpo_kernels.engine import ops, stats
+from srpo_kernels.engine.arguments import StatsArguments, StatsOptions, parse
+from srpo_kernels.engine.batch import Head, Needs
+from srpo_kernels.engine.gemm import accumulation_dtype
+from srpo_kernels.engine.prepare import flat_rows, prepare_stats
+from srpo_kernels.rows import DivergenceStats, RowGradients, RowStats
+from srpo_kernels.types import wide_dtype
+
+
+class Statistics(NamedTuple):
+    """What the operation returns: each in the shape of the rows, 0 in masked ones.
+
+    The first three carry gradient. Without a teacher there are the student's alone, and the others are empty.
+    """
+
+    log_probs: Tensor
+    entropy: Tensor
+    divergence: Tensor
+    teacher_entropy: Tensor
+    logsumexp: Tensor
+    teacher_logsumexp: Tensor
+    center: Tensor
+
+
+_DIFFERENTIABLE = RowGradients._fields
+_STUDENTS = ("log_probs", "entropy", "logsumexp")
+
+
+def token_stats(call: StatsArguments, options: StatsOptions) -> Statistics:
+    """Statistics of every row; they carry gradient to hidden states, weight and bias."""
+    return Statistics._make(ops.run(torch.ops.srpo_kernels.token_stats, _TokenStats, call, options))
+
+
+def _forward(*arguments: Any) -> tuple[Tensor, ...]:
+    call, options, _ = parse(arguments, StatsArguments, StatsOptions, Needs)
+    with torch.autocast(call.hidden.device.type, enabled=False):
+        prepared = prepare_stats(call, options, check=True)
+        result = stats.forward(flat_rows(call.hidden), Head(call.weight, call.bias), prepared)
+    shape = call.hidden.shape[:-1]
+    values = [_spread(getattr(result, name, None), prepared.rows, shape) for name in Statistics._fields]
+    return ops.dense(tuple(values), result.log_probs)
+
+
+def _spread(values: Tensor | None, rows: Tensor, shape: torch.Size) -> Tensor | None:
+    """Values of ``rows`` in the shape of all rows, 0 elsewhere."""
+    if values is None:
+        return None
+    flat = values.flatten()
+    if len(rows) != shape.numel():
+        flat = flat.new_zeros(shape.numel()).index_copy_(0, rows, flat)
+    return flat.view(shape)
+
+
+def _fake_forward(*arguments: Any) -> tuple[Tensor, ...]:
+    call, _, _ = parse(arguments, StatsArguments, StatsOptions, Needs)
+    rows = call.hidden.new_empty(call.hidden.shape[:-1], dtype=accumulation_dtype(call.hidden, call.weight))
+    present = [call.teacher_hidden is not None or name in _STUDENTS for name in Statistics._fields]
+    wide = wide_dtype(rows.device)
+    dtypes = [wide if name.endswith("logsumexp") else rows.dtype for name in Statistics._fields]
+    values = [torch.empty_like(rows, dtype=d) if here else None for here, d in zip(present, dtypes, strict=True)]
+    return ops.dense(tuple(values), rows)
+
+
+def _gradients(*arguments: Any) -> tuple[Tensor, ...]:
+    """dX, dW and db in the dtypes and shapes of hidden states, weight and bias."""
+    upstream, values, call, options, needs = parse(
+        arguments, RowGradients, Statistics, StatsArguments, StatsOptions, Needs
+    )
+    if call.mask is not None:
+        upstream = [x.masked_fill(~call.mask, 0.0) if x.numel() else x for x in upstream]
+    grads = RowGradients._make(map(torch.flatten, upstream))
+    flat = Statistics._make(map(torch.flatten, values))
+    columns = {name: getattr(flat, name)[:, None] for name in ("logsumexp", "teacher_logsumexp", "center")}
+    result: RowStats | DivergenceStats = DivergenceStats(**flat._asdict() | columns)
+    if call.teacher_hidden is None:
+        result = RowStats(flat.log_probs, columns["logsumexp"], flat.entropy, None, None, None)
+        grads = grads._replace(divergence=None)
+    with torch.autocast(call.hidden.device.type, enabled=False):
+        # Rows without a gradient cost nothing: the masked ones need not be found a second time.
+        prepared = prepare_stats(call._replace(mask=None), options)
+        head = Head(call.weight, call.bias)
+        grad_hidden, *grad_head = stats.backward(flat_rows(call.hidden), head, prepared, result, grads, needs)
+    if grad_hidden is not None:
+        grad_hidden = grad_hidden.view(call.hidden.shape)
+    return ops.dense((grad_hidden, *grad_head), call.hidden)
+
+
+def _fake_gradients(*arguments: Any) -> tuple[Tensor, ...]:
+    _, _, call, _, needs = parse(arguments, RowGradients, Statistics, StatsArguments, StatsOptions, Needs)
+    gradients = (
+        torch.empty_like(flat_rows(call.hidden)).view(call.hidden.shape) if needs.hidden else None,
+        torch.empty_like(call.weight) if needs.weight else None,
+        torch.empty_like(call.bias) if needs.bias else None,
+    )
+    return ops.dense(gradients, call.hidden)
+
+
+def _backward(gradients: ops.Implementation) -> ops.Backward:
+    """The backward by ``gradients``: ``_gradients``, or the operator for it."""
+
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        tensors = len(StatsArguments._fields)
+        call, values = ctx.saved_tensors[:tensors], ctx.saved_tensors[tensors:]
+        results = gradients(*upstream[: len(_DIFFERENTIABLE)], *values, *call, *ctx.others)
+        _, needs = parse(ctx.others, StatsOptions, Needs)
+        wanted = [x if needed else None for x, needed in zip(results, needs, strict=True)]
+        return (*wanted, *[None] * (tensors + len(ctx.others) - len(wanted)))
+
+    once: ops.Backward = once_differentiable(backward)
+    return once
+
+
+class _TokenStats(torch.autograd.Function):
+    """The eager form. Saves the statistics, not the logits."""
+
+    @staticmethod
+    def forward(*arguments: Any) -> tuple[Tensor, ...]:
+        return _forward(*arguments)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        tensors = len(StatsArguments._fields)
+        ctx.others = inputs[tensors:]
+        ctx.save_for_backward(*inputs[:tensors], *output)
+        ctx.mark_non_differentiable(*output[len(_DIFFERENTIABLE) :])
+
+    backward = staticmethod(_backward(_gradients))
+
+
+_CALL = (
+    "Tensor hidden, Tensor weight, Tensor? bias, Tensor? target_ids, Tensor? mask, Tensor? teacher_hidden, "
+    "Tensor? teacher_weight, Tensor? teacher_bias, str divergence, float alpha, float temperature, "
+    f"float logit_scale, float? softcap, str backend, SymInt? workspace_bytes, {ops.NEEDS}"
+)
+_UPSTREAM = ", ".join(f"Tensor grad_{name}" for name in _DIFFERENTIABLE)
+# Not the bare names: divergence is an option as well.
+_SAVED = ", ".join(f"Tensor saved_{name}" for name in Statistics._fields)
+
+_gradients_operator = torch.library.custom_op(
+    "srpo_kernels::token_stats_backward",
+    _gradients,
+    mutates_args=(),
+    schema=f"({_UPSTREAM}, {_SAVED}, {_CALL}) -> ({ops.GRADIENTS})",
+)
+_gradients_operator.register_fake(_fake_gradients)
+
+_operator = torch.library.custom_op(
+    "srpo_kernels::token_stats", _forward, mutates_args=(), schema=f"({_CALL}) -> ({_SAVED})"
+)
+_operator.register_fake(_fake_forward)
+_operator.register_autograd(
+    _backward(torch.ops.srpo_kernels.token_stats_backward), setup_context=_TokenStats.setup_context
+)
