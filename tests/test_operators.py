@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from srpo_kernels import SRPOConfig, srpo_loss, teacher_stats
+from srpo_kernels import SRPOConfig, srpo_loss, teacher_stats, token_stats
 from srpo_kernels.config import DIVERGENCES
 from srpo_kernels.engine.arguments import LossArguments, LossOptions, StatsArguments, StatsOptions
 from srpo_kernels.engine.batch import Needs
 from srpo_kernels.engine.stats_op import Statistics
-from tests.comparison import run_loss, with_leaves
+from tests.comparison import assert_same, run_loss, run_stats, with_leaves
 from tests.strategies import LEAVES, Inputs, cast, head_inputs, loss_inputs
 
 OPERATORS = torch.ops.srpo_kernels
@@ -149,3 +149,14 @@ def test_the_gradients_are_freed_by_the_backward() -> None:
     loss.backward()
     with pytest.raises(RuntimeError, match="already been freed"):
         _ = loss.grad_fn.saved_tensors
+
+
+def test_tensors_of_inference_mode_are_taken_where_no_gradient_goes() -> None:
+    inputs = loss_inputs(0, (4, 6), teacher_size=5)
+    with torch.inference_mode():
+        rollout = {k: x if x is None or k in LEAVES else x.clone() for k, x in inputs.items()}
+    assert_same(run_loss(srpo_loss, rollout), run_loss(srpo_loss, inputs), 0.0)
+    names = ("target_ids", "mask", "teacher_hidden", "teacher_weight", "teacher_bias", *LEAVES)
+    rollout, inputs = ({k: call[k] for k in names} for call in (rollout, inputs))
+    upstream = torch.ones(3)
+    assert_same(run_stats(token_stats, rollout, upstream), run_stats(token_stats, inputs, upstream), 0.0)

@@ -113,6 +113,7 @@ _operator = torch.library.custom_op(
     "srpo_kernels::fused_loss",
     ops.with_autograd(_forward),
     mutates_args=(),
+    tags=ops.TAGS,
     schema=(
         "(Tensor hidden, Tensor weight, Tensor? bias, Tensor target_ids, Tensor? advantages, Tensor? mask, "
         "Tensor? sdpo_mask, Tensor? teacher_hidden, Tensor? teacher_weight, Tensor? teacher_bias, "

@@ -20,6 +20,8 @@ from srpo_kernels.engine.batch import Needs
 Implementation = Callable[..., tuple[Tensor, ...]]
 Backward = Callable[..., tuple[Tensor | None, ...]]
 
+# The host reads what it has to launch: no CUDA graph can hold that.
+TAGS = (torch.Tag.cudagraph_unsafe,)
 # Parts of schemas: what every operation ends its arguments with, and what a backward returns.
 NEEDS = "bool needs_hidden, bool needs_weight, bool needs_bias"
 GRADIENTS = "Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias"

@@ -109,12 +109,10 @@ def _backward(gradients: ops.Implementation) -> ops.Backward:
     """The backward by ``gradients``: ``_gradients``, or the operator for it."""
 
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        tensors = len(StatsArguments._fields)
-        call, values = ctx.saved_tensors[:tensors], ctx.saved_tensors[tensors:]
-        results = gradients(*upstream[: len(_DIFFERENTIABLE)], *values, *call, *ctx.others)
-        _, needs = parse(ctx.others, StatsOptions, Needs)
-        wanted = [x if needed else None for x, needed in zip(results, needs, strict=True)]
-        return (*wanted, *[None] * (tensors + len(ctx.others) - len(wanted)))
+        leaves, statistics = ctx.saved_tensors[:3], ctx.saved_tensors[3:]
+        results = gradients(*upstream[: len(_DIFFERENTIABLE)], *statistics, *leaves, *ctx.others)
+        wanted = [x if needed else None for x, needed in zip(results, ctx.needs, strict=True)]
+        return (*wanted, *[None] * len(ctx.others))
 
     once: ops.Backward = once_differentiable(backward)
     return once
@@ -129,9 +127,10 @@ class _TokenStats(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        tensors = len(StatsArguments._fields)
-        ctx.others = inputs[tensors:]
-        ctx.save_for_backward(*inputs[:tensors], *output)
+        _, _, ctx.needs = parse(inputs, StatsArguments, StatsOptions, Needs)
+        ctx.save_for_backward(*inputs[:3], *output)
+        # A teacher's states may come from inference mode, whose tensors autograd refuses to save.
+        ctx.others = inputs[3:]
         ctx.mark_non_differentiable(*output[len(_DIFFERENTIABLE) :])
 
     backward = staticmethod(_backward(_gradients))
@@ -150,12 +149,13 @@ _gradients_operator = torch.library.custom_op(
     "srpo_kernels::token_stats_backward",
     _gradients,
     mutates_args=(),
+    tags=ops.TAGS,
     schema=f"({_UPSTREAM}, {_SAVED}, {_CALL}) -> ({ops.GRADIENTS})",
 )
 _gradients_operator.register_fake(_fake_gradients)
 
 _operator = torch.library.custom_op(
-    "srpo_kernels::token_stats", _forward, mutates_args=(), schema=f"({_CALL}) -> ({_SAVED})"
+    "srpo_kernels::token_stats", _forward, mutates_args=(), tags=ops.TAGS, schema=f"({_CALL}) -> ({_SAVED})"
 )
 _operator.register_fake(_fake_forward)
 _operator.register_autograd(
