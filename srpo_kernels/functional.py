@@ -10,7 +10,6 @@ from srpo_kernels.config import SRPOConfig
 from srpo_kernels.engine import loss_op, stats_op
 from srpo_kernels.engine.arguments import LossArguments, LossOptions, StatsArguments, StatsOptions
 from srpo_kernels.engine.gemm import accumulation_dtype
-from srpo_kernels.engine.plan import RowMemory
 from srpo_kernels.types import METRICS, Normalizers, SRPOOutput, TeacherStats, TokenStats
 
 _DEFAULT_CONFIG = SRPOConfig()
@@ -99,10 +98,8 @@ def srpo_loss(
     validation.check_options(config, target_ids, ref_log_probs, sequence_ids, normalizers)
     validation.check_teacher(teacher_hidden, teacher_weight, teacher_bias, weight, bias, sdpo_mask)
     dtype = accumulation_dtype(hidden, weight)
-    models = 1 if sdpo_mask is None else 2
     backend = backends.resolve_backend(backend, hidden.device, dtype)
-    memory = RowMemory.of(weight, dtype, backends.row_passes(backend))
-    validation.check_workspace(workspace_bytes, memory.floor(models))
+    validation.check_workspace(workspace_bytes)
 
     call = LossArguments(
         hidden=hidden,
@@ -186,11 +183,9 @@ def token_stats(
     validation.check_target_ids(target_ids, hidden)
     validation.check_mask(mask, hidden)
     validation.check_stats_teacher(teacher_hidden, teacher_weight, teacher_bias, hidden, weight, bias)
-    models = 1 if teacher_hidden is None else 2
     dtype = accumulation_dtype(hidden, weight)
     backend = backends.resolve_backend(backend, hidden.device, dtype)
-    memory = RowMemory.of(weight, dtype, backends.row_passes(backend))
-    validation.check_workspace(workspace_bytes, memory.floor(models))
+    validation.check_workspace(workspace_bytes)
     result = stats_op.token_stats(
         StatsArguments(hidden, weight, bias, target_ids, mask, teacher_hidden, teacher_weight, teacher_bias),
         StatsOptions(divergence, alpha, temperature, logit_scale, softcap, backend, workspace_bytes),
@@ -245,8 +240,7 @@ def teacher_stats(
     validation.check_mask(mask, teacher_hidden, "the rows of teacher_hidden")
     dtype = accumulation_dtype(teacher_hidden, teacher_weight)
     backend = backends.resolve_backend(backend, teacher_hidden.device, dtype)
-    memory = RowMemory.of(teacher_weight, dtype, backends.row_passes(backend))
-    validation.check_workspace(workspace_bytes, memory.floor(1))
+    validation.check_workspace(workspace_bytes)
     hidden, weight = teacher_hidden.detach(), teacher_weight.detach()
     bias = None if teacher_bias is None else teacher_bias.detach()
     result = stats_op.token_stats(

@@ -15,7 +15,7 @@ from srpo_kernels.engine.arguments import LossArguments, StatsArguments, StatsOp
 from srpo_kernels.engine.batch import Batch, Head, Needs
 from srpo_kernels.engine.gemm import accumulation_dtype
 from srpo_kernels.engine.plan import Plan, RowMemory, make_plan, order_rows
-from srpo_kernels.engine.row_values import check_row_values, check_teacher_rows
+from srpo_kernels.engine.row_values import check_row_values, check_teacher_rows, check_workspace
 from srpo_kernels.engine.stats import StatsCall
 from srpo_kernels.objective import RowInputs
 from srpo_kernels.rows import RowPasses, RowSpec
@@ -31,6 +31,8 @@ def prepare_loss(
 ) -> tuple[Batch, Plan]:
     """Flatten a batch and lay out how it runs. Raises ValueError for values that ``srpo_loss`` refuses."""
     dtype = accumulation_dtype(call.hidden, call.weight)
+    memory = RowMemory.of(call.weight, dtype, passes)
+    check_workspace(workspace_bytes, memory.floor(1 if call.sdpo_mask is None else 2))
     shape, device = call.target_ids.shape, call.target_ids.device
     targets = call.target_ids.reshape(-1)
     valid = torch.ones_like(targets, dtype=torch.bool) if call.mask is None else call.mask.reshape(-1)
@@ -77,7 +79,7 @@ def prepare_loss(
         order,
         lengths,
         config,
-        memory=RowMemory.of(call.weight, dtype, passes),
+        memory=memory,
         workspace_bytes=workspace_bytes,
         gradients=int(needs.hidden) + int(needs.weight),
         log_mean_known=batch.log_mean is not None,
@@ -91,6 +93,9 @@ def prepare_stats(call: StatsArguments, options: StatsOptions, *, check: bool = 
     With ``check``, raises ValueError for a target outside the vocabulary in one of them.
     """
     device = call.hidden.device
+    passes = backends.row_passes(options.backend)
+    memory = RowMemory.of(call.weight, accumulation_dtype(call.hidden, call.weight), passes)
+    check_workspace(options.workspace_bytes, memory.floor(1 if call.teacher_hidden is None else 2))
     if call.target_ids is None:
         targets = torch.zeros(call.hidden.shape[:-1], dtype=torch.int64, device=device).view(-1)
     else:
@@ -116,7 +121,7 @@ def prepare_stats(call: StatsArguments, options: StatsOptions, *, check: bool = 
         teacher_hidden=None if call.teacher_hidden is None else flat_rows(call.teacher_hidden),
         teacher_head=_teacher_head(call),
         workspace_bytes=options.workspace_bytes,
-        passes=backends.row_passes(options.backend),
+        passes=passes,
     )
 
 

@@ -1,4 +1,4 @@
-"""The checks that read tensor data: within the operation, where the host reads the rows anyway."""
+"""The checks that a compiled graph cannot make: they run within the operation, most of them on tensor data."""
 
 from __future__ import annotations
 
@@ -29,6 +29,12 @@ def check_row_values(
         raise ValueError("teacher_hidden is required when sdpo_mask routes a valid row to distillation, got None")
     if flags[2] and not has_advantages:
         raise ValueError("advantages is required when a valid row is in the policy branch, got None")
+
+
+def check_workspace(workspace_bytes: int | None, floor: int) -> None:
+    """None, or enough bytes for one row."""
+    if workspace_bytes is not None and workspace_bytes < floor:
+        raise ValueError(f"workspace_bytes must be at least {floor} to hold one row of logits, got {workspace_bytes}")
 
 
 def check_teacher_rows(teacher_hidden: Tensor, target_ids: Tensor, routed_rows: int) -> None:

@@ -1,0 +1,1 @@
+"""``python -m srpo_kernels.verify``: does the library compute the right numbers on this machine, and how fast?"""
