@@ -68,7 +68,7 @@ def srpo_loss(
             of the whole batch. None: this call is the whole batch.
         vocab_parallel_group: not in this version; must be None.
         config: every option of the loss.
-        backend: ``"auto"`` or ``"torch"``.
+        backend: ``"auto"`` (triton on a GPU, torch elsewhere), ``"torch"`` or ``"triton"``.
         workspace_bytes: bound of the logits that are alive at a time, of both models together.
 
     Returns:
@@ -141,6 +141,7 @@ def token_stats(
     softcap: float | None = None,
     vocab_parallel_group: ProcessGroup | None = None,
     backend: str = "auto",
+    engine: str = "auto",
     workspace_bytes: int | None = None,
 ) -> TokenStats:
     """Log-prob, entropy and divergence of every row as differentiable tensors, for any loss of your own.
@@ -164,7 +165,11 @@ def token_stats(
         logit_scale: multiplies the logits, before the softcap.
         softcap: bounds the logits to ``softcap * tanh(logits / softcap)``. None: no bound.
         vocab_parallel_group: not in this version; must be None.
-        backend: ``"auto"`` or ``"torch"``.
+        backend: ``"auto"``, ``"torch"`` or ``"triton"``.
+        engine: ``"rows"`` holds the logits of some rows at a time; ``"tile"`` holds none: projection and reductions in
+            one kernel, whose results for a row are the same to the last bit in any batch. It has no gradient and no
+            jsd, and needs the triton backend and one dtype for hidden states and weight. ``"auto"``: rows, or tile
+            where it can run and a row of logits does not fit ``workspace_bytes``.
         workspace_bytes: bound of the logits that are alive at a time, of both models together.
 
     Returns:
@@ -176,6 +181,7 @@ def token_stats(
         ValueError: a wrong shape, device or value, or an option that is not supported.
     """
     validation.check_backend(backend)
+    validation.check_engine(engine)
     validation.check_no_vocab_parallel(vocab_parallel_group)
     validation.check_transform(temperature, logit_scale, softcap)
     validation.check_divergence(divergence, alpha)
@@ -186,10 +192,9 @@ def token_stats(
     dtype = accumulation_dtype(hidden, weight)
     backend = backends.resolve_backend(backend, hidden.device, dtype)
     validation.check_workspace(workspace_bytes)
-    result = stats_op.token_stats(
-        StatsArguments(hidden, weight, bias, target_ids, mask, teacher_hidden, teacher_weight, teacher_bias),
-        StatsOptions(divergence, alpha, temperature, logit_scale, softcap, backend, workspace_bytes),
-    )
+    call = StatsArguments(hidden, weight, bias, target_ids, mask, teacher_hidden, teacher_weight, teacher_bias)
+    options = StatsOptions(divergence, alpha, temperature, logit_scale, softcap, backend, engine, workspace_bytes)
+    result = stats_op.token_stats(call, options)
     if teacher_hidden is None:
         return TokenStats(result.log_probs, result.entropy, None, None)
     return TokenStats(result.log_probs, result.entropy, result.divergence, result.teacher_entropy)
@@ -206,6 +211,7 @@ def teacher_stats(
     softcap: float | None = None,
     vocab_parallel_group: ProcessGroup | None = None,
     backend: str = "auto",
+    engine: str = "auto",
     workspace_bytes: int | None = None,
 ) -> TeacherStats:
     """Entropy and log-sum-exp of a teacher's rows, without gradient: what ``Normalizers.from_batch`` needs.
@@ -221,7 +227,8 @@ def teacher_stats(
         logit_scale: multiplies the logits, before the softcap.
         softcap: bounds the logits to ``softcap * tanh(logits / softcap)``. None: no bound.
         vocab_parallel_group: not in this version; must be None.
-        backend: ``"auto"`` or ``"torch"``.
+        backend: ``"auto"``, ``"torch"`` or ``"triton"``.
+        engine: ``"auto"``, ``"rows"`` or ``"tile"``, as in ``token_stats``.
         workspace_bytes: bound of the logits that are alive at a time.
 
     Returns:
@@ -232,6 +239,7 @@ def teacher_stats(
         ValueError: a wrong shape, device or value, or an option that is not supported.
     """
     validation.check_backend(backend)
+    validation.check_engine(engine)
     validation.check_no_vocab_parallel(vocab_parallel_group)
     validation.check_transform(temperature, logit_scale, softcap)
     validation.check_head(
@@ -250,6 +258,7 @@ def teacher_stats(
             logit_scale=logit_scale,
             softcap=softcap,
             backend=backend,
+            engine=engine,
             workspace_bytes=workspace_bytes,
         ),
     )

@@ -12,12 +12,19 @@ from srpo_kernels.config import SRPOConfig, require_mixture, require_option
 from srpo_kernels.types import Normalizers
 
 _BACKENDS = ("auto", "torch", "triton")
+_ENGINES = ("auto", "rows", "tile")
 
 
 def check_backend(backend: str) -> None:
     """The name of a backend."""
     if backend not in _BACKENDS:
         raise ValueError(f"backend must be one of {_BACKENDS}, got {backend!r}")
+
+
+def check_engine(engine: str) -> None:
+    """The name of an engine."""
+    if engine not in _ENGINES:
+        raise ValueError(f"engine must be one of {_ENGINES}, got {engine!r}")
 
 
 def check_config(config: object) -> None:

@@ -63,6 +63,7 @@ class StatsOptions(NamedTuple):
     logit_scale: float = 1.0
     softcap: float | None = None
     backend: str = "auto"
+    engine: str = "auto"
     workspace_bytes: int | None = None
 
 

@@ -87,15 +87,42 @@ def prepare_loss(
     return batch, plan
 
 
-def prepare_stats(call: StatsArguments, options: StatsOptions, *, check: bool = False) -> StatsCall:
-    """Flatten a call and find the rows to compute.
+def tiles(call: StatsArguments, options: StatsOptions, needs: Needs) -> bool:
+    """Whether a call runs without logits: where it has to, or where a row of them does not fit the workspace."""
+    if options.engine == "rows" or (options.engine == "auto" and options.workspace_bytes is None):
+        return False
+    pairs = [(call.hidden, call.weight)]
+    if call.teacher_hidden is not None:
+        pairs.append((call.teacher_hidden, call.weight if call.teacher_weight is None else call.teacher_weight))
+    obstacle = None
+    if options.backend != "triton":
+        obstacle = f"needs the triton backend, got {options.backend!r}"
+    elif any(needs):
+        obstacle = "has no gradient: call it under torch.no_grad(), or with tensors that require none"
+    elif call.teacher_hidden is not None and options.divergence == "jsd":
+        obstacle = "has no jsd, which takes a second look at the logits: ask for 'forward_kl' or 'reverse_kl'"
+    elif len({x.dtype for pair in pairs for x in pair}) > 1:
+        obstacle = f"needs one dtype for hidden states and weights, got {[x.dtype for pair in pairs for x in pair]}"
+    if options.engine == "tile" and obstacle is not None:
+        raise ValueError(f"engine='tile' {obstacle}")
+    if options.engine == "tile" or obstacle is not None:
+        return obstacle is None
+    memory = RowMemory.of(call.weight, accumulation_dtype(call.hidden, call.weight), backends.row_passes("triton"))
+    return options.workspace_bytes is not None and options.workspace_bytes < memory.floor(len(pairs))
+
+
+def prepare_stats(
+    call: StatsArguments, options: StatsOptions, *, tiled: bool = False, check: bool = False
+) -> StatsCall:
+    """Flatten a call and find the rows to compute, ``tiled`` or from logits.
 
     With ``check``, raises ValueError for a target outside the vocabulary in one of them.
     """
     device = call.hidden.device
     passes = backends.row_passes(options.backend)
-    memory = RowMemory.of(call.weight, accumulation_dtype(call.hidden, call.weight), passes)
-    check_workspace(options.workspace_bytes, memory.floor(1 if call.teacher_hidden is None else 2))
+    if not tiled:
+        memory = RowMemory.of(call.weight, accumulation_dtype(call.hidden, call.weight), passes)
+        check_workspace(options.workspace_bytes, memory.floor(1 if call.teacher_hidden is None else 2))
     if call.target_ids is None:
         targets = torch.zeros(call.hidden.shape[:-1], dtype=torch.int64, device=device).view(-1)
     else:
@@ -122,6 +149,7 @@ def prepare_stats(call: StatsArguments, options: StatsOptions, *, check: bool = 
         teacher_head=_teacher_head(call),
         workspace_bytes=options.workspace_bytes,
         passes=passes,
+        tiled=tiled,
     )
 
 

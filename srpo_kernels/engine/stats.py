@@ -1,7 +1,8 @@
 """The composable path: per-row statistics that carry gradient into any loss of the caller's.
 
 Forward over chunks of rows, whose logits are then gone. Backward over slices of the vocabulary: the normalisers are
-known, so each slice of dW is one product written once, and only dX accumulates.
+known, so each slice of dW is one product written once, and only dX accumulates. A forward without a gradient can do
+without logits altogether, in tiles.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ class StatsCall(NamedTuple):
     teacher_head: Head
     workspace_bytes: int | None
     passes: RowPasses
+    tiled: bool
 
     @property
     def models(self) -> int:
@@ -38,6 +40,8 @@ class StatsCall(NamedTuple):
 
 def forward(hidden: Tensor, head: Head, call: StatsCall) -> RowStats | DivergenceStats:
     """Statistics of ``call.rows``, ``[n]`` each."""
+    if call.tiled:
+        return _forward_tiled(hidden, head, call)
     dtype, vocab_size = gemm.accumulation_dtype(hidden, head.weight), len(head.weight)
     capacity = plan.RowMemory.of(head.weight, dtype, call.passes).capacity(call.models, call.workspace_bytes)
     chunks = plan.row_chunks(len(call.rows), capacity) or [slice(0, 0)]
@@ -63,6 +67,15 @@ def forward(hidden: Tensor, head: Head, call: StatsCall) -> RowStats | Divergenc
                 call.passes.divergence_stats(z, y, call.spec, target_ids=target_ids, gradient=False, entropy=True)
             )
     return DivergenceStats.concatenate(paired) if paired else RowStats.concatenate(alone)
+
+
+def _forward_tiled(hidden: Tensor, head: Head, call: StatsCall) -> RowStats | DivergenceStats:
+    from srpo_kernels.kernels.tiles import Projection, tile_stats
+
+    student, teacher = Projection(hidden[call.rows], *head), None
+    if call.teacher_hidden is not None:
+        teacher = Projection(call.teacher_hidden[call.rows], *call.teacher_head)
+    return tile_stats(student, teacher, call.spec, call.target_ids[call.rows])
 
 
 def backward(

@@ -12,7 +12,7 @@ from srpo_kernels.engine import ops, stats
 from srpo_kernels.engine.arguments import StatsArguments, StatsOptions, parse
 from srpo_kernels.engine.batch import Head, Needs
 from srpo_kernels.engine.gemm import accumulation_dtype
-from srpo_kernels.engine.prepare import flat_rows, prepare_stats
+from srpo_kernels.engine.prepare import flat_rows, prepare_stats, tiles
 from srpo_kernels.rows import DivergenceStats, RowGradients, RowStats
 from srpo_kernels.types import wide_dtype
 
@@ -42,9 +42,9 @@ def token_stats(call: StatsArguments, options: StatsOptions) -> Statistics:
 
 
 def _forward(*arguments: Any) -> tuple[Tensor, ...]:
-    call, options, _ = parse(arguments, StatsArguments, StatsOptions, Needs)
+    call, options, needs = parse(arguments, StatsArguments, StatsOptions, Needs)
     with torch.autocast(call.hidden.device.type, enabled=False):
-        prepared = prepare_stats(call, options, check=True)
+        prepared = prepare_stats(call, options, tiled=tiles(call, options, needs), check=True)
         result = stats.forward(flat_rows(call.hidden), Head(call.weight, call.bias), prepared)
     shape = call.hidden.shape[:-1]
     values = [_spread(getattr(result, name, None), prepared.rows, shape) for name in Statistics._fields]
@@ -139,7 +139,7 @@ class _TokenStats(torch.autograd.Function):
 _CALL = (
     "Tensor hidden, Tensor weight, Tensor? bias, Tensor? target_ids, Tensor? mask, Tensor? teacher_hidden, "
     "Tensor? teacher_weight, Tensor? teacher_bias, str divergence, float alpha, float temperature, "
-    f"float logit_scale, float? softcap, str backend, SymInt? workspace_bytes, {ops.NEEDS}"
+    f"float logit_scale, float? softcap, str backend, str engine, SymInt? workspace_bytes, {ops.NEEDS}"
 )
 _UPSTREAM = ", ".join(f"Tensor grad_{name}" for name in _DIFFERENTIABLE)
 # Not the bare names: divergence is an option as well.
