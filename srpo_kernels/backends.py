@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import importlib.util
+from typing import Literal
 
 import torch
 
 from srpo_kernels import rows_torch
 from srpo_kernels.rows import RowPasses
 
+BackendName = Literal["torch", "triton"]
+
 _TRITON_DEVICES = ("cuda", "xpu")
 # Found, not imported: that is left to the first call that wants it.
 _TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 
 
-def resolve_backend(backend: str, device: torch.device, dtype: torch.dtype) -> str:
+def resolve_backend(backend: str, device: torch.device, dtype: torch.dtype) -> BackendName:
     """The backend that ``"auto"``, ``"torch"`` or ``"triton"`` means on ``device``, for logits in ``dtype``.
 
     Triton wherever it compiles for the device and logits are fp32; torch elsewhere. Raises ValueError where Triton was

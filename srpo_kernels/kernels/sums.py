@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from srpo_kernels.rows import RowSpec
+from srpo_kernels.rows import DivergenceStats, RowSpec, RowStats
 from srpo_kernels.types import wide_dtype
 
 
@@ -130,3 +130,26 @@ def divergences(student: ModelSums, teacher: ModelSums, transform: Transform) ->
     forward_kl = lse_gap - transform.slope * teacher.gap / teacher.total
     reverse_kl = transform.slope * student.gap / student.total - lse_gap
     return forward_kl, reverse_kl
+
+
+def finish_row(sums: ModelSums, transform: Transform, *, entropy: bool) -> RowStats:
+    """What the sums of a row say."""
+    lse = sums.logsumexp(transform)[:, None]
+    return RowStats(sums.log_probs(transform), lse, sums.entropy(transform) if entropy else None, None, None, None)
+
+
+def finish_divergence(
+    student: ModelSums, teacher: ModelSums, spec: RowSpec, transform: Transform, *, entropy: bool
+) -> DivergenceStats:
+    """What both models' sums say; jsd takes a pass of its own over the logits, its divergence is reverse_kl here."""
+    forward_kl, reverse_kl = divergences(student, teacher, transform)
+    forward = spec.divergence == "forward_kl"
+    return DivergenceStats(
+        student.log_probs(transform),
+        student.logsumexp(transform)[:, None],
+        student.entropy(transform) if entropy else None,
+        teacher.logsumexp(transform)[:, None],
+        teacher.entropy(transform),
+        forward_kl if forward else reverse_kl,
+        (torch.zeros_like(forward_kl) if forward else reverse_kl)[:, None],
+    )

@@ -9,8 +9,7 @@ import triton
 from torch import Tensor
 
 from srpo_kernels.kernels.launch import INTERPRETED, MERGE_WARPS, on_device, tile_launch, vendor_of
-from srpo_kernels.kernels.passes import finish_divergence, finish_row
-from srpo_kernels.kernels.sums import ModelSums, Transform
+from srpo_kernels.kernels.sums import ModelSums, Transform, finish_divergence, finish_row
 from srpo_kernels.kernels.tile_stats import merge_tiles_kernel, tile_stats_kernel
 from srpo_kernels.rows import DivergenceStats, RowSpec, RowStats
 

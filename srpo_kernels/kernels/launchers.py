@@ -1,0 +1,139 @@
+"""One function per row kernel: arguments in, one program per row, results as the engine knows them."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+from torch import Tensor
+
+from srpo_kernels.kernels.launch import on_device, row_launch, vendor_of
+from srpo_kernels.kernels.row_grad import row_grad_kernel
+from srpo_kernels.kernels.row_jsd import row_jsd_kernel
+from srpo_kernels.kernels.row_stats import row_stats_kernel
+from srpo_kernels.kernels.sums import Base2, ModelSums, Transform
+from srpo_kernels.rows import RowSpec
+
+
+def launch_row_stats(z: Tensor, y: Tensor | None, transform: Transform, target_ids: Tensor) -> list[ModelSums]:
+    """The sums of the student, and of the teacher where there is one."""
+    models = 1 if y is None else 2
+    sums = z.new_empty(len(z), models, 5)
+    launch = row_launch(models, vendor_of(z.device))
+    if len(z):
+        with on_device(z):
+            row_stats_kernel[(len(z),)](
+                z,
+                z if y is None else y,
+                target_ids.contiguous(),
+                sums,
+                z.stride(0),
+                (z if y is None else y).stride(0),
+                z.shape[1],
+                transform.inner,
+                transform.slope2,
+                TEACHER=y is not None,
+                SOFTCAP=transform.softcap,
+                LANES=launch.lanes,
+                num_warps=launch.num_warps,
+                num_stages=launch.num_stages,
+            )
+    return [ModelSums.unpack(model) for model in sums.unbind(1)]
+
+
+def launch_row_jsd(z: Tensor, y: Tensor, lse: Tensor, teacher_lse: Tensor, spec: RowSpec) -> tuple[Tensor, Tensor]:
+    """``KL(p || m)`` and ``KL(q || m)`` in nats."""
+    transform, vendor = Transform.of(spec), vendor_of(z.device)
+    student, teacher = Base2.of(lse, z.dtype), Base2.of(teacher_lse, z.dtype)
+    launch = row_launch(2, vendor)
+    kl2 = z.new_empty(len(z), 2)
+    if len(z):
+        with on_device(z):
+            row_jsd_kernel[(len(z),)](
+                z,
+                y,
+                torch.cat([student.high, teacher.high, *_shares(student, teacher, spec)], dim=1),
+                kl2,
+                z.stride(0),
+                y.stride(0),
+                z.shape[1],
+                transform.inner,
+                transform.slope2,
+                SOFTCAP=transform.softcap,
+                LANES=launch.lanes,
+                HARDWARE_LOG=vendor == "nvidia",
+                num_warps=launch.num_warps,
+                num_stages=launch.num_stages,
+            )
+    # The kernel's log p is off by what its log-sum-exp lacks; p sums to 1.
+    kl, teacher_kl = ((kl2 - torch.cat([student.low, teacher.low], dim=1)) * math.log(2.0)).unbind(1)
+    return kl, teacher_kl
+
+
+def launch_row_grad(
+    z: Tensor,
+    y: Tensor | None,
+    spec: RowSpec,
+    *,
+    logsumexp: Tensor,
+    teacher_logsumexp: Tensor | None,
+    by_p: Tensor,
+    by_log: Tensor,
+    by_divergence: Tensor,
+    by_p_at_ids: Tensor,
+    ids: Tensor,
+    id_grads: Tensor,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Launch ``row_grad_kernel``; coefficients ``[n]`` are per nat and do not know the transform's slope yet."""
+    transform, vendor = Transform.of(spec), vendor_of(z.device)
+    divergence = "none" if y is None else spec.divergence
+    student = Base2.of(logsumexp, z.dtype)
+    teacher = student if teacher_logsumexp is None else Base2.of(teacher_logsumexp, z.dtype)
+    # What the log-sum-exps lack in fp32 shifts each log-ratio by a number per row: by_p takes it.
+    by_log, by_divergence = by_log[:, None] * math.log(2.0), by_divergence[:, None]
+    missing = by_log * student.low
+    if divergence == "forward_kl":
+        by_divergence = by_divergence * teacher.correction
+    elif divergence != "none":
+        by_divergence = by_divergence * math.log(2.0)
+        missing = missing + by_divergence * (student.low - (teacher.low if divergence == "reverse_kl" else 0.0))
+    terms = [by_p[:, None] - missing, by_log, by_divergence, by_p_at_ids[:, None] - missing]
+    coefficients = torch.cat(
+        [student.high, teacher.high, *(x * spec.scale for x in terms), *_shares(student, teacher, spec)], dim=1
+    )
+    out = z
+    if dtype != z.dtype:
+        out = torch.empty_strided(z.shape, z.stride(), dtype=dtype, device=z.device)
+    launch = row_launch(1 if y is None else 2, vendor)
+    if len(z):
+        with on_device(z):
+            row_grad_kernel[(len(z),)](
+                z,
+                z if y is None else y,
+                out,
+                ids.contiguous(),
+                (id_grads * spec.scale).contiguous(),
+                coefficients,
+                z.stride(0),
+                (z if y is None else y).stride(0),
+                out.stride(0),
+                z.shape[1],
+                ids.shape[1],
+                transform.inner,
+                transform.slope2,
+                DIVERGENCE=divergence,
+                SOFTCAP=transform.softcap,
+                LANES=launch.lanes,
+                BLOCK_IDS=triton.next_power_of_2(ids.shape[1]),
+                HARDWARE_LOG=vendor == "nvidia",
+                num_warps=launch.num_warps,
+                num_stages=launch.num_stages,
+            )
+    return out
+
+
+def _shares(student: Base2, teacher: Base2, spec: RowSpec) -> tuple[Tensor, Tensor]:
+    """The models' shares in the mixture, for probabilities as the kernels see them."""
+    return (1.0 - spec.alpha) * student.correction, spec.alpha * teacher.correction
