@@ -58,12 +58,12 @@ def row_launch(models: int, vendor: Vendor) -> RowLaunch:
 def tile_launch(models: int, dtype: torch.dtype, vendor: Vendor, capability: int) -> TileLaunch:
     """The tiles of one model, or of two side by side; ``capability`` is NVIDIA's major version.
 
-    Operands below fp32 go through tensor cores; those of Ampere, Ada and consumer Blackwell take operands and sums from
-    registers, which two tiles of full width would spill.
+    Operands below fp32 go through tensor cores. Where those keep their sums in few registers of their own, two tiles of
+    full width would spill: Ampere, Ada, consumer Blackwell, AMD.
     """
     if dtype == torch.float32:
-        return TileLaunch(64, 64, 32, num_warps=8, num_stages=2)
-    narrow = models == 2 and vendor == "nvidia" and capability in (8, 12)
+        return TileLaunch(64, 64 // models, 16, num_warps=2 if vendor == "amd" else 4, num_stages=2)
+    narrow = models == 2 and (vendor == "amd" or capability in (8, 12))
     return TileLaunch(128, 64 if narrow else 128, 64, num_warps=8, num_stages=2 if vendor == "amd" else 3)
 
 

@@ -20,7 +20,8 @@ def launch_row_stats(z: Tensor, y: Tensor | None, transform: Transform, target_i
     """The sums of the student, and of the teacher where there is one."""
     models = 1 if y is None else 2
     sums = z.new_empty(len(z), models, 5)
-    launch = row_launch(models, vendor_of(z.device))
+    vendor = vendor_of(z.device)
+    launch = row_launch(models, vendor)
     if len(z):
         with on_device(z):
             row_stats_kernel[(len(z),)](
@@ -36,6 +37,7 @@ def launch_row_stats(z: Tensor, y: Tensor | None, transform: Transform, target_i
                 TEACHER=y is not None,
                 SOFTCAP=transform.softcap,
                 LANES=launch.lanes,
+                VENDOR=vendor,
                 num_warps=launch.num_warps,
                 num_stages=launch.num_stages,
             )
@@ -62,7 +64,7 @@ def launch_row_jsd(z: Tensor, y: Tensor, lse: Tensor, teacher_lse: Tensor, spec:
                 transform.slope2,
                 SOFTCAP=transform.softcap,
                 LANES=launch.lanes,
-                HARDWARE_LOG=vendor == "nvidia",
+                VENDOR=vendor,
                 num_warps=launch.num_warps,
                 num_stages=launch.num_stages,
             )
@@ -127,7 +129,7 @@ def launch_row_grad(
                 SOFTCAP=transform.softcap,
                 LANES=launch.lanes,
                 BLOCK_IDS=triton.next_power_of_2(ids.shape[1]),
-                HARDWARE_LOG=vendor == "nvidia",
+                VENDOR=vendor,
                 num_warps=launch.num_warps,
                 num_stages=launch.num_stages,
             )

@@ -1,4 +1,4 @@
-"""What the kernels share: the logit transform, base-2 logarithm and hyperbolic tangent, and the row layout.
+"""What the kernels share: the logit transform, base-2 logarithm, and the row layout.
 
 Kernels work in base 2 and in *units*: a logit is ``slope2 * unit``, where the unit is the raw logit, or with a softcap
 ``tanh(inner * raw)``. The temperature, the scales and log2(e) are all in ``slope2``, one multiply that folds into the
@@ -19,7 +19,11 @@ LOWEST = tl.constexpr(-1e30)
 TINY = tl.constexpr(1.1754943508222875e-38)
 
 LOG2_E = tl.constexpr(1.4426950408889634)
-LN_2 = tl.constexpr(0.6931471805599453)
+
+# CDNA 3 wants a wait state between a transcendental and the use of its result, and the compiler, which sees to that
+# elsewhere, does not look into assembly.
+AMD_LOG = tl.constexpr("v_log_f32 $0, $1\n\ts_nop 0")
+AMD_RECIPROCAL = tl.constexpr("v_rcp_f32 $0, $1\n\ts_nop 0")
 
 
 @triton.jit
@@ -29,44 +33,49 @@ def block_columns(LANES: tl.constexpr):
 
 
 @triton.jit
-def load_units(row_ptr, columns, vocab_size, inner, SOFTCAP: tl.constexpr, MASKED: tl.constexpr):
+def load_units(row_ptr, columns, vocab_size, inner, SOFTCAP: tl.constexpr, VENDOR: tl.constexpr, MASKED: tl.constexpr):
     """Units of the logits at ``columns``; LOWEST beyond ``vocab_size``, where nothing is read."""
     mask = columns < vocab_size if MASKED else None
-    return to_units(tl.load(row_ptr + columns, mask=mask, other=LOWEST if MASKED else None), inner, SOFTCAP)
+    return to_units(tl.load(row_ptr + columns, mask=mask, other=LOWEST if MASKED else None), inner, SOFTCAP, VENDOR)
 
 
 @triton.jit
-def to_units(raw, inner, SOFTCAP: tl.constexpr):
+def to_units(raw, inner, SOFTCAP: tl.constexpr, VENDOR: tl.constexpr):
     """The transform up to its factor; LOWEST stays as it is, minus infinity becomes it."""
     if SOFTCAP:
-        return tl.where(raw == LOWEST, LOWEST, tanh(raw * inner))
+        # tanh x = 1 - 2 / (1 + e^2x), off by 4e-7 at most: the softmax sees no relative error of a logit near 0.
+        capped = 1.0 - 2.0 * reciprocal(1.0 + tl.exp2(raw * (2.0 * LOG2_E * inner)), VENDOR)
+        return tl.where(raw == LOWEST, LOWEST, capped)
     # A NaN has to come through: it is how a caller learns of a broken row.
     return tl.maximum(raw, LOWEST, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
-def tanh(x):
-    """Hyperbolic tangent to a few units in the last place; the hardware's has 11 bits."""
-    # Near 0 the quotient would cancel.
-    square = x * x
-    series = x * (1.0 + square * (-0.33333333 + square * (0.13333333 - square * 0.05396825)))
-    decay = tl.exp2(tl.abs(x) * (-2.0 * LOG2_E))
-    quotient = (1.0 - decay) / (1.0 + decay)
-    return tl.where(square < 0.04, series, tl.where(x < 0.0, -quotient, quotient))
+def log2(x, VENDOR: tl.constexpr):
+    """Base-2 logarithm of a normal number in one instruction; in Triton it is a polynomial of a dozen.
 
-
-@triton.jit
-def log2(x, HARDWARE_LOG: tl.constexpr):
-    """Base-2 logarithm of a normal number: one instruction on NVIDIA, whose tl.log2 is a polynomial of a dozen.
-
-    Its absolute error is 2^-22 for x in [0.5, 2], elsewhere its relative error is: below the rounding of the fp32
+    NVIDIA's absolute error is 2^-22 for x in [0.5, 2], elsewhere its relative error is: below the rounding of the fp32
     logits that x comes from.
     """
-    if HARDWARE_LOG:
+    if VENDOR == "nvidia":
         return tl.inline_asm_elementwise(
             "lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
         )
+    if VENDOR == "amd":
+        return tl.inline_asm_elementwise(AMD_LOG, "=v,v", [x], dtype=tl.float32, is_pure=True, pack=1)
     return tl.log2(x)
+
+
+@triton.jit
+def reciprocal(x, VENDOR: tl.constexpr):
+    """``1 / x`` to a unit in the last place, without the slow path of a division for what x is not: subnormal."""
+    if VENDOR == "nvidia":
+        return tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    if VENDOR == "amd":
+        return tl.inline_asm_elementwise(AMD_RECIPROCAL, "=v,v", [x], dtype=tl.float32, is_pure=True, pack=1)
+    return 1.0 / x
 
 
 @triton.jit

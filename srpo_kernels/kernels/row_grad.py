@@ -25,7 +25,7 @@ def row_grad_kernel(
     SOFTCAP: tl.constexpr,
     LANES: tl.constexpr,
     BLOCK_IDS: tl.constexpr,
-    HARDWARE_LOG: tl.constexpr,
+    VENDOR: tl.constexpr,
 ):
     """Write dlogits of a row: in place (``out_ptr`` is ``z_ptr``) or into another buffer of any floating dtype.
 
@@ -48,13 +48,13 @@ def row_grad_kernel(
     ids = tl.load(ids_ptr + row * num_ids + k, mask=k < num_ids, other=-1)
     id_grads = tl.load(id_grads_ptr + row * num_ids + k, mask=k < num_ids, other=0.0)
     here = (ids >= 0) & (ids < vocab_size)
-    z_ids = to_units(tl.load(z_row + ids, mask=here, other=0.0), inner, SOFTCAP)
+    z_ids = to_units(tl.load(z_row + ids, mask=here, other=0.0), inner, SOFTCAP, VENDOR)
     y_ids = z_ids
     if DIVERGENCE != "none":
-        y_ids = to_units(tl.load(y_row + ids, mask=here, other=0.0), inner, SOFTCAP)
+        y_ids = to_units(tl.load(y_row + ids, mask=here, other=0.0), inner, SOFTCAP, VENDOR)
     at_ids = _dlogits(
         z_ids, y_ids, id_grads, z_lse2, y_lse2, by_p_at_ids, by_log, by_divergence, z_share, y_share, slope2,
-        DIVERGENCE, SOFTCAP, HARDWARE_LOG,
+        DIVERGENCE, SOFTCAP, VENDOR,
     )  # fmt: skip
 
     tl.debug_barrier()
@@ -63,24 +63,24 @@ def row_grad_kernel(
     BLOCK: tl.constexpr = LANES * VECTOR
     whole = vocab_size // BLOCK * BLOCK
     for start in range(0, whole, BLOCK):
-        z = load_units(z_row + start, columns, BLOCK, inner, SOFTCAP, False)
+        z = load_units(z_row + start, columns, BLOCK, inner, SOFTCAP, VENDOR, False)
         y = z
         if DIVERGENCE != "none":
-            y = load_units(y_row + start, columns, BLOCK, inner, SOFTCAP, False)
+            y = load_units(y_row + start, columns, BLOCK, inner, SOFTCAP, VENDOR, False)
         dz = _dlogits(
             z, y, 0.0, z_lse2, y_lse2, by_p, by_log, by_divergence, z_share, y_share, slope2,
-            DIVERGENCE, SOFTCAP, HARDWARE_LOG,
+            DIVERGENCE, SOFTCAP, VENDOR,
         )  # fmt: skip
         tl.store(out_row + start + columns, dz.to(out_ptr.dtype.element_ty))
     if whole < vocab_size:
         rest = vocab_size - whole
-        z_rest = load_units(z_row + whole, columns, rest, inner, SOFTCAP, True)
+        z_rest = load_units(z_row + whole, columns, rest, inner, SOFTCAP, VENDOR, True)
         y_rest = z_rest
         if DIVERGENCE != "none":
-            y_rest = load_units(y_row + whole, columns, rest, inner, SOFTCAP, True)
+            y_rest = load_units(y_row + whole, columns, rest, inner, SOFTCAP, VENDOR, True)
         dz_rest = _dlogits(
             z_rest, y_rest, 0.0, z_lse2, y_lse2, by_p, by_log, by_divergence, z_share, y_share, slope2,
-            DIVERGENCE, SOFTCAP, HARDWARE_LOG,
+            DIVERGENCE, SOFTCAP, VENDOR,
         )  # fmt: skip
         tl.store(out_row + whole + columns, dz_rest.to(out_ptr.dtype.element_ty), mask=columns < rest)
     # Another thread may have written where an id is.
@@ -103,7 +103,7 @@ def _dlogits(
     slope2,
     DIVERGENCE: tl.constexpr,
     SOFTCAP: tl.constexpr,
-    HARDWARE_LOG: tl.constexpr,
+    VENDOR: tl.constexpr,
 ):
     """``own_grad + p (by_p + by_log log2 p + by_divergence r)``, r the log-ratio to the teacher or the mixture.
 
@@ -117,7 +117,7 @@ def _dlogits(
     if DIVERGENCE == "reverse_kl":
         factor += by_divergence * (log2_p - log2_q)
     if DIVERGENCE == "jsd":
-        factor += by_divergence * (log2_p - log2(mixture(p, tl.exp2(log2_q), z_share, y_share), HARDWARE_LOG))
+        factor += by_divergence * (log2_p - log2(mixture(p, tl.exp2(log2_q), z_share, y_share), VENDOR))
     dz = own_grad + p * factor
     if SOFTCAP:
         dz *= 1.0 - z * z

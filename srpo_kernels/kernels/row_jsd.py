@@ -19,7 +19,7 @@ def row_jsd_kernel(
     slope2,
     SOFTCAP: tl.constexpr,
     LANES: tl.constexpr,
-    HARDWARE_LOG: tl.constexpr,
+    VENDOR: tl.constexpr,
 ):
     """Write ``KL(p || m)`` and ``KL(q || m)`` of a row, ``[2]`` in bits, for the mixture ``m`` of p and q.
 
@@ -38,19 +38,19 @@ def row_jsd_kernel(
     p_kl = tl.zeros([LANES], tl.float32)
     q_kl = tl.zeros([LANES], tl.float32)
     for start in range(0, whole, BLOCK):
-        z = load_units(z_row + start, columns, BLOCK, inner, SOFTCAP, False)
-        y = load_units(y_row + start, columns, BLOCK, inner, SOFTCAP, False)
-        p_kl, q_kl = _add(p_kl, q_kl, tl.fma(z, slope2, -z_lse2), tl.fma(y, slope2, -y_lse2), by_p, by_q, HARDWARE_LOG)
+        z = load_units(z_row + start, columns, BLOCK, inner, SOFTCAP, VENDOR, False)
+        y = load_units(y_row + start, columns, BLOCK, inner, SOFTCAP, VENDOR, False)
+        p_kl, q_kl = _add(p_kl, q_kl, tl.fma(z, slope2, -z_lse2), tl.fma(y, slope2, -y_lse2), by_p, by_q, VENDOR)
     if whole < vocab_size:
-        z = load_units(z_row + whole, columns, vocab_size - whole, inner, SOFTCAP, True)
-        y = load_units(y_row + whole, columns, vocab_size - whole, inner, SOFTCAP, True)
-        p_kl, q_kl = _add(p_kl, q_kl, tl.fma(z, slope2, -z_lse2), tl.fma(y, slope2, -y_lse2), by_p, by_q, HARDWARE_LOG)
+        z = load_units(z_row + whole, columns, vocab_size - whole, inner, SOFTCAP, VENDOR, True)
+        y = load_units(y_row + whole, columns, vocab_size - whole, inner, SOFTCAP, VENDOR, True)
+        p_kl, q_kl = _add(p_kl, q_kl, tl.fma(z, slope2, -z_lse2), tl.fma(y, slope2, -y_lse2), by_p, by_q, VENDOR)
     tl.store(kl2_ptr + row * 2, tl.sum(p_kl))
     tl.store(kl2_ptr + row * 2 + 1, tl.sum(q_kl))
 
 
 @triton.jit
-def _add(p_kl, q_kl, log2_p, log2_q, by_p, by_q, HARDWARE_LOG: tl.constexpr):
+def _add(p_kl, q_kl, log2_p, log2_q, by_p, by_q, VENDOR: tl.constexpr):
     p, q = tl.exp2(log2_p), tl.exp2(log2_q)
-    log2_m = log2(mixture(p, q, by_p, by_q), HARDWARE_LOG)
+    log2_m = log2(mixture(p, q, by_p, by_q), VENDOR)
     return p_kl + tl.sum(p * (log2_p - log2_m), axis=1), q_kl + tl.sum(q * (log2_q - log2_m), axis=1)

@@ -20,6 +20,7 @@ def row_stats_kernel(
     TEACHER: tl.constexpr,
     SOFTCAP: tl.constexpr,
     LANES: tl.constexpr,
+    VENDOR: tl.constexpr,
 ):
     """Write a row's ``ModelSums`` of the student z; with a teacher y those of both, as ``[2, 5]``.
 
@@ -38,18 +39,18 @@ def row_stats_kernel(
     y_max, y_total, y_weighted, y_gap = z_max, zeros, zeros, zeros
     # Whole blocks without a mask, then one with: a mask would narrow the loads of every block to 4 bytes.
     for start in range(0, whole, BLOCK):
-        z = load_units(z_row + start, columns, BLOCK, inner, SOFTCAP, False)
+        z = load_units(z_row + start, columns, BLOCK, inner, SOFTCAP, VENDOR, False)
         if TEACHER:
-            y = load_units(y_row + start, columns, BLOCK, inner, SOFTCAP, False)
+            y = load_units(y_row + start, columns, BLOCK, inner, SOFTCAP, VENDOR, False)
             z_max, z_total, z_weighted, z_gap, y_max, y_total, y_weighted, y_gap = _add_pair(
                 z_max, z_total, z_weighted, z_gap, y_max, y_total, y_weighted, y_gap, z, y, slope2
             )
         else:
             z_max, z_total, z_weighted = _add(z_max, z_total, z_weighted, z, slope2)
     if whole < vocab_size:
-        z = load_units(z_row + whole, columns, vocab_size - whole, inner, SOFTCAP, True)
+        z = load_units(z_row + whole, columns, vocab_size - whole, inner, SOFTCAP, VENDOR, True)
         if TEACHER:
-            y = load_units(y_row + whole, columns, vocab_size - whole, inner, SOFTCAP, True)
+            y = load_units(y_row + whole, columns, vocab_size - whole, inner, SOFTCAP, VENDOR, True)
             z_max, z_total, z_weighted, z_gap, y_max, y_total, y_weighted, y_gap = _add_pair(
                 z_max, z_total, z_weighted, z_gap, y_max, y_total, y_weighted, y_gap, z, y, slope2
             )
@@ -59,7 +60,7 @@ def row_stats_kernel(
     # A target outside of this slice of the vocabulary is another slice's.
     target_id = tl.load(target_ids_ptr + row)
     here = (target_id >= 0) & (target_id < vocab_size)
-    target = to_units(tl.load(z_row + target_id, mask=here, other=LOWEST), inner, SOFTCAP)
+    target = to_units(tl.load(z_row + target_id, mask=here, other=LOWEST), inner, SOFTCAP, VENDOR)
     z_shift = z_max - tl.max(z_max)
     if TEACHER:
         y_shift = y_max - tl.max(y_max)

@@ -30,6 +30,7 @@ def tile_stats_kernel(
     TEACHER: tl.constexpr,
     BIAS: tl.constexpr,
     SOFTCAP: tl.constexpr,
+    VENDOR: tl.constexpr,
     WIDEN: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_VOCAB: tl.constexpr,
@@ -48,7 +49,7 @@ def tile_stats_kernel(
         hidden_ptr, weight_ptr, bias_ptr, rows, ids, row_in_range, id_in_range, hidden_size, hidden_stride_row,
         weight_stride_row, BIAS, WIDEN, BLOCK_ROWS, BLOCK_VOCAB, BLOCK_HIDDEN,
     )  # fmt: skip
-    z = tl.where(id_in_range[None, :], to_units(z, inner, SOFTCAP), LOWEST)
+    z = tl.where(id_in_range[None, :], to_units(z, inner, SOFTCAP, VENDOR), LOWEST)
     target_ids = tl.load(target_ids_ptr + rows, mask=row_in_range, other=-1)
     target = tl.max(tl.where(ids[None, :] == target_ids[:, None], z, LOWEST), axis=1)
 
@@ -60,7 +61,7 @@ def tile_stats_kernel(
             teacher_hidden_size, teacher_hidden_stride_row, teacher_weight_stride_row, BIAS, WIDEN, BLOCK_ROWS,
             BLOCK_VOCAB, BLOCK_HIDDEN,
         )  # fmt: skip
-        y = tl.where(id_in_range[None, :], to_units(y, inner, SOFTCAP), LOWEST)
+        y = tl.where(id_in_range[None, :], to_units(y, inner, SOFTCAP, VENDOR), LOWEST)
         z_max, y_max = tl.max(z, axis=1), tl.max(y, axis=1)
         z -= z_max[:, None]
         y -= y_max[:, None]

@@ -38,7 +38,8 @@ def tile_stats(
     num_rows, vocab_size = len(student.hidden), len(student.weight)
     device, dtype = student.hidden.device, student.hidden.dtype
     capability = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
-    launch = tile_launch(len(parts), dtype, vendor_of(device), capability)
+    vendor = vendor_of(device)
+    launch = tile_launch(len(parts), dtype, vendor, capability)
     tiles = triton.cdiv(vocab_size, launch.block_vocab)
     height = max(launch.block_rows, _MOST_SUMS // (tiles * len(parts) * 20))
 
@@ -64,6 +65,7 @@ def tile_stats(
                 TEACHER=teacher is not None,
                 BIAS=with_bias,
                 SOFTCAP=transform.softcap,
+                VENDOR=vendor,
                 # The interpreter multiplies the bits of bf16.
                 WIDEN=INTERPRETED and dtype == torch.bfloat16,
                 BLOCK_ROWS=launch.block_rows,

@@ -1,0 +1,178 @@
+"""The compile gate: every kernel as the engine launches it, compiled without a GPU and held to rules."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict
+from functools import cache
+from multiprocessing import get_context
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pandas as pd
+from rich import box
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from benchmarks.targets import ISSUE_RATIO, SOFTCAP_ISSUE_RATIO, TARGETS, TargetName
+
+if TYPE_CHECKING:
+    from benchmarks.gate_rules import Line
+    from srpo_kernels.kernels.variants import Variant
+
+# Columns of output that goes to a file.
+_FILE_WIDTH = 200
+
+
+def gate(
+    targets: tuple[TargetName, ...] = tuple(TARGETS),
+    kernels: tuple[str, ...] = (),
+    jobs: int = 2,
+    csv: Path | None = None,
+    docs: Path | None = None,
+) -> None:
+    """Compile every kernel configuration for every target, without a GPU, and hold the machine code to rules.
+
+    Prints registers, occupancy, shared memory and tensor-core instructions, and for row passes the instructions
+    per vocabulary element with a static roofline: time in the busiest pipe over time in the memory. Exits with 1
+    where a rule is broken: spills, row passes with loads of less than 16 bytes or a ratio above 0.7, dots without
+    the target's tensor cores, too much shared memory, more instructions per element than agreed.
+
+    Args:
+        targets: architectures to compile for.
+        kernels: kernels to compile; all if not given.
+        jobs: processes.
+        csv: file to write, a line per configuration and target.
+        docs: Markdown file whose tables to replace, between `<!-- gate:resources -->` and
+            `<!-- /gate:resources -->`, and the same for `gate:roofline`.
+    """
+    lines = pd.DataFrame([asdict(line) for line in _compile_all(targets, kernels, jobs)])
+    if lines.empty:
+        raise SystemExit(f"no kernel is named {', '.join(kernels)}")
+    if csv is not None:
+        csv.parent.mkdir(parents=True, exist_ok=True)
+        lines.to_csv(csv, index=False, float_format="%.4g")
+    if docs is not None:
+        docs.write_text(with_tables(docs.read_text(), lines))
+    console = Console()
+    if not console.is_terminal:
+        console.width = _FILE_WIDTH
+    for name, (table, caption) in tables(lines).items():
+        console.print(_rich(table, name, caption))
+    broken = lines[lines["broken"] != ""]
+    for line in broken.itertuples():
+        console.print(f"[red]{line.kernel}, {line.label}, {line.target}: {line.broken}")
+    console.print(f"{len(lines)} compiled, {len(broken)} with broken rules")
+    if len(broken):
+        raise SystemExit(1)
+
+
+def _compile_all(targets: Sequence[TargetName], kernels: Sequence[str], jobs: int) -> list[Line]:
+    """All lines, in the order of the targets and their variants."""
+    # The interpreter's kernels are no source for a compiler: processes that start from here do not have it.
+    os.environ.pop("TRITON_INTERPRET", None)
+    with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
+        counts = pool.map(_count, targets)
+        tasks = [(name, index) for name, count in zip(targets, counts, strict=True) for index in range(count)]
+        futures = {pool.submit(_compile, *task, kernels): task for task in tasks}
+        console = Console(stderr=True)
+        done = track(as_completed(futures), "compiling", len(futures), console=console, disable=not console.is_terminal)
+        lines = {futures[future]: future.result() for future in done}
+    return [line for task in tasks if (line := lines[task]) is not None]
+
+
+# The processes below are the only ones to load Triton: the other sub-commands do without it.
+@cache
+def _variants(name: TargetName) -> list[Variant]:
+    from triton.backends.compiler import GPUTarget
+
+    from srpo_kernels.kernels.variants import variants
+
+    target = TARGETS[name]
+    return list(variants(GPUTarget(target.backend, target.arch, target.warp_size)))
+
+
+def _count(name: TargetName) -> int:
+    return len(_variants(name))
+
+
+def _compile(name: TargetName, index: int, kernels: Sequence[str]) -> Line | None:
+    from benchmarks.gate_rules import measure
+
+    variant = _variants(name)[index]
+    return measure(variant, TARGETS[name]) if not kernels or variant.kernel in kernels else None
+
+
+_RESOURCES = (
+    "Registers of a thread, blocks on a multiprocessor and the share of its warps that they are; with a dot the "
+    "instruction that it became and the shared memory of a block."
+)
+_ROOFLINE = (
+    "Instructions per vocabulary element: fp32 + integer, compare and select + special functions, of all. Then time "
+    f"in the busiest pipe over time in the memory, by data-sheet rates: at most {ISSUE_RATIO}, with a softcap "
+    f"{SOFTCAP_ISSUE_RATIO}."
+)
+
+
+def tables(lines: pd.DataFrame) -> dict[str, tuple[pd.DataFrame, str]]:
+    """The tables of resources and of the roofline, each with what its cells say; broken rules are in the first."""
+    keys = ["kernel", "label"]
+    resources = _pivot(lines.assign(cell=[_resources(line) for line in lines.itertuples()]), keys, "target")
+    counted = lines[lines["issue_ratio"].notna()]
+    roofline = _pivot(
+        counted.assign(cell=[_roofline(line) for line in counted.itertuples()], bytes=counted["bytes_per_element"]),
+        [*keys, "bytes"],
+        "device",
+    )
+    return {"resources": (resources, _RESOURCES), "roofline": (roofline, _ROOFLINE)}
+
+
+def _pivot(cells: pd.DataFrame, keys: list[str], column: str) -> pd.DataFrame:
+    """A column of cells for each value of ``column``, both in the order in which they come."""
+    wide = cells.pivot(index=keys, columns=column, values="cell")
+    order = cells[keys].drop_duplicates()
+    return wide.reindex(pd.MultiIndex.from_frame(order), columns=cells[column].unique()).fillna("").reset_index()
+
+
+def _resources(line: Line) -> str:
+    parts = [f"{line.registers}, {line.blocks} × {line.num_warps}, {line.occupancy:.0%}"]
+    if not line.bytes_per_element:
+        parts.append(f"{line.tensor_core}, {line.shared_bytes / 1024:.0f} KiB")
+    return "; ".join([*parts, f"BROKEN: {line.broken}"] if line.broken else parts)
+
+
+def _roofline(line: Line) -> str:
+    parts = " + ".join(f"{count:.1f}" for count in (line.fp32, line.alu, line.special))
+    return f"{parts} of {line.total:.1f}; {line.issue_ratio:.2f} {line.pipe}"
+
+
+def _rich(cells: pd.DataFrame, title: str, caption: str) -> Table:
+    table = Table(*cells.columns.map(str), title=title, caption=caption, box=box.SIMPLE_HEAD)
+    for row in cells.itertuples(index=False):
+        table.add_row(*map(str, row))
+    return table
+
+
+def markdown_tables(lines: pd.DataFrame) -> dict[str, str]:
+    """The same tables for a document."""
+    return {name: f"{caption}\n\n{_markdown(cells)}" for name, (cells, caption) in tables(lines).items()}
+
+
+def _markdown(cells: pd.DataFrame) -> str:
+    rows = [list(cells.columns), ["---"] * len(cells.columns), *cells.itertuples(index=False)]
+    return "\n".join(f"| {' | '.join(map(str, row))} |" for row in rows)
+
+
+def with_tables(text: str, lines: pd.DataFrame) -> str:
+    """A document with both tables between their markers."""
+    for name, table in markdown_tables(lines).items():
+        start, end = f"<!-- gate:{name} -->", f"<!-- /gate:{name} -->"
+        before, found_start, rest = text.partition(start)
+        _, found_end, after = rest.partition(end)
+        if not (found_start and found_end):
+            raise SystemExit(f"the document has no {start} before {end}")
+        text = f"{before}{start}\n{table}\n{end}{after}"
+    return text
