@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pandas as pd
-from rich import box
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 
+from benchmarks.documents import markdown_table, replace_marked, rich_table
 from benchmarks.targets import ISSUE_RATIO, SOFTCAP_ISSUE_RATIO, TARGETS, TargetName
 
 if TYPE_CHECKING:
@@ -56,12 +55,12 @@ def gate(
         csv.parent.mkdir(parents=True, exist_ok=True)
         lines.to_csv(csv, index=False, float_format="%.4g")
     if docs is not None:
-        docs.write_text(with_tables(docs.read_text(), lines))
+        write_tables(docs, lines)
     console = Console()
     if not console.is_terminal:
         console.width = _FILE_WIDTH
     for name, (table, caption) in tables(lines).items():
-        console.print(_rich(table, name, caption))
+        console.print(rich_table(table, name, caption))
     broken = lines[lines["broken"] != ""]
     for line in broken.itertuples():
         console.print(f"[red]{line.kernel}, {line.label}, {line.target}: {line.broken}")
@@ -130,6 +129,11 @@ def tables(lines: pd.DataFrame) -> dict[str, tuple[pd.DataFrame, str]]:
     return {"resources": (resources, _RESOURCES), "roofline": (roofline, _ROOFLINE)}
 
 
+def write_tables(document: Path, lines: pd.DataFrame) -> None:
+    """Put both tables between their markers."""
+    replace_marked(document, {f"gate:{name}": markdown_table(*table) for name, table in tables(lines).items()})
+
+
 def _pivot(cells: pd.DataFrame, keys: list[str], column: str) -> pd.DataFrame:
     """A column of cells for each value of ``column``, both in the order in which they come."""
     wide = cells.pivot(index=keys, columns=column, values="cell")
@@ -147,32 +151,3 @@ def _resources(line: Line) -> str:
 def _roofline(line: Line) -> str:
     parts = " + ".join(f"{count:.1f}" for count in (line.fp32, line.alu, line.special))
     return f"{parts} of {line.total:.1f}; {line.issue_ratio:.2f} {line.pipe}"
-
-
-def _rich(cells: pd.DataFrame, title: str, caption: str) -> Table:
-    table = Table(*cells.columns.map(str), title=title, caption=caption, box=box.SIMPLE_HEAD)
-    for row in cells.itertuples(index=False):
-        table.add_row(*map(str, row))
-    return table
-
-
-def markdown_tables(lines: pd.DataFrame) -> dict[str, str]:
-    """The same tables for a document."""
-    return {name: f"{caption}\n\n{_markdown(cells)}" for name, (cells, caption) in tables(lines).items()}
-
-
-def _markdown(cells: pd.DataFrame) -> str:
-    rows = [list(cells.columns), ["---"] * len(cells.columns), *cells.itertuples(index=False)]
-    return "\n".join(f"| {' | '.join(map(str, row))} |" for row in rows)
-
-
-def with_tables(text: str, lines: pd.DataFrame) -> str:
-    """A document with both tables between their markers."""
-    for name, table in markdown_tables(lines).items():
-        start, end = f"<!-- gate:{name} -->", f"<!-- /gate:{name} -->"
-        before, found_start, rest = text.partition(start)
-        _, found_end, after = rest.partition(end)
-        if not (found_start and found_end):
-            raise SystemExit(f"the document has no {start} before {end}")
-        text = f"{before}{start}\n{table}\n{end}{after}"
-    return text

@@ -263,7 +263,7 @@ def document(tmp_path: Path) -> Path:
 def test_a_document_gets_both_tables(lines: pd.DataFrame, document: Path) -> None:
     lines = lines.reset_index()
     for _ in range(2):
-        document.write_text(gate.with_tables(document.read_text(), lines))
+        gate.write_tables(document, lines)
         text = document.read_text()
         assert "old" not in text
         assert text.startswith("before\n<!-- gate:resources -->\n")
@@ -273,9 +273,12 @@ def test_a_document_gets_both_tables(lines: pd.DataFrame, document: Path) -> Non
         assert "HMMA instead of HGMMA" in text
 
 
-def test_a_document_without_markers_is_refused(lines: pd.DataFrame) -> None:
+def test_a_document_without_markers_is_refused(lines: pd.DataFrame, tmp_path: Path) -> None:
+    path = tmp_path / "empty.md"
+    path.write_text("nothing")
     with pytest.raises(SystemExit, match="gate:resources"):
-        gate.with_tables("nothing", lines.reset_index())
+        gate.write_tables(path, lines.reset_index())
+    assert path.read_text() == "nothing"
 
 
 def test_every_kernel_of_the_library_keeps_the_rules(document: Path, tmp_path: Path) -> None:

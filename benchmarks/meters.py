@@ -1,0 +1,112 @@
+"""What a call costs, counted from the operators that torch dispatches."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+_PRODUCTS = ("mm", "addmm")
+# They leave memory as it is.
+_ALLOCATIONS = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "set")
+# They write over their first operand and do not read it.
+_OVERWRITES = ("copy", "fill", "zero")
+# They touch no more of their first operand than they have indices for.
+_LOOKUPS = ("gather", "index", "index_select", "scatter", "scatter_add", "index_put", "index_add")
+
+
+class ProductMeter(TorchDispatchMode):
+    """Multiply-adds of products of two matrices; torch's own counter misses ``addmm_``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.multiply_adds = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = _name(func)
+        if name in _PRODUCTS:
+            left, right = args[:2] if name == "mm" else args[1:3]
+            self.multiply_adds += left.shape[0] * left.shape[1] * right.shape[1]
+        elif name in ("bmm", "baddbmm", "addbmm", "addr"):
+            raise NotImplementedError(f"{func} is a product that is not counted")
+        return func(*args, **(kwargs or {}))
+
+
+class MemoryMeter(TorchDispatchMode):
+    """The most bytes that were alive at a time of what was allocated inside, and the largest allocation."""
+
+    def __init__(self, *known: Tensor | None) -> None:
+        super().__init__()
+        self._known = {StorageWeakRef(x.untyped_storage()) for x in known if x is not None}
+        self._alive: dict[StorageWeakRef, int] = {}
+        self.peak: int = 0
+        self.largest: int = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                storage = StorageWeakRef(tensor.untyped_storage())
+                if storage not in self._known:
+                    self._alive[storage] = tensor.untyped_storage().nbytes()
+                    self.largest = max(self.largest, self._alive[storage])
+        self._alive = {storage: size for storage, size in self._alive.items() if not storage.expired()}
+        self.peak = max(self.peak, sum(self._alive.values()))
+        return result
+
+
+class OperatorMeter(TorchDispatchMode):
+    """Bytes that operators move, but for products of matrices: every operand read once, every result written once.
+
+    That is the least an operator can do that is not fused with another one. Views and buffers without content are free.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes_moved = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        operands = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        result = func(*args, **(kwargs or {}))
+        name = _name(func)
+        if name not in _PRODUCTS + _ALLOCATIONS:
+            results = [x for x in tree_leaves(result) if isinstance(x, Tensor)]
+            self.bytes_moved += _bytes_moved(name, operands, results, in_place=func._schema.is_mutable)
+        return result
+
+
+def _name(func: Any) -> str:
+    """The operator's name; in place or not, it is the same."""
+    return str(func.overloadpacket.__name__).rstrip("_")
+
+
+def _bytes_moved(name: str, operands: list[Tensor], results: list[Tensor], in_place: bool) -> int:
+    storages = {StorageWeakRef(x.untyped_storage()) for x in operands}
+    if not in_place and any(StorageWeakRef(x.untyped_storage()) in storages for x in results):
+        return 0
+    read = sum(map(_size, operands))
+    written = sum(map(_size, results))
+    if name == "copy" and operands[0].data_ptr() == operands[1].data_ptr():
+        # Triton's interpreter brings arguments back from where they are already.
+        return 0
+    if name in _OVERWRITES:
+        read -= _size(operands[0])
+    elif name in _LOOKUPS and in_place:
+        indices = sum(map(_size, operands[1:]))
+        read, written = 2 * indices, indices
+    elif name in _LOOKUPS and not name.startswith(("scatter", "index_")):
+        read += written - _size(operands[0])
+    return read + written
+
+
+def _size(tensor: Tensor) -> int:
+    """Bytes of the elements that are there: a broadcast one counts once."""
+    pairs = zip(tensor.shape, tensor.stride(), strict=True) if tensor.layout == torch.strided else ()
+    elements = 1
+    for length, stride in pairs:
+        elements *= length if stride or not length else 1
+    return elements * tensor.element_size()
