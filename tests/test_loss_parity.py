@@ -11,7 +11,8 @@ from hypothesis import given
 import reference
 from srpo_kernels import SRPOConfig, srpo_loss
 from srpo_kernels.config import DIVERGENCES
-from tests.comparison import assert_as_accurate, assert_same, largest, run_loss
+from tests.comparison import assert_as_accurate, assert_same, run_loss
+from tests.parity import check_loss
 from tests.strategies import Case, cast, loss_cases, loss_inputs, thorough
 
 LOW_PRECISION = [torch.float32, torch.bfloat16, torch.float16]
@@ -28,17 +29,7 @@ def test_fp64_parity(case: Case) -> None:
 @thorough
 @given(case=loss_cases())
 def test_low_precision_is_as_accurate_as_plain_torch_with_fp32_logits(dtype: torch.dtype, case: Case) -> None:
-    rounded = cast(case.inputs, dtype)
-    actual = run_loss(srpo_loss, rounded, case.leaves, workspace_bytes=case.workspace_bytes, **case.options)
-    naive = run_loss(reference.srpo_loss, rounded, case.leaves, **case.options)
-    exact = run_loss(reference.srpo_loss, cast(rounded, torch.float64), case.leaves, **case.options)
-    # Weights are exponentials of dw_beta times an entropy, a sum over the vocabulary.
-    config = case.options["config"]
-    condition = 1.0 + 4.0 * config.dw_beta
-    if config.distillation_mode == "sampled":
-        # Its loss is the product of two log-probs.
-        condition *= 1.0 + largest(exact["log_probs"])
-    assert_as_accurate(actual, naive, exact, share=1.0 / len(exact["log_probs"]), condition=condition)
+    check_loss(case, dtype, "torch")
 
 
 EACH_OPTION: list[dict[str, Any]] = [

@@ -11,15 +11,8 @@ import reference
 from srpo_kernels import token_stats
 from srpo_kernels.config import DIVERGENCES
 from tests.comparison import Results, assert_as_accurate, assert_same, gradients, run_stats, with_leaves
+from tests.parity import check_stats, coefficients
 from tests.strategies import Case, Inputs, cast, head_inputs, stats_cases, thorough
-
-
-def coefficients(inputs: Inputs) -> Tensor:
-    """Upstream gradients of the three differentiable statistics; about a third of them are 0."""
-    shape = (3, *inputs["target_ids"].shape)
-    generator = torch.Generator().manual_seed(0)
-    values = torch.randn(shape, generator=generator, dtype=torch.float64)
-    return values * (torch.rand(shape, generator=generator) < 0.7)
 
 
 @thorough
@@ -41,14 +34,7 @@ def test_fp64_parity(case: Case) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @given(case=stats_cases())
 def test_low_precision_is_as_accurate_as_plain_torch_with_fp32_logits(dtype: torch.dtype, case: Case) -> None:
-    rounded, upstream = cast(case.inputs, dtype), coefficients(case.inputs)
-    actual = run_stats(
-        token_stats, rounded, upstream, case.leaves, workspace_bytes=case.workspace_bytes, **case.options
-    )
-    naive = run_stats(reference.token_stats, rounded, upstream, case.leaves, **case.options)
-    widened = cast(rounded, torch.float64)
-    exact = run_stats(reference.token_stats, widened, upstream, case.leaves, **case.options)
-    assert_as_accurate(actual, naive, exact)
+    check_stats(case, dtype, "torch")
 
 
 @pytest.mark.parametrize("softcap", [None, 2.0])

@@ -93,17 +93,18 @@ def launch_row_grad(
     divergence = "none" if y is None else spec.divergence
     student = Base2.of(logsumexp, z.dtype)
     teacher = student if teacher_logsumexp is None else Base2.of(teacher_logsumexp, z.dtype)
-    # What the log-sum-exps lack in fp32 shifts each log-ratio by a number per row: by_p takes it.
+    # What the log-sum-exps lack in fp32 scales a row's probabilities and shifts its log-ratios.
     by_log, by_divergence = by_log[:, None] * math.log(2.0), by_divergence[:, None]
     missing = by_log * student.low
     if divergence == "forward_kl":
-        by_divergence = by_divergence * teacher.correction
+        by_divergence = by_divergence * (teacher.correction / student.correction)
     elif divergence != "none":
         by_divergence = by_divergence * math.log(2.0)
         missing = missing + by_divergence * (student.low - (teacher.low if divergence == "reverse_kl" else 0.0))
     terms = [by_p[:, None] - missing, by_log, by_divergence, by_p_at_ids[:, None] - missing]
+    scale = spec.scale * student.correction
     coefficients = torch.cat(
-        [student.high, teacher.high, *(x * spec.scale for x in terms), *_shares(student, teacher, spec)], dim=1
+        [student.high, teacher.high, *(x * scale for x in terms), *_shares(student, teacher, spec)], dim=1
     )
     out = z
     if dtype != z.dtype:
