@@ -1,0 +1,74 @@
+"""Which backend runs where, and what a caller hears who asks for one that cannot."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from srpo_kernels import backends
+from srpo_kernels.backends import resolve_backend
+from srpo_kernels.kernels import launch
+
+CPU, CUDA, XPU, MPS = map(torch.device, ("cpu", "cuda", "xpu", "mps"))
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "expected"),
+    [
+        (CPU, torch.float32, "torch"),
+        (CUDA, torch.float32, "triton"),
+        (XPU, torch.float32, "triton"),
+        (MPS, torch.float32, "torch"),
+        (CUDA, torch.float64, "torch"),
+    ],
+    ids=str,
+)
+def test_auto_is_triton_where_it_compiles_and_logits_are_fp32(
+    device: torch.device, dtype: torch.dtype, expected: str
+) -> None:
+    assert resolve_backend("auto", device, dtype) == expected
+    assert resolve_backend("torch", device, dtype) == "torch"
+
+
+def test_triton_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert resolve_backend("triton", CUDA, torch.float32) == "triton"
+    with pytest.raises(ValueError, match=r"computes in float32, got inputs of torch\.float64"):
+        resolve_backend("triton", CUDA, torch.float64)
+    monkeypatch.setattr(launch, "INTERPRETED", True)
+    assert resolve_backend("triton", CPU, torch.float32) == "triton"
+    monkeypatch.setattr(launch, "INTERPRETED", False)
+    with pytest.raises(ValueError, match=r"backend='triton' needs a GPU, got tensors on cpu.*TRITON_INTERPRET=1"):
+        resolve_backend("triton", CPU, torch.float32)
+
+
+def test_without_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "_TRITON_INSTALLED", False)
+    assert resolve_backend("auto", CUDA, torch.float32) == "torch"
+    with pytest.raises(ValueError, match="needs the package triton, which is not installed"):
+        resolve_backend("triton", CUDA, torch.float32)
+
+
+_CALL = """
+import sys, torch
+import srpo_kernels as sk
+hidden, weight = torch.randn(4, 8), torch.randn(33, 8)
+call = dict(target_ids=torch.zeros(4, dtype=torch.int64), advantages=torch.ones(4))
+sk.srpo_loss(hidden, weight, **call)
+print("triton" in sys.modules)
+try:
+    sk.srpo_loss(hidden, weight, **call, backend="triton")
+except ValueError as error:
+    print(error)
+"""
+
+
+def test_the_torch_backend_leaves_triton_alone_and_a_cpu_without_the_interpreter_refuses_it() -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    run = subprocess.run([sys.executable, "-c", _CALL], env=environment, capture_output=True, text=True, check=True)
+    imported, message = run.stdout.splitlines()
+    assert imported == "False"
+    assert message.startswith("backend='triton' needs a GPU, got tensors on cpu")

@@ -1,0 +1,171 @@
+"""Every kernel under the sanitizer: ragged tails, strided and offset rows, rows beyond 2^31 elements, foreign ids."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks.interpreted import interpreting
+from srpo_kernels.config import DIVERGENCES
+from srpo_kernels.kernels import launch, passes
+from srpo_kernels.kernels.tiles import Projection, tile_stats
+from srpo_kernels.rows import DivergenceStats, RowGradients, RowSpec
+from tests.sanitizer import sanitize, sparse_rows
+
+pytestmark = pytest.mark.skipif(not interpreting(), reason="kernels are compiled here: needs TRITON_INTERPRET=1")
+
+ROWS = 3
+# A row stride whose third row begins beyond 2^31 elements.
+FAR = 2**30 + 16
+SOFTCAPS = pytest.mark.parametrize("softcap", [None, 5.0])
+# Blocks of 64 columns of one model and 32 of two: less than a block, whole blocks, whole blocks and a tail.
+VOCABULARIES = pytest.mark.parametrize("vocab_size", [7, 128, 129])
+
+Rows = Callable[[int], Tensor]
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "_ROW_LANES", 16)
+
+
+def padded(vocab_size: int) -> Tensor:
+    """Rows with an offset before them and gaps between them, as the engine lays them out."""
+    return torch.randn(ROWS + 1, vocab_size + 16 - vocab_size % 16)[1:, :vocab_size]
+
+
+def far_apart(vocab_size: int) -> Tensor:
+    rows = sparse_rows(ROWS, vocab_size, FAR, torch.float32)
+    return rows.copy_(torch.randn(ROWS, vocab_size))
+
+
+LAYOUTS = pytest.mark.parametrize("rows", [padded, far_apart])
+
+
+def target_ids(vocab_size: int) -> Tensor:
+    return torch.tensor([0, vocab_size - 1, vocab_size // 2])
+
+
+@SOFTCAPS
+@VOCABULARIES
+@LAYOUTS
+def test_row_stats(rows: Rows, vocab_size: int, softcap: float | None) -> None:
+    z, y, spec = rows(vocab_size), rows(vocab_size), RowSpec(softcap=softcap)
+    with sanitize(outputs={"row_stats_kernel": ["sums_ptr"]}):
+        passes.row_stats(z, spec, target_ids=target_ids(vocab_size))
+        passes.row_stats(z, replace(spec, topk=3, add_tail=True), target_ids=target_ids(vocab_size))
+        passes.divergence_stats(
+            z, y, replace(spec, divergence="reverse_kl"), target_ids=target_ids(vocab_size), gradient=False
+        )
+
+
+@SOFTCAPS
+@VOCABULARIES
+@LAYOUTS
+def test_row_jsd(rows: Rows, vocab_size: int, softcap: float | None) -> None:
+    spec = RowSpec(divergence="jsd", softcap=softcap)
+    with sanitize(outputs={"row_jsd_kernel": ["kl2_ptr"]}):
+        passes.divergence_stats(
+            rows(vocab_size), rows(vocab_size), spec, target_ids=target_ids(vocab_size), gradient=False
+        )
+
+
+@pytest.mark.parametrize("topk", [0, 5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@SOFTCAPS
+@VOCABULARIES
+@LAYOUTS
+def test_row_grad_of_log_probs(
+    rows: Rows, vocab_size: int, softcap: float | None, dtype: torch.dtype, topk: int
+) -> None:
+    z, spec = rows(vocab_size), RowSpec(softcap=softcap, topk=topk, add_tail=topk > 0)
+    stats = passes.row_stats(z, spec, target_ids=target_ids(vocab_size), entropy=True)
+    ids, log_probs = target_ids(vocab_size)[:, None], stats.log_probs[:, None]
+    if stats.support_ids is not None and stats.support_log_probs is not None:
+        ids, log_probs = stats.support_ids, stats.support_log_probs
+    with sanitize(outputs={"row_grad_kernel": ["out_ptr"]}):
+        passes.log_prob_gradient_(
+            z,
+            stats,
+            spec,
+            ids=ids,
+            log_probs=log_probs,
+            grad_log_probs=torch.randn(ids.shape),
+            grad_tail=torch.randn(ROWS) if topk else None,
+            grad_entropy=torch.randn(ROWS),
+            dtype=dtype,
+        )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@SOFTCAPS
+@VOCABULARIES
+@LAYOUTS
+def test_row_grad_of_a_divergence(
+    rows: Rows, vocab_size: int, softcap: float | None, divergence: str, dtype: torch.dtype
+) -> None:
+    z, y, spec = rows(vocab_size), rows(vocab_size), RowSpec(divergence=divergence, softcap=softcap)
+    stats = passes.divergence_stats(z, y, spec, target_ids=target_ids(vocab_size), gradient=True, entropy=True)
+    assert isinstance(stats, DivergenceStats)
+    grads = RowGradients(torch.randn(ROWS), torch.randn(ROWS), torch.randn(ROWS))
+    with sanitize(outputs={"row_grad_kernel": ["out_ptr"]}):
+        passes.divergence_gradient_(z.clone(), y, stats, spec, grad_divergence=torch.randn(ROWS), dtype=dtype)
+        # Ids before, in and behind the slice.
+        ids = torch.tensor([vocab_size + 2, 3, 10])
+        passes.slice_gradient_(z, y, stats, grads, spec, target_ids=ids, first_id=3, dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("with_teacher", [False, True])
+@SOFTCAPS
+@pytest.mark.parametrize(("num_rows", "vocab_size", "hidden_size"), [(3, 7, 5), (70, 200, 33), (128, 128, 64)])
+def test_tiles(
+    num_rows: int, vocab_size: int, hidden_size: int, softcap: float | None, with_teacher: bool, dtype: torch.dtype
+) -> None:
+    def model(size: int) -> Projection:
+        weight = torch.randn(vocab_size, size + 3).to(dtype)[:, :size]
+        return Projection(torch.randn(num_rows, size).to(dtype), weight, torch.randn(vocab_size).to(dtype))
+
+    student = model(hidden_size)
+    teacher = model(hidden_size + 8) if with_teacher else None
+    ids = torch.randint(0, vocab_size, (num_rows,))
+    with sanitize(outputs={"tile_stats_kernel": ["sums_ptr"], "merge_tiles_kernel": ["merged_ptr"]}):
+        tile_stats(student, teacher, RowSpec(divergence="reverse_kl", softcap=softcap), ids)
+
+
+def test_tiles_of_a_weight_beyond_2_31_elements() -> None:
+    weight = sparse_rows(3, 16, FAR, torch.float32)
+    weight.copy_(torch.randn(3, 16))
+    student, ids = Projection(torch.randn(2, 16), weight, None), torch.tensor([0, 2])
+    with sanitize(outputs={"tile_stats_kernel": ["sums_ptr"]}):
+        actual = tile_stats(student, None, RowSpec(), ids)
+    expected = tile_stats(student._replace(weight=weight.clone()), None, RowSpec(), ids)
+    assert torch.equal(actual.log_probs, expected.log_probs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_row_is_the_same_to_the_last_bit_alone_and_in_any_batch(dtype: torch.dtype) -> None:
+    hidden, weight = torch.randn(150, 40).to(dtype), torch.randn(300, 40).to(dtype)
+    teacher = torch.randn(150, 24).to(dtype), torch.randn(300, 24).to(dtype)
+    ids = torch.randint(0, 300, (150,))
+
+    def run(rows: Tensor) -> DivergenceStats:
+        stats = tile_stats(
+            Projection(hidden[rows], weight, None),
+            Projection(teacher[0][rows], teacher[1], None),
+            RowSpec(divergence="forward_kl"),
+            ids[rows],
+        )
+        assert isinstance(stats, DivergenceStats)
+        return stats
+
+    together, order = run(torch.arange(150)), torch.randperm(150)
+    for rows in (torch.tensor([7]), torch.tensor([149, 3]), order):
+        for actual, expected in zip(run(rows), together.select(rows), strict=True):
+            assert actual is not None
+            assert torch.equal(actual, expected)
