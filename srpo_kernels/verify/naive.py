@@ -11,28 +11,29 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 from srpo_kernels import Normalizers, SRPOConfig, SRPOOutput, TeacherStats, TokenStats
 
-Project = Callable[[Tensor, Tensor], Tensor]
-"""``[n, H]`` and ``[V, H]`` to logits ``[n, V]``."""
+Project = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+"""``[n, H]``, ``[V, H]`` and ``[V]`` to logits ``[n, V]`` in fp32 or fp64."""
 
 
-def project_wide(hidden: Tensor, weight: Tensor) -> Tensor:
+def project_wide(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Logits in fp32 whatever the model's dtype (fp64 for fp64).
 
     On an accelerator their gradient is rounded to bf16 for a bf16 model, as the operand of torch's own products is.
     """
     dtype = torch.promote_types(hidden.dtype, torch.float32)
-    logits = hidden.to(dtype) @ weight.to(dtype).T
+    logits = linear(hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
     if hidden.dtype == torch.bfloat16 and not hidden.is_cpu and logits.requires_grad:
         logits.register_hook(lambda gradient: gradient.bfloat16().to(dtype))
     return logits
 
 
-def project_narrow(hidden: Tensor, weight: Tensor) -> Tensor:
+def project_narrow(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """What trainers do: logits in the model's dtype, widened afterwards."""
-    return (hidden @ weight.T).to(torch.promote_types(hidden.dtype, torch.float32))
+    return linear(hidden, weight, bias).to(torch.promote_types(hidden.dtype, torch.float32))
 
 
 def srpo_loss(
@@ -66,7 +67,7 @@ def srpo_loss(
     def pick(values: Tensor | None, rows: Tensor) -> Tensor | None:
         return None if values is None else values[rows]
 
-    log_p = log_softmax(project(hidden[valid], weight), bias, config)
+    log_p = log_softmax(project(hidden[valid], weight, bias), config)
     chosen = log_p.gather(1, target_ids[valid][:, None]).squeeze(1)
     log_probs = torch.zeros(valid.shape, dtype=chosen.dtype, device=chosen.device).masked_scatter(valid, chosen)
     policy_losses = _policy_losses(
@@ -82,9 +83,12 @@ def srpo_loss(
     losses = torch.zeros_like(log_probs).masked_scatter(policy, policy_losses)
     if distilled.any():
         assert teacher_hidden is not None
+        assert sdpo_mask is not None
+        # The teacher's states of every row, or of the routed sequences alone.
+        taught = distilled if teacher_hidden.shape[:-1] == valid.shape else distilled[sdpo_mask]
         head = (weight, bias) if teacher_weight is None else (teacher_weight, teacher_bias)
         with torch.no_grad():
-            log_q = log_softmax(project(teacher_hidden[distilled], head[0]), head[1], config)
+            log_q = log_softmax(project(teacher_hidden[taught], *head), config)
         distillation_losses = _distillation_losses(
             log_p[distilled[valid]],
             log_q,
@@ -118,13 +122,13 @@ def token_stats(
     def spread(values: Tensor) -> Tensor:
         return values.new_zeros(valid.shape).masked_scatter(valid, values)
 
-    log_p = log_softmax(project_wide(hidden[valid], weight), bias, config)
+    log_p = log_softmax(project_wide(hidden[valid], weight, bias), config)
     log_probs = log_p.gather(1, target_ids[valid][:, None]).squeeze(1)
     if teacher_hidden is None:
         return TokenStats(spread(log_probs), spread(entropy(log_p)), None, None)
     head = (weight, bias) if teacher_weight is None else (teacher_weight, teacher_bias)
     with torch.no_grad():
-        log_q = log_softmax(project_wide(teacher_hidden[valid], head[0]), head[1], config)
+        log_q = log_softmax(project_wide(teacher_hidden[valid], *head), config)
     value = _divergence(log_p, log_q, config)
     return TokenStats(*map(spread, (log_probs, entropy(log_p), value, entropy(log_q))))
 
@@ -140,14 +144,14 @@ def teacher_stats(
     """The tensors of ``srpo_kernels.teacher_stats``; its options are those of ``config``."""
     valid = torch.ones(teacher_hidden.shape[:-1], dtype=torch.bool, device=teacher_hidden.device)
     valid = valid if mask is None else mask
-    logits = _logits(project_wide(teacher_hidden[valid], teacher_weight), teacher_bias, config)
+    logits = _transformed(project_wide(teacher_hidden[valid], teacher_weight, teacher_bias), config)
     values = (entropy(logits.log_softmax(1)), logits.logsumexp(1))
     return TeacherStats(*(x.new_zeros(valid.shape).masked_scatter(valid, x) for x in values))
 
 
-def log_softmax(raw: Tensor, bias: Tensor | None, config: SRPOConfig) -> Tensor:
-    """Log-probabilities ``[n, V]`` from the product of hidden states and head."""
-    return _logits(raw, bias, config).log_softmax(1)
+def log_softmax(raw: Tensor, config: SRPOConfig) -> Tensor:
+    """Log-probabilities ``[n, V]`` of raw logits."""
+    return _transformed(raw, config).log_softmax(1)
 
 
 def entropy(log_p: Tensor) -> Tensor:
@@ -155,8 +159,8 @@ def entropy(log_p: Tensor) -> Tensor:
     return -(log_p.exp() * log_p).sum(1)
 
 
-def _logits(raw: Tensor, bias: Tensor | None, config: SRPOConfig) -> Tensor:
-    x = (raw if bias is None else raw + bias.to(raw)) * config.logit_scale
+def _transformed(raw: Tensor, config: SRPOConfig) -> Tensor:
+    x = raw * config.logit_scale
     if config.softcap is not None:
         x = config.softcap * torch.tanh(x / config.softcap)
     return x / config.temperature
@@ -199,7 +203,7 @@ def _ratio_losses(ratio: Tensor, log_probs: Tensor, advantages: Tensor, config: 
     if config.loss_type == "reinforce":
         return -advantages * log_probs
     if config.loss_type == "sapo":
-        tau = torch.where(advantages > 0, 1.0, 1.05).to(ratio)
+        tau = torch.full_like(ratio, 1.05).masked_fill(advantages > 0, 1.0)
         return -advantages * torch.sigmoid(tau * (ratio - 1)) * 4 / tau
     bounded = ratio if config.delta is None else ratio.clamp(max=config.delta)
     losses = -torch.minimum(bounded * advantages, clipped * advantages)
