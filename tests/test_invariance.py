@@ -58,20 +58,22 @@ def pack(inputs: Inputs) -> Inputs:
     return packed | {"sequence_ids": torch.arange(count).repeat_interleave(length)}
 
 
-def normalizers_of(inputs: Inputs, config: SRPOConfig) -> Normalizers:
+def normalizers_of(inputs: Inputs, config: SRPOConfig, backend: str) -> Normalizers:
     teacher = {name: inputs[name] for name in ("teacher_hidden", "teacher_weight", "teacher_bias", "mask")}
-    entropy = teacher_stats(**teacher, **transform_of(config)).entropy
+    entropy = teacher_stats(**teacher, **transform_of(config), backend=backend).entropy
     ids = inputs.get("sequence_ids")
     return Normalizers.from_batch(inputs["mask"], inputs["sdpo_mask"], entropy, config.dw_beta, ids)
 
 
-def accumulate(inputs: Inputs, parts: list[Inputs], config: SRPOConfig) -> tuple[Results, Results]:
+def accumulate(
+    inputs: Inputs, parts: list[Inputs], config: SRPOConfig, backend: str = "torch"
+) -> tuple[Results, Results]:
     """Loss, metrics and gradients of micro-batches of ``inputs``, added up by autograd; and their metrics."""
-    first, *others = [normalizers_of(part, config) for part in parts]
+    first, *others = [normalizers_of(part, config, backend) for part in parts]
     normalizers = first.merge(*others)
     total, metrics = inputs["weight"].new_zeros(()), {}
     for part in parts:
-        out = srpo_loss(**part, config=config, normalizers=normalizers)
+        out = srpo_loss(**part, config=config, normalizers=normalizers, backend=backend)
         total = total + out.loss
         metrics = {name: metrics.get(name, 0) + value for name, value in out.metrics.items()}
     return {"loss": total.detach()} | gradients(total, inputs), metrics
