@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+from types import FunctionType
 
 import numpy as np
 import pytest
@@ -13,7 +14,10 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 if not torch.accelerator.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
+import triton.language as tl
 from triton.runtime import interpreter
+
+from benchmarks.interpreted import interpreting
 
 
 def _fused_multiply_add(
@@ -25,6 +29,11 @@ def _fused_multiply_add(
 
 
 interpreter.InterpreterBuilder.create_fma = _fused_multiply_add
+
+if interpreting():
+    # Once for all: the interpreter does it in every call of a kernel's function, two thirds of a small kernel's time.
+    interpreter._patch_lang(FunctionType((lambda: None).__code__, {"tl": tl, "core": tl.core}))
+    interpreter._patch_lang = lambda _: interpreter._LangPatchScope()
 
 # `pytest --hypothesis-profile=deep` searches longer.
 settings.register_profile("ci", max_examples=25, deadline=None, derandomize=True)

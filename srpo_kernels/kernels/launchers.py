@@ -68,7 +68,8 @@ def launch_row_jsd(z: Tensor, y: Tensor, lse: Tensor, teacher_lse: Tensor, spec:
                 num_warps=launch.num_warps,
                 num_stages=launch.num_stages,
             )
-    # The kernel's log p is off by what its log-sum-exp lacks; p sums to 1.
+    # The kernel's p and log p are off by what its log-sum-exp lacks; p sums to 1.
+    kl2 = kl2 * torch.cat([student.correction, teacher.correction], dim=1)
     kl, teacher_kl = ((kl2 - torch.cat([student.low, teacher.low], dim=1)) * math.log(2.0)).unbind(1)
     return kl, teacher_kl
 
