@@ -7,7 +7,7 @@ from torch import Tensor
 
 import reference
 from srpo_kernels import srpo_loss, token_stats
-from tests.comparison import assert_as_accurate, largest, run_loss, run_stats
+from tests.comparison import assert_as_accurate, condition_of, run_loss, run_stats
 from tests.strategies import Case, Inputs, cast
 
 
@@ -19,12 +19,7 @@ def check_loss(case: Case, dtype: torch.dtype, backend: str) -> None:
     )
     naive = run_loss(reference.srpo_loss, rounded, case.leaves, **case.options)
     exact = run_loss(reference.srpo_loss, cast(rounded, torch.float64), case.leaves, **case.options)
-    # Weights are exponentials of dw_beta times an entropy, a sum over the vocabulary.
-    config = case.options["config"]
-    condition = 1.0 + 4.0 * config.dw_beta
-    if config.distillation_mode == "sampled":
-        # Its loss is the product of two log-probs.
-        condition *= 1.0 + largest(exact["log_probs"])
+    condition = condition_of(case.options["config"], exact)
     assert_as_accurate(actual, naive, exact, share=1.0 / len(exact["log_probs"]), condition=condition)
 
 

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import inspect
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 import reference
-from srpo_kernels import Normalizers, SRPOConfig, rows_torch
+from srpo_kernels import Normalizers, SRPOConfig
+from srpo_kernels.backends import row_passes
 from srpo_kernels.config import DISTILLATION_MODES, DIVERGENCES, KL_TYPES, LOSS_TYPES, REDUCTIONS
 from srpo_kernels.engine.plan import RowMemory
 
@@ -21,9 +25,33 @@ SHARED = ("weight", "bias", "teacher_weight", "teacher_bias")
 MODEL_TENSORS = ("hidden", "teacher_hidden", *SHARED)
 
 # Calls have many options, and are quick.
-thorough = settings(max_examples=8 * settings().max_examples)
+_THOROUGH = 8 * settings().max_examples
+thorough = settings(max_examples=_THOROUGH)
 
 Inputs = dict[str, Any]
+
+# On a GPU `verify` holds the compiled kernels to the same.
+_interpreted = pytest.mark.skipif(torch.accelerator.is_available(), reason="kernels are compiled here")
+each_backend = pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=_interpreted)])
+
+
+def given_each_backend(*, thorough: bool = False, **strategies: st.SearchStrategy[Any]) -> Callable[..., Any]:
+    """``given``, for a property of every ``backend``."""
+    most = _THOROUGH if thorough else settings().max_examples
+    # A row takes Triton's interpreter 10 ms.
+    examples = {"torch": most, "triton": max(5, most // 10)}
+
+    def decorate(test: Callable[..., None]) -> Callable[..., None]:
+        runs = {backend: settings(max_examples=n)(given(**strategies)(test)) for backend, n in examples.items()}
+
+        def run(backend: str, **fixtures: Any) -> None:
+            runs[backend](backend=backend, **fixtures)
+
+        run.__name__, run.__module__, run.__doc__ = test.__name__, test.__module__, test.__doc__
+        run.__signature__ = inspect.signature(runs["torch"])  # type: ignore[attr-defined]
+        return each_backend(run)
+
+    return decorate
 
 
 @dataclass(frozen=True)
@@ -116,6 +144,11 @@ def cast(inputs: Inputs, dtype: torch.dtype) -> Inputs:
         return value.to(dtype if name in MODEL_TENSORS else row_dtype)
 
     return {name: convert(name, value) for name, value in inputs.items()}
+
+
+def for_backend(inputs: Inputs, backend: str) -> Inputs:
+    """The inputs in the widest dtype that the backend computes in."""
+    return cast(inputs, torch.float32) if backend == "triton" else inputs
 
 
 @st.composite
@@ -222,10 +255,10 @@ def policy_rows(inputs: Inputs) -> Tensor:
     return valid & ~(routed if routed.shape == valid.shape else routed[:, None])
 
 
-def workspace_floor(vocab_size: int, itemsize: int, models: int) -> int:
-    """Bytes of the smallest workspace that the torch backend accepts on a CPU."""
+def workspace_floor(vocab_size: int, itemsize: int, models: int, backend: str = "torch") -> int:
+    """Bytes of the smallest workspace that a backend accepts on a CPU."""
     cpu = torch.device("cpu")
-    return RowMemory(vocab_size, itemsize, rows_torch.scratch(vocab_size, cpu), cpu).floor(models)
+    return RowMemory(vocab_size, itemsize, row_passes(backend).scratch(vocab_size, cpu), cpu).floor(models)
 
 
 def workspaces(vocab_size: int, models: int = 2) -> st.SearchStrategy[int | None]:

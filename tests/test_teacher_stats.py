@@ -12,7 +12,7 @@ from torch import Tensor
 from reference.logits import entropy, head_logits
 from srpo_kernels import Normalizers, SRPOConfig, TeacherStats, srpo_loss, teacher_stats
 from tests.comparison import assert_same, largest, run_loss
-from tests.strategies import Case, Inputs, cast, head_inputs, loss_inputs, stats_cases
+from tests.strategies import Case, Inputs, cast, each_backend, for_backend, head_inputs, loss_inputs, stats_cases
 
 OPTIONS = ("temperature", "logit_scale", "softcap")
 
@@ -47,9 +47,14 @@ def test_fp64_parity(case: Case) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_low_precision_is_as_accurate_as_plain_torch_with_fp32_logits(dtype: torch.dtype) -> None:
+@each_backend
+def test_low_precision_is_as_accurate_as_plain_torch_with_fp32_logits(dtype: torch.dtype, backend: str) -> None:
     teacher = cast(teacher_of(head_inputs(0, (5, 9), 16, 1009, teacher_size=16, spread=4.0)), dtype)
-    exact, naive, actual = oracle(cast(teacher, torch.float64)), oracle(teacher), teacher_stats(**teacher)
+    exact, naive, actual = (
+        oracle(cast(teacher, torch.float64)),
+        oracle(teacher),
+        teacher_stats(**teacher, backend=backend),
+    )
     for name, value in exact.items():
         ours = getattr(actual, name)
         assert ours.dtype == torch.float32
@@ -63,18 +68,20 @@ def test_carries_no_gradient() -> None:
     assert not any(x.requires_grad for x in teacher_stats(**inputs))
 
 
-def test_masked_rows_are_never_read_and_come_back_as_zero() -> None:
-    inputs = teacher_of(head_inputs(0, (4, 6), 8, 33, teacher_size=5))
-    expected = teacher_stats(**inputs)
+@each_backend
+def test_masked_rows_are_never_read_and_come_back_as_zero(backend: str) -> None:
+    inputs = for_backend(teacher_of(head_inputs(0, (4, 6), 8, 33, teacher_size=5)), backend)
+    expected = teacher_stats(**inputs, backend=backend)
     inputs["teacher_hidden"][~inputs["mask"]] = torch.inf
-    actual = teacher_stats(**inputs)
+    actual = teacher_stats(**inputs, backend=backend)
     assert isinstance(actual, TeacherStats)
     assert_same(actual._asdict(), expected._asdict(), 0.0)
     assert not actual.entropy[~inputs["mask"]].any()
 
 
-def test_a_uniform_teacher_has_the_entropy_of_its_vocabulary() -> None:
-    stats = teacher_stats(torch.zeros(3, 4), torch.randn(1009, 4))
+@each_backend
+def test_a_uniform_teacher_has_the_entropy_of_its_vocabulary(backend: str) -> None:
+    stats = teacher_stats(torch.zeros(3, 4), torch.randn(1009, 4), backend=backend)
     torch.testing.assert_close(stats.entropy, torch.full((3,), 1009.0).log())
     torch.testing.assert_close(stats.logsumexp, torch.full((3,), 1009.0).log())
 

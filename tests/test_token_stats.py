@@ -12,7 +12,7 @@ from srpo_kernels import token_stats
 from srpo_kernels.config import DIVERGENCES
 from tests.comparison import Results, assert_as_accurate, assert_same, gradients, run_stats, with_leaves
 from tests.parity import check_stats, coefficients
-from tests.strategies import Case, Inputs, cast, head_inputs, stats_cases, thorough
+from tests.strategies import Case, Inputs, cast, each_backend, for_backend, head_inputs, stats_cases, thorough
 
 
 @thorough
@@ -87,38 +87,42 @@ def test_teacher_entropy_is_detached_and_absent_without_a_teacher() -> None:
     assert stats.teacher_entropy is None
 
 
-def test_no_grad_gives_the_same_numbers() -> None:
-    inputs = head_inputs(3, (3, 5), 8, 33)
+@each_backend
+def test_no_grad_gives_the_same_numbers(backend: str) -> None:
+    inputs = for_backend(head_inputs(3, (3, 5), 8, 33), backend)
     with torch.no_grad():
-        without = token_stats(**with_leaves(inputs))
-    for x, y in zip(without, token_stats(**with_leaves(inputs)), strict=True):
+        without = token_stats(**with_leaves(inputs), backend=backend)
+    for x, y in zip(without, token_stats(**with_leaves(inputs), backend=backend), strict=True):
         assert not x.requires_grad
         torch.testing.assert_close(x, y.detach(), rtol=0, atol=0)
 
 
-def test_masked_rows_are_never_read_and_come_back_as_zero() -> None:
-    inputs = head_inputs(4, (4, 6), 8, 33, teacher_size=5)
-    expected = run_stats(token_stats, inputs, coefficients(inputs))
+@each_backend
+def test_masked_rows_are_never_read_and_come_back_as_zero(backend: str) -> None:
+    inputs = for_backend(head_inputs(4, (4, 6), 8, 33, teacher_size=5), backend)
+    expected = run_stats(token_stats, inputs, coefficients(inputs), backend=backend)
     masked = ~inputs["mask"]
     for name in ("hidden", "teacher_hidden"):
         inputs[name][masked] = torch.nan
     inputs["target_ids"][masked] = -100
-    actual = run_stats(token_stats, inputs, coefficients(inputs))
+    actual = run_stats(token_stats, inputs, coefficients(inputs), backend=backend)
     assert_same(actual, expected, 0.0)
     for name in ("log_probs", "entropy", "divergence", "teacher_entropy"):
         assert not actual[name][masked].any()
 
 
-def test_no_row_at_all() -> None:
-    inputs = head_inputs(4, (4, 6), 8, 33)
+@each_backend
+def test_no_row_at_all(backend: str) -> None:
+    inputs = for_backend(head_inputs(4, (4, 6), 8, 33), backend)
     inputs["mask"] = torch.zeros_like(inputs["mask"])
-    results = run_stats(token_stats, inputs, coefficients(inputs))
+    results = run_stats(token_stats, inputs, coefficients(inputs), backend=backend)
     assert all(not value.any() for value in results.values())
 
 
-def test_a_second_backward_gives_the_same() -> None:
-    inputs = with_leaves(head_inputs(6, (3, 5), 8, 33))
-    out = token_stats(**inputs)
+@each_backend
+def test_a_second_backward_gives_the_same(backend: str) -> None:
+    inputs = with_leaves(for_backend(head_inputs(6, (3, 5), 8, 33), backend))
+    out = token_stats(**inputs, backend=backend)
     loss = (out.log_probs + out.entropy + out.divergence).sum()
     first = torch.autograd.grad(loss, inputs["weight"], retain_graph=True)
     second = torch.autograd.grad(loss, inputs["weight"])

@@ -7,15 +7,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
-from hypothesis import strategies as st
-from torch import Tensor
 from triton.runtime import interpreter
 
 import reference
@@ -24,15 +21,13 @@ from srpo_kernels.config import DISTILLATION_MODES, DIVERGENCES
 from srpo_kernels.kernels import launch
 from tests.comparison import Results, assert_as_accurate, assert_same, gradients, largest, run_loss, with_leaves
 from tests.parity import check_loss, check_stats
-from tests.strategies import Case, Inputs, cast, configs, loss_cases, loss_inputs, stats_cases, take
-from tests.test_invariance import accumulate, batch, pack
+from tests.strategies import Case, Inputs, cast, loss_cases, loss_inputs, stats_cases
 from tests.test_loss_parity import EACH_OPTION
 
 pytestmark = pytest.mark.skipif(not launch.INTERPRETED, reason="verify holds compiled kernels to the same")
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 some = settings(max_examples=2 * settings().max_examples)
-few = settings(max_examples=settings().max_examples // 2)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -189,60 +184,8 @@ def test_the_error_of_the_hardware_logarithm_is_below_the_rounding_of_logits(
     assert calls
 
 
-splittable = configs().map(lambda config: replace(config, dw_beta=min(config.dw_beta, 1.0), count_inactive=False))
-
-
-def triton(inputs: Inputs, config: SRPOConfig, **options: Any) -> Results:
-    return run_loss(srpo_loss, inputs, config=config, backend="triton", **options)
-
-
-def rows_of(results: Results, index: Tensor) -> Results:
-    return results | {name: results[name][index] for name in ("log_probs", "grad hidden")}
-
-
-@few
-@given(config=splittable, seed=st.integers(0, 2**31), order=st.permutations(range(6)))
-def test_the_order_of_sequences(config: SRPOConfig, seed: int, order: list[int]) -> None:
-    inputs = cast(loss_inputs(seed, (6, 3), teacher_size=5, config=config), torch.float32)
-    index = torch.tensor(order)
-    assert_same(triton(take(inputs, index), config), rows_of(triton(inputs, config), index), 1e-4)
-
-
-@few
-@given(config=splittable, seed=st.integers(0, 2**31), rows=st.integers(1, 12))
-def test_the_size_of_chunks(config: SRPOConfig, seed: int, rows: int) -> None:
-    inputs = cast(loss_inputs(seed, (6, 3), teacher_size=5, config=config), torch.float32)
-    actual = triton(inputs, config, workspace_bytes=rows * 2 * 48 * 4)
-    assert_same(actual, triton(inputs, config), 1e-4)
-
-
-@few
-@given(
-    config=splittable,
-    seed=st.integers(0, 2**31),
-    homes=st.lists(st.integers(0, 3), min_size=6, max_size=6),
-    packed=st.booleans(),
-)
-def test_unequal_micro_batches_add_up_to_the_batch(
-    config: SRPOConfig, seed: int, homes: list[int], packed: bool
-) -> None:
-    inputs = with_leaves(cast(batch(seed, config, (6, 3)), torch.float32))
-    whole = pack(inputs) if packed else inputs
-    expected = srpo_loss(**whole, config=config, backend="triton")
-    of_entry = torch.tensor(homes).repeat_interleave(3) if packed else torch.tensor(homes)
-    parts = [take(whole, (of_entry == home).nonzero().squeeze(1)) for home in sorted(set(homes))]
-    actual, _ = accumulate(inputs, parts, config, "triton")
-    assert_same(actual, {"loss": expected.loss.detach()} | gradients(expected.loss, inputs), 1e-4)
-
-
-@few
-@given(config=configs(), seed=st.integers(0, 2**31))
-def test_what_is_masked(config: SRPOConfig, seed: int) -> None:
-    inputs = cast(batch(seed, config, (6, 3)), torch.float32)
-    expected, masked = triton(inputs, config), ~inputs["mask"]
-    for name in ("hidden", "teacher_hidden", "old_log_probs", "ref_log_probs", "is_weights"):
-        inputs[name][masked] = torch.nan
-    assert_same(triton(inputs, config), expected, 0.0)
+def triton(inputs: Inputs, config: SRPOConfig) -> Results:
+    return run_loss(srpo_loss, inputs, config=config, backend="triton")
 
 
 def test_run_to_run() -> None:
