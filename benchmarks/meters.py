@@ -36,29 +36,6 @@ class ProductMeter(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-class MemoryMeter(TorchDispatchMode):
-    """The most bytes that were alive at a time of what was allocated inside, and the largest allocation."""
-
-    def __init__(self, *known: Tensor | None) -> None:
-        super().__init__()
-        self._known = {StorageWeakRef(x.untyped_storage()) for x in known if x is not None}
-        self._alive: dict[StorageWeakRef, int] = {}
-        self.peak: int = 0
-        self.largest: int = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor):
-                storage = StorageWeakRef(tensor.untyped_storage())
-                if storage not in self._known:
-                    self._alive[storage] = tensor.untyped_storage().nbytes()
-                    self.largest = max(self.largest, self._alive[storage])
-        self._alive = {storage: size for storage, size in self._alive.items() if not storage.expired()}
-        self.peak = max(self.peak, sum(self._alive.values()))
-        return result
-
-
 class OperatorMeter(TorchDispatchMode):
     """Bytes that operators move, but for products of matrices: every operand read once, every result written once.
 

@@ -31,7 +31,10 @@ thorough = settings(max_examples=_THOROUGH)
 Inputs = dict[str, Any]
 
 # On a GPU `verify` holds the compiled kernels to the same.
-_interpreted = pytest.mark.skipif(torch.accelerator.is_available(), reason="kernels are compiled here")
+_interpreted = pytest.mark.skipif(
+    torch.accelerator.is_available(),
+    reason="no interpreter: verify covers GPUs",
+)
 each_backend = pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=_interpreted)])
 
 
@@ -48,7 +51,7 @@ def given_each_backend(*, thorough: bool = False, **strategies: st.SearchStrateg
             runs[backend](backend=backend, **fixtures)
 
         run.__name__, run.__module__, run.__doc__ = test.__name__, test.__module__, test.__doc__
-        run.__signature__ = inspect.signature(runs["torch"])  # type: ignore[attr-defined]
+        run.__signature__ = inspect.signature(runs["torch"])
         return each_backend(run)
 
     return decorate

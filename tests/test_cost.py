@@ -160,7 +160,7 @@ def test_operators_read_their_operands_and_write_their_results() -> None:
 
     def moved(operator: object) -> int:
         with OperatorMeter() as meter:
-            operator()  # type: ignore[operator]
+            operator()
         return meter.bytes_moved
 
     assert moved(lambda: x + x) == 3 * size

@@ -163,7 +163,7 @@ def _peak_mib(step: Step, inputs: list[Tensor], device: torch.device) -> float |
     """What a step allocates beside its inputs; its results are a part of it."""
     srpo_kernels.release_workspace()
     if device.type == "cpu":
-        with _MemoryMeter(inputs) as meter:
+        with MemoryMeter(*inputs) as meter:
             step()
         return float(meter.peak) / 2**20
     module = torch.get_device_module(device)
@@ -178,14 +178,18 @@ def _peak_mib(step: Step, inputs: list[Tensor], device: torch.device) -> float |
     return extra / 2**20
 
 
-class _MemoryMeter(TorchDispatchMode):
-    """The most bytes of tensors that were alive at a time; a CPU's allocator does not count."""
+class MemoryMeter(TorchDispatchMode):
+    """The most bytes that were alive at a time of what was allocated inside, and the largest allocation.
 
-    def __init__(self, known: Sequence[Tensor]) -> None:
+    A CPU's allocator does not count.
+    """
+
+    def __init__(self, *known: Tensor | None) -> None:
         super().__init__()
-        self._known = {StorageWeakRef(x.untyped_storage()) for x in known}
+        self._known = {StorageWeakRef(x.untyped_storage()) for x in known if x is not None}
         self._alive: dict[StorageWeakRef, int] = {}
-        self.peak = 0
+        self.peak: int = 0
+        self.largest: int = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -194,6 +198,7 @@ class _MemoryMeter(TorchDispatchMode):
                 storage = StorageWeakRef(tensor.untyped_storage())
                 if storage not in self._known:
                     self._alive[storage] = tensor.untyped_storage().nbytes()
+                    self.largest = max(self.largest, self._alive[storage])
         self._alive = {storage: size for storage, size in self._alive.items() if not storage.expired()}
         self.peak = max(self.peak, sum(self._alive.values()))
         return result
