@@ -24,6 +24,7 @@ from srpo_kernels.engine.workspace import row_stride
 from srpo_kernels.rows import Scratch
 
 CPU = torch.device("cpu")
+SCRATCH = Scratch(5, 100)
 
 
 def rows_of(chunks: list[slice]) -> list[int]:
@@ -117,12 +118,13 @@ def plan_of(
     gradients: int = 2,
     workspace_rows: int = 100,
     log_mean_known: bool = False,
+    scratch: Scratch = SCRATCH,
 ) -> Plan:
     return make_plan(
         rows,
         lengths,
         config,
-        memory=RowMemory(1000, 8, Scratch(5, 100), CPU),
+        memory=RowMemory(1000, 8, scratch, CPU),
         workspace_bytes=workspace_rows * row_stride(1000) * 8,
         gradients=gradients,
         log_mean_known=log_mean_known,
@@ -160,7 +162,31 @@ def test_weights_beyond_the_range_of_fp32_cost_a_teacher_pass() -> None:
 def test_the_buffer_holds_both_models_of_the_longest_chunk() -> None:
     rows = RowOrder(torch.arange(20), torch.arange(30), torch.arange(0))
     # A workspace for the whole batch, and one for a single row of both models.
-    assert plan_of(rows, SRPOConfig(), workspace_rows=10_000).buffer_rows == 40
+    assert plan_of(rows, SRPOConfig(), workspace_rows=10_000).buffer_rows == 2 * 20 + 30
     assert plan_of(rows, SRPOConfig(), workspace_rows=7).buffer_rows == 2
     nothing = RowOrder(*(torch.arange(0) for _ in range(3)))
     assert plan_of(nothing, SRPOConfig()).buffer_rows == 0
+
+
+def test_the_last_distillation_chunk_shares_its_products_with_policy_rows_that_fit_beside_it() -> None:
+    rows = RowOrder(torch.arange(20), torch.arange(30), torch.arange(5))
+    both, alone = (plan_of(rows, SRPOConfig(), workspace_rows=n, scratch=Scratch(0, 0)) for n in (70, 69))
+    assert (both.shared_policy_rows, both.buffer_rows) == (30, 70)
+    assert (alone.shared_policy_rows, alone.buffer_rows) == (0, 40)
+    # No other chunk is cut for it, and no product is added.
+    assert (both.student_products, both.distillation_chunks) == (alone.student_products, alone.distillation_chunks)
+    # A long sequence is computed twice, in chunks of its own.
+    gspo = SRPOConfig(loss_type="gspo")
+    assert plan_of(rows, gspo, [30], workspace_rows=10_000).shared_policy_rows == 30
+    assert plan_of(rows, gspo, [30], workspace_rows=60).shared_policy_rows == 0
+    only_policy = RowOrder(torch.arange(0), torch.arange(30), torch.arange(0))
+    assert plan_of(only_policy, SRPOConfig(), workspace_rows=10_000).shared_policy_rows == 0
+
+
+def test_dlogits_in_a_buffer_of_their_own_share_no_product() -> None:
+    rows = RowOrder(torch.arange(20), torch.arange(30), torch.arange(0))
+    memory = RowMemory(1000, 4, Scratch(0, 0), CPU, copy_itemsize=2)
+    plan = make_plan(
+        rows, None, SRPOConfig(), memory=memory, workspace_bytes=1 << 30, gradients=2, log_mean_known=False
+    )
+    assert plan.shared_policy_rows == 0

@@ -2,13 +2,15 @@
 
 Per chunk: logits by one product, the row pass, the objective on vectors (its autograd gives the coefficients), dlogits
 in the same buffer, then dX and dW by one product each. Distillation rows come first: their entropy weights are divided
-by their mean once it is known, before any policy row is added.
+by their mean once it is known, before any policy row is added. The last of them share their products with the first
+policy rows where the workspace holds both: few large products are faster than many small ones.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +23,30 @@ from srpo_kernels.engine.distillation import distill_chunk
 from srpo_kernels.engine.plan import Plan
 from srpo_kernels.rows import Dlogits, RowPasses, RowSpec, RowStats
 from srpo_kernels.types import METRICS
+
+
+class _Chunk(NamedTuple):
+    """Rows whose products are taken together: their hidden states as an operand, and their logits in the buffer."""
+
+    rows: Tensor
+    hidden: Tensor
+    logits: Tensor
+
+    def tail(self, length: int) -> _Chunk:
+        """The last rows."""
+        return _Chunk(*(x[len(x) - length :] for x in self))
+
+
+class _Carried(NamedTuple):
+    """A chunk of which the distillation rows are done and the policy rows are not.
+
+    ``dlogits`` are the distillation rows', None where no gradient is wanted; ``rescale`` brings what was accumulated
+    before to scale.
+    """
+
+    chunk: _Chunk
+    dlogits: Dlogits | None
+    rescale: Tensor | None
 
 
 class FusedPass:
@@ -52,11 +78,12 @@ class FusedPass:
 
     def run(self) -> FusedResult:
         """Distillation rows, then policy rows, then rows that only metrics want."""
-        loss = self.log_probs.new_zeros(())
+        loss, carried = self.log_probs.new_zeros(()), None
         if self.plan.distillation_chunks:
-            loss = loss + self._distill()
+            distilled, carried = self._distill()
+            loss = loss + distilled
         if self.plan.policy_segments or self.plan.inactive_chunks:
-            loss = loss + self._policy()
+            loss = loss + self._policy(carried)
         self.grad_head.finish()
         order = self.plan.order
         self._count("sdpo_tokens", len(order.distillation))
@@ -65,7 +92,7 @@ class FusedPass:
         grad_head = self.grad_head
         return FusedResult(loss, self.log_probs, self.metrics, self.grad_hidden, grad_head.weight, grad_head.bias)
 
-    def _distill(self) -> Tensor:
+    def _distill(self) -> tuple[Tensor, _Carried | None]:
         order, beta = self.plan.order.distillation, self.config.dw_beta
         log_mean = self.batch.log_mean
         if self.plan.teacher_first:
@@ -74,14 +101,15 @@ class FusedPass:
         # to the middle of the range they can have; that chunk's products bring the others' gradients to scale.
         reference = self.log_probs.new_tensor(-0.5 * beta * math.log(self.vocab_size)) if log_mean is None else log_mean
         parts: list[tuple[Tensor, ...]] = []
-        for chunk in self.plan.distillation_chunks:
-            rows = order[chunk]
-            hidden, z = self._logits(rows)
-            y = self._teacher_logits(rows, offset=len(rows))
+        carried = None
+        for ids in self.plan.distillation_chunks:
+            rows = order[ids]
+            shared = self.plan.shared_policy_rows if ids.stop == len(order) else 0
+            chunk = self._logits(torch.cat([rows, self.plan.order.policy[:shared]]))
             distilled = distill_chunk(
                 self.passes,
-                z,
-                y,
+                chunk.logits[: len(rows)],
+                self._teacher_logits(rows, offset=len(chunk.rows)),
                 self.batch.target_ids[rows],
                 self.distillation_spec,
                 self.config,
@@ -89,8 +117,8 @@ class FusedPass:
                 dtype=self.operand_dtype,
             )
             parts.append((distilled.log_probs, distilled.teacher_entropy, distilled.divergence, distilled.loss))
-            rescale = None
-            if log_mean is None and chunk.stop == len(order):
+            rescale = dlogits = None
+            if log_mean is None and ids.stop == len(order):
                 log_mean = objective.log_mean_exp(-beta * torch.cat([part[1] for part in parts]))
                 rescale, reference = torch.exp(reference - log_mean), log_mean
             if any(self.needs):
@@ -98,8 +126,11 @@ class FusedPass:
                 upstream = self.batch.factors[rows] * weights * self._correction(distilled.log_probs, rows)
                 dlogits = distilled.gradient_(upstream)
                 if rescale is not None and self.grad_hidden is not None:
-                    self.grad_hidden[order[: chunk.start]] *= rescale
-                self._accumulate(dlogits, hidden, rows, rescale)
+                    self.grad_hidden[order[: ids.start]] *= rescale
+            if shared:
+                carried = _Carried(chunk, dlogits, rescale)
+            elif dlogits is not None:
+                self._accumulate(dlogits, chunk, rescale)
 
         log_probs, teacher_entropy, divergence, token_loss = map(torch.cat, zip(*parts, strict=True))
         self.log_probs[order] = log_probs
@@ -111,38 +142,47 @@ class FusedPass:
         self._count("dw_weight_sq_sum", weights.square())
         self._count("divergence_sum", divergence)
         self._count("nonfinite_rows", ~weighted.isfinite())
-        return (self.batch.factors[order] * weighted).sum()
+        return (self.batch.factors[order] * weighted).sum(), carried
 
-    def _policy(self) -> Tensor:
+    def _policy(self, carried: _Carried | None) -> Tensor:
         order = self.plan.order
         stats: list[RowStats] = []
         for segment in self.plan.policy_segments:
-            segment_stats = [self._policy_stats(order.policy[chunk])[-1] for chunk in segment[:-1]]
-            hidden, z, last_stats = self._policy_stats(order.policy[segment[-1]])
+            segment_stats = [self._policy_stats(self._logits(order.policy[ids])) for ids in segment[:-1]]
+            last = segment[-1]
+            chunk = self._logits(order.policy[last]) if carried is None else carried.chunk.tail(last.stop - last.start)
+            last_stats = self._policy_stats(chunk)
             segment_stats.append(last_stats)
             stats += segment_stats
             if not any(self.needs):
+                carried = None
                 continue
-            rows = order.policy[segment[0].start : segment[-1].stop]
+            rows = order.policy[segment[0].start : last.stop]
             grad_log_probs, grad_entropy = self._policy_gradients(segment_stats, rows)
             # The last chunk's logits are still in the buffer; those of the earlier ones are computed again.
-            for chunk in reversed(segment):
-                rows = order.policy[chunk]
-                if chunk is not segment[-1]:
-                    hidden, z, last_stats = self._policy_stats(rows)
-                local = slice(chunk.start - segment[0].start, chunk.stop - segment[0].start)
+            for ids in reversed(segment):
+                if ids is not last:
+                    chunk = self._logits(order.policy[ids])
+                    last_stats = self._policy_stats(chunk)
+                local = slice(ids.start - segment[0].start, ids.stop - segment[0].start)
                 dlogits = self.passes.log_prob_gradient_(
-                    z,
+                    chunk.logits,
                     last_stats,
                     self.policy_spec,
-                    ids=self.batch.target_ids[rows, None],
+                    ids=self.batch.target_ids[chunk.rows, None],
                     log_probs=last_stats.log_probs[:, None],
                     grad_log_probs=grad_log_probs[local, None],
                     grad_entropy=None if grad_entropy is None else grad_entropy[local],
                     dtype=self.operand_dtype,
                 )
-                self._accumulate(dlogits, hidden, rows)
-        stats += [self._policy_stats(order.inactive[chunk])[-1] for chunk in self.plan.inactive_chunks]
+                if carried is None:
+                    self._accumulate(dlogits, chunk)
+                elif carried.dlogits is not None:
+                    values = carried.chunk.logits
+                    both = Dlogits(values, _join_factors([carried.dlogits, dlogits]))
+                    self._accumulate(both, carried.chunk, carried.rescale)
+                    carried = None
+        stats += [self._policy_stats(self._logits(order.inactive[ids])) for ids in self.plan.inactive_chunks]
 
         active = len(order.policy)
         rows = torch.cat([order.policy, order.inactive]) if self.plan.inactive_chunks else order.policy
@@ -164,11 +204,9 @@ class FusedPass:
             self._count("entropy_tokens", len(entropy))
         return (self.batch.factors[rows[:active]] * token_loss).sum()
 
-    def _policy_stats(self, rows: Tensor) -> tuple[Tensor, Tensor, RowStats]:
-        hidden, z = self._logits(rows)
-        entropy = self.config.entropy_coef != 0.0
-        stats = self.passes.row_stats(z, self.policy_spec, target_ids=self.batch.target_ids[rows], entropy=entropy)
-        return hidden, z, stats
+    def _policy_stats(self, chunk: _Chunk) -> RowStats:
+        entropy, target_ids = self.config.entropy_coef != 0.0, self.batch.target_ids[chunk.rows]
+        return self.passes.row_stats(chunk.logits, self.policy_spec, target_ids=target_ids, entropy=entropy)
 
     def _policy_gradients(self, stats: list[RowStats], rows: Tensor) -> tuple[Tensor, Tensor | None]:
         """Gradients of the rows' share of the loss with respect to their log-probs and entropies."""
@@ -195,29 +233,30 @@ class FusedPass:
             entropies.append(stats.entropy)
         return torch.cat(entropies)
 
-    def _logits(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """The rows' hidden states as an operand, and their logits at the front of the buffer."""
-        return self._project(self.batch.hidden, rows, self.batch.head, 0)
+    def _logits(self, rows: Tensor) -> _Chunk:
+        """The student's, at the front of the buffer."""
+        return self._project(self.batch.hidden, rows, rows, self.batch.head, 0)
 
     def _teacher_logits(self, rows: Tensor, offset: int) -> Tensor:
         batch = self.batch
         assert batch.teacher_hidden is not None
-        return self._project(batch.teacher_hidden, batch.teacher_rows[rows], batch.teacher_head, offset)[1]
+        return self._project(batch.teacher_hidden, batch.teacher_rows[rows], rows, batch.teacher_head, offset).logits
 
-    def _project(self, hidden: Tensor, rows: Tensor, head: Head, offset: int) -> tuple[Tensor, Tensor]:
+    def _project(self, hidden: Tensor, states: Tensor, rows: Tensor, head: Head, offset: int) -> _Chunk:
         logits = self.buffer[offset : offset + len(rows)]
-        states = hidden[rows].to(gemm.operand_dtype(head.weight, self.dtype))
-        gemm.project(states, head.weight, head.bias, out=logits)
-        return states, logits
+        operand = hidden[states].to(gemm.operand_dtype(head.weight, self.dtype))
+        gemm.project(operand, head.weight, head.bias, out=logits)
+        return _Chunk(rows, operand, logits)
 
-    def _accumulate(self, dlogits: Dlogits, hidden: Tensor, rows: Tensor, rescale: Tensor | None = None) -> None:
+    def _accumulate(self, dlogits: Dlogits, chunk: _Chunk, rescale: Tensor | None = None) -> None:
         """Add a chunk's dX rows and its part of dW and db."""
         values, factor = dlogits
+        hidden = chunk.hidden
         self.grad_head.add_bias(dlogits, rescale)
         if self.grad_hidden is not None:
             grad = self.grad_hidden.new_empty(hidden.shape)
             gemm.backproject(values, self.batch.head.weight, out=grad)
-            self.grad_hidden[rows] = grad if factor is None else grad.mul_(factor)
+            self.grad_hidden[chunk.rows] = grad if factor is None else grad.mul_(factor)
         self.grad_head.add_weight(values, hidden if factor is None else hidden * factor, rescale)
 
     def _correction(self, log_probs: Tensor, rows: Tensor) -> Tensor:
@@ -231,3 +270,12 @@ def _concatenate(stats: list[RowStats]) -> tuple[Tensor, Tensor | None]:
     """The log-probs and, where they were computed, the entropies of consecutive chunks."""
     entropies = [s.entropy for s in stats if s.entropy is not None]
     return torch.cat([s.log_probs for s in stats]), torch.cat(entropies) if entropies else None
+
+
+def _join_factors(parts: list[Dlogits]) -> Tensor | None:
+    """The factors of consecutive rows."""
+    if all(part.factor is None for part in parts):
+        return None
+    return torch.cat(
+        [part.values.new_ones(len(part.values), 1) if part.factor is None else part.factor for part in parts]
+    )

@@ -148,14 +148,17 @@ class Plan:
     """How one call runs: rows, their chunks (slices of the index vectors), and what it costs.
 
     ``policy_segments`` are lists of chunks whose objective is evaluated together. A segment of several chunks, which
-    only gspo has, computes its log-probs first and its logits once more. ``student_products`` and ``teacher_products``
-    count rows times products, in units of ``H * V`` multiply-adds: 3 per active policy row, 4 per distillation row.
+    only gspo has, computes its log-probs first and its logits once more. ``shared_policy_rows`` is the length of the
+    first segment where it shares its products with the last distillation chunk, else 0. ``student_products`` and
+    ``teacher_products`` count rows times products, in units of ``H * V`` multiply-adds: 3 per active policy row, 4 per
+    distillation row.
     """
 
     order: RowOrder
     distillation_chunks: list[slice]
     policy_segments: list[list[slice]]
     inactive_chunks: list[slice]
+    shared_policy_rows: int
     teacher_first: bool
     student_products: int
     teacher_products: int
@@ -165,7 +168,8 @@ class Plan:
         """Rows of logits, of either model, that are alive at a time."""
         policy = [chunk for segment in self.policy_segments for chunk in segment]
         widths = [2 * _length(chunk) for chunk in self.distillation_chunks]
-        return max(widths + [_length(chunk) for chunk in policy + self.inactive_chunks], default=0)
+        shared = [widths[-1] + self.shared_policy_rows] if widths else []
+        return max(widths + shared + [_length(chunk) for chunk in policy + self.inactive_chunks], default=0)
 
 
 def make_plan(
@@ -190,17 +194,32 @@ def make_plan(
         segments = sequence_segments(sequence_lengths, policy_rows)
     inactive = len(order.inactive) if config.count_inactive else 0
     distilled = len(order.distillation)
+    distillation_chunks = row_chunks(distilled, distillation_rows)
     teacher_first = bool(distilled) and not log_mean_known and weights_need_teacher_first(config, memory.vocab_size)
     repeated = sum(_length(chunk) for segment in segments for chunk in segment[:-1])
     return Plan(
         order,
-        row_chunks(distilled, distillation_rows),
+        distillation_chunks,
         segments,
         row_chunks(inactive, policy_rows),
+        _shared_policy_rows(distillation_chunks, segments, memory, policy_rows),
         teacher_first,
         (len(order.policy) + distilled) * (1 + gradients) + (repeated if gradients else 0) + inactive,
         distilled * (1 + teacher_first),
     )
+
+
+def _shared_policy_rows(
+    distillation_chunks: list[slice], segments: list[list[slice]], memory: RowMemory, capacity: int
+) -> int:
+    """Rows of the first policy segment if they fit beside the last distillation chunk, else 0.
+
+    Its dlogits must be where its logits were: only then are they one matrix with the distillation rows'.
+    """
+    if memory.copy_itemsize or not distillation_chunks or not segments or len(segments[0]) > 1:
+        return 0
+    rows = _length(segments[0][0])
+    return rows if 2 * _length(distillation_chunks[-1]) + rows <= capacity else 0
 
 
 def _length(chunk: slice) -> int:
