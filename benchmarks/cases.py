@@ -4,23 +4,29 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 import srpo_kernels as sk
 
-HeadName = Literal["qwen3-0.6b", "smollm2-135m", "tiny"]
-Workload = Literal["policy", "distillation", "routed"]
+HeadName = Literal["smollm2-135m", "qwen3-0.6b", "gemma-3-1b", "llama-3-8b", "qwen3-8b", "tiny"]
+Workload = Literal["policy", "jsd", "forward_kl", "reverse_kl", "routed"]
+DtypeName = Literal["float32", "bfloat16"]
 
-CONFIG = sk.SRPOConfig()
+WORKLOADS: tuple[Workload, ...] = get_args(Workload)
+DTYPES: dict[DtypeName, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
-PADDING = 0.35
+# Shares of a routed batch: of all sequences, and of the policy sequences.
 SDPO_SEQUENCES = 0.4
-# Of the policy sequences.
 ZERO_ADVANTAGE = 0.3
+# Of the valid rows, those that can move a weight.
+_ACTIVE_OF_VALID = SDPO_SEQUENCES + (1 - SDPO_SEQUENCES) * (1 - ZERO_ADVANTAGE)
+# 35 % padding.
+DEFAULT_ACTIVE = 0.65 * _ACTIVE_OF_VALID
 
+_ALPHAS: dict[Workload, float] = {"forward_kl": 0.0, "reverse_kl": 1.0}
 _SEQUENCES = 32
 _LOGIT_STD = 2.5
 _TEACHER_NOISE = 0.5
@@ -30,40 +36,64 @@ _ROWS_PER_BLOCK = 32
 
 
 class Head(NamedTuple):
-    """An LM head and how many positions (``B * T``) are measured on it."""
+    """An LM head, and how many positions (``B * T``) are measured on it on a CPU and on a GPU."""
 
     hidden_size: int
     vocab_size: int
-    rows: int
+    cpu_rows: int
+    gpu_rows: int
 
 
 HEADS: dict[HeadName, Head] = {
-    "qwen3-0.6b": Head(1_024, 151_936, 512),
-    "smollm2-135m": Head(576, 49_152, 1_024),
-    "tiny": Head(32, 500, 128),
+    "smollm2-135m": Head(576, 49_152, 1_024, 32_768),
+    "qwen3-0.6b": Head(1_024, 151_936, 512, 16_384),
+    "gemma-3-1b": Head(1_152, 262_144, 128, 8_192),
+    "llama-3-8b": Head(4_096, 128_256, 128, 8_192),
+    "qwen3-8b": Head(4_096, 151_936, 128, 8_192),
+    "tiny": Head(32, 500, 128, 128),
 }
 
 
 @dataclass(frozen=True)
 class Case:
-    """One head under one kind of batch: all policy rows, all distillation rows, or a mix with padding."""
+    """One head under one kind of batch: all policy rows, all distillation rows of one divergence, or a routed mix.
+
+    ``active`` is the share of a routed batch's rows that can move a weight; ``vocab_size`` of None is the head's own.
+    """
 
     head: HeadName
     workload: Workload
     rows: int
+    dtype: DtypeName = "float32"
+    softcap: float | None = None
+    active: float = DEFAULT_ACTIVE
+    vocab_size: int | None = None
 
     @property
-    def shape(self) -> Head:
-        return HEADS[self.head]._replace(rows=self.rows)
+    def hidden_size(self) -> int:
+        return HEADS[self.head].hidden_size
+
+    @property
+    def vocabulary(self) -> int:
+        return HEADS[self.head].vocab_size if self.vocab_size is None else self.vocab_size
+
+    @property
+    def config(self) -> sk.SRPOConfig:
+        return sk.SRPOConfig.from_alpha(_ALPHAS.get(self.workload, 0.5), softcap=self.softcap)
 
     @property
     def name(self) -> str:
-        return f"{self.head}/{self.workload}"
+        parts: list[str] = [self.head, self.workload, self.dtype]
+        if self.workload == "routed":
+            parts.append(f"{self.active:.0%} active")
+        if self.softcap is not None:
+            parts.append(f"softcap {self.softcap:g}")
+        return ", ".join(parts)
 
 
 @dataclass(frozen=True)
 class Batch:
-    """``B`` sequences of ``T`` response positions in fp32; ``hidden`` and ``weight`` are leaves."""
+    """``B`` sequences of ``T`` response positions; ``hidden`` and ``weight`` are leaves."""
 
     hidden: Tensor
     weight: Tensor
@@ -73,6 +103,7 @@ class Batch:
     sdpo_mask: Tensor
     advantages: Tensor
     old_log_probs: Tensor
+    config: sk.SRPOConfig
 
     @property
     def policy_rows(self) -> Tensor:
@@ -89,45 +120,64 @@ class Batch:
         """Valid rows of the distillation branch, bool ``[B, T]``."""
         return self.mask & self.sdpo_mask[:, None]
 
+    @property
+    def distills(self) -> bool:
+        """Whether any sequence is routed to distillation."""
+        return bool(self.sdpo_mask.any())
 
-def make_batch(case: Case, seed: int = 0) -> Batch:
+    def unweighted(self) -> Batch:
+        """The same batch under the plain sum of divergences, without entropy-aware or importance weights."""
+        return replace(self, config=replace(self.config, dw_beta=0.0, distillation_is_clip=None))
+
+
+def make_batch(case: Case, device: torch.device | None = None, seed: int = 0) -> Batch:
     """A random batch whose logits, teacher and old log-probs are about as far apart as a training step's."""
     if case.rows <= 0 or case.rows % _SEQUENCES:
         raise ValueError(f"rows must be a positive multiple of {_SEQUENCES} sequences, got {case.rows}")
     generator = torch.Generator().manual_seed(seed)
+    dtype = DTYPES[case.dtype]
     sequences, length = _SEQUENCES, case.rows // _SEQUENCES
-    hidden = torch.randn(sequences, length, case.shape.hidden_size, generator=generator)
-    weight = torch.randn(case.shape.vocab_size, case.shape.hidden_size, generator=generator)
-    weight.mul_(_LOGIT_STD / math.sqrt(case.shape.hidden_size))
-    target_ids = torch.randint(case.shape.vocab_size, (sequences, length), generator=generator)
-    log_probs = _log_probs(hidden, weight, target_ids)
+    hidden = torch.randn(sequences, length, case.hidden_size, generator=generator)
+    teacher_hidden = hidden + _TEACHER_NOISE * torch.randn(hidden.shape, generator=generator)
+    weight = torch.randn(case.vocabulary, case.hidden_size, generator=generator)
+    weight.mul_(_LOGIT_STD / math.sqrt(case.hidden_size))
+    target_ids = torch.randint(case.vocabulary, (sequences, length), generator=generator)
+    noise = _OLD_LOG_PROB_NOISE * torch.randn(target_ids.shape, generator=generator)
+    advantages = torch.randn(sequences, generator=generator)
+    hidden, teacher_hidden, weight = (x.to(device, dtype) for x in (hidden, teacher_hidden, weight))
+    target_ids = target_ids.to(device)
     batch = Batch(
         hidden=hidden.requires_grad_(),
         weight=weight.requires_grad_(),
-        teacher_hidden=hidden.detach() + _TEACHER_NOISE * torch.randn(hidden.shape, generator=generator),
+        teacher_hidden=teacher_hidden,
         target_ids=target_ids,
-        mask=torch.ones(sequences, length, dtype=torch.bool),
-        sdpo_mask=torch.full((sequences,), case.workload == "distillation"),
-        advantages=torch.randn(sequences, generator=generator),
-        old_log_probs=log_probs + _OLD_LOG_PROB_NOISE * torch.randn(log_probs.shape, generator=generator),
+        mask=torch.ones_like(target_ids, dtype=torch.bool),
+        sdpo_mask=torch.full((sequences,), case.workload not in ("policy", "routed"), device=device),
+        advantages=advantages.to(device),
+        old_log_probs=_log_probs(hidden, weight, target_ids, case.softcap) + noise.to(device),
+        config=case.config,
     )
-    return _route(batch) if case.workload == "routed" else batch
+    return _route(batch, case.active) if case.workload == "routed" else batch
 
 
-def _route(batch: Batch) -> Batch:
+def _route(batch: Batch, active: float) -> Batch:
     """Pad, route and silence sequences in exact shares, spread evenly over the lengths."""
     sequences, length = batch.mask.shape
-    # Lengths rise evenly up to T, from as far below their mean as T is above it.
-    shortest = 1 - 2 * PADDING
-    lengths = torch.linspace(shortest, 1.0, sequences).mul(length).round()
+    if not 0 < active <= _ACTIVE_OF_VALID:
+        raise ValueError(f"active must lie in (0, {_ACTIVE_OF_VALID:g}] for a routed batch, got {active}")
+    # Lengths rise evenly, from as far below their mean as T, or twice the mean, is above it.
+    mean = active / _ACTIVE_OF_VALID
+    spread = min(mean, 1 - mean)
+    lengths = torch.linspace(mean - spread, mean + spread, sequences).mul(length).round()
     sdpo_mask = _spread(sequences, SDPO_SEQUENCES)
     policy = (~sdpo_mask).nonzero().squeeze(1)
     silent = policy[_spread(len(policy), ZERO_ADVANTAGE)]
+    device = batch.mask.device
     return replace(
         batch,
-        mask=torch.arange(length) < lengths[:, None],
-        sdpo_mask=sdpo_mask,
-        advantages=batch.advantages.index_fill(0, silent, 0.0),
+        mask=(torch.arange(length) < lengths[:, None]).to(device),
+        sdpo_mask=sdpo_mask.to(device),
+        advantages=batch.advantages.index_fill(0, silent.to(device), 0.0),
     )
 
 
@@ -137,13 +187,13 @@ def _spread(count: int, share: float) -> Tensor:
 
 
 @torch.no_grad()
-def _log_probs(hidden: Tensor, weight: Tensor, target_ids: Tensor) -> Tensor:
-    blocks = [
-        (rows @ weight.T).log_softmax(-1).gather(-1, ids[:, None])[:, 0]
-        for rows, ids in zip(
-            hidden.flatten(0, 1).split(_ROWS_PER_BLOCK),
-            target_ids.flatten().split(_ROWS_PER_BLOCK),
-            strict=True,
-        )
-    ]
+def _log_probs(hidden: Tensor, weight: Tensor, target_ids: Tensor, softcap: float | None) -> Tensor:
+    blocks = []
+    for rows, ids in zip(
+        hidden.flatten(0, 1).split(_ROWS_PER_BLOCK), target_ids.flatten().split(_ROWS_PER_BLOCK), strict=True
+    ):
+        logits = (rows @ weight.T).float()
+        if softcap is not None:
+            logits = logits.div_(softcap).tanh_().mul_(softcap)
+        blocks.append(logits.log_softmax(-1).gather(-1, ids[:, None])[:, 0])
     return torch.cat(blocks).view(target_ids.shape)

@@ -1,90 +1,97 @@
-"""Measurements as long-format CSV: one row per case, provider and metric, with what it was measured on."""
+"""Measurements as long-format tables: one row per case, provider and metric, with what it was measured on."""
 
 from __future__ import annotations
 
-import csv
 import platform
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable
+from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import NamedTuple
 
+import pandas as pd
+import torch
+
 from benchmarks.cases import Case
 from benchmarks.providers import ProviderName
 from benchmarks.timing import Quantiles
 
-_PACKAGES = ("torch", "trl")
+RESULTS = Path(__file__).parent / "results"
+
+_PACKAGES = ("torch", "triton", "trl", "liger-kernel", "cut-cross-entropy", "flash-attn", "quack-kernels")
 _CPU_INFO = Path("/proc/cpuinfo")
 
 
-class Errors(NamedTuple):
-    """Relative differences from the provider that is compared with."""
-
-    loss: float
-    grad_hidden: float
-    grad_weight: float
-
-
 class Measurement(NamedTuple):
-    """One provider on one case: seconds, their ratio to bare products in the same rounds, errors, bytes."""
+    """One number of a provider on a case, or the ``reason`` why there is none."""
 
     case: Case
     provider: ProviderName
-    seconds: Quantiles
-    ratio_to_bare: Quantiles | None
-    errors: Errors | None
-    peak_bytes: int | None
-    peak_limit_bytes: float | None
-
-    def metrics(self) -> Iterator[tuple[str, Quantiles]]:
-        """Name and value of whatever was measured; single values fill all quantiles."""
-        scalars = {"peak_bytes": self.peak_bytes, "peak_limit_bytes": self.peak_limit_bytes}
-        if self.errors is not None:
-            scalars |= {f"{name}_error": value for name, value in self.errors._asdict().items()}
-        yield "seconds", self.seconds
-        if self.ratio_to_bare is not None:
-            yield "ratio_to_bare", self.ratio_to_bare
-        for name, value in scalars.items():
-            if value is not None:
-                yield name, Quantiles(value, value, value)
+    metric: str
+    values: Quantiles | None
+    reason: str = ""
 
 
-def environment(threads: int) -> dict[str, str | int]:
+def single(value: float) -> Quantiles:
+    """A number that was measured once."""
+    return Quantiles(value, value, value)
+
+
+def resolve_device(device: str) -> torch.device:
+    """``"auto"`` is a GPU where there is one."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(device)
+
+
+def write_csv(path: Path, measurements: Iterable[Measurement], device: torch.device, threads: int) -> None:
+    """Write all measurements to ``path``, replacing what is there."""
+    shared = _environment(device, threads)
+    rows = [
+        {
+            **asdict(m.case),
+            "hidden_size": m.case.hidden_size,
+            "vocab_size": m.case.vocabulary,
+            "provider": m.provider,
+            "metric": m.metric,
+            **({} if m.values is None else m.values._asdict()),
+            "reason": m.reason,
+            **shared,
+        }
+        for m in measurements
+    ]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pd.DataFrame(rows).to_csv(path, index=False, float_format="%.6g")
+
+
+def read_csv(path: Path) -> pd.DataFrame:
+    """What ``write_csv`` wrote."""
+    if not path.exists():
+        raise SystemExit(f"{path} is not there: run `python -m benchmarks {path.stem}` first")
+    return pd.read_csv(path, keep_default_na=False, na_values={"p20": [""], "median": [""], "p80": [""]})
+
+
+def describe_environment(cells: pd.DataFrame) -> str:
+    """In words, what the rows of a CSV were measured on."""
+    first = cells.iloc[0]
+    packages = [f"{name} {first[name]}" for name in ("python", *_PACKAGES) if first[name] not in ("", "-")]
+    where = f"{first['threads']} threads of an {first['device']}" if first["accelerator"] == "cpu" else first["device"]
+    return f"{where}; {', '.join(packages)}; {str(first['date'])[:10]}, commit {first['commit']}"
+
+
+def _environment(device: torch.device, threads: int) -> dict[str, str | int]:
     """What the numbers depend on beside the code that is measured."""
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": _commit(),
-        "device": _device(),
+        "accelerator": device.type,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
         "threads": threads,
         "python": platform.python_version(),
         **{package: _version(package) for package in _PACKAGES},
     }
-
-
-def write_csv(path: Path, measurements: Sequence[Measurement], threads: int) -> None:
-    """Write all measurements to ``path``, replacing what is there."""
-    shared = environment(threads)
-    rows = [
-        {
-            "head": m.case.head,
-            **m.case.shape._asdict(),
-            "workload": m.case.workload,
-            "dtype": "float32",
-            "provider": m.provider,
-            "metric": name,
-            **{quantile: f"{value:.6g}" for quantile, value in values._asdict().items()},
-            **shared,
-        }
-        for m in measurements
-        for name, values in m.metrics()
-    ]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 def _commit() -> str:
@@ -95,7 +102,7 @@ def _commit() -> str:
         return "unknown"
 
 
-def _device() -> str:
+def _processor() -> str:
     if _CPU_INFO.exists():
         for line in _CPU_INFO.read_text().splitlines():
             if line.startswith("model name"):

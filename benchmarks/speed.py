@@ -2,38 +2,58 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 from rich.console import Console
-from torch import Tensor
 
 from benchmarks import tables
-from benchmarks.cases import HEADS, Case, HeadName, Workload, make_batch
+from benchmarks.agreement import TOLERANCES, compare
+from benchmarks.cases import DEFAULT_ACTIVE, HEADS, Case, DtypeName, HeadName, Workload, make_batch
 from benchmarks.memory import measure_peak
-from benchmarks.providers import PROVIDERS, ProviderName, Step, prepare
+from benchmarks.providers import PROVIDERS, ProviderName, Step, Unsupported, prepare
 from benchmarks.providers.fused import peak_limit
-from benchmarks.results import Errors, Measurement, write_csv
+from benchmarks.results import RESULTS, Measurement, resolve_device, single, write_csv
 from benchmarks.timing import interleave, quantiles
 
-# Providers that differ more than rounding explains do not compute the same thing.
-_AGREEMENT = 1e-3
-# Columns of output that goes to a file.
-_FILE_WIDTH = 120
+_MAIN: tuple[Workload, ...] = ("policy", "jsd", "routed")
+# Gemma 2's; no released Gemma 3 has one.
+_SOFTCAP = 30.0
+
+
+def published(device: torch.device) -> list[Case]:
+    """The cases of the committed results."""
+
+    def case(head: HeadName, workload: Workload, dtype: DtypeName = "float32") -> Case:
+        return Case(head, workload, _rows(head, device), dtype)
+
+    cases = [case(head, workload) for head in ("smollm2-135m", "qwen3-0.6b") for workload in _MAIN]
+    cases += [case("smollm2-135m", workload) for workload in ("forward_kl", "reverse_kl")]
+    cases += [replace(case("smollm2-135m", "routed"), active=share) for share in (0.1, 0.25, 0.8)]
+    cases += [case(head, workload) for head in ("gemma-3-1b", "llama-3-8b", "qwen3-8b") for workload in _MAIN]
+    cases += [replace(case("gemma-3-1b", workload), softcap=_SOFTCAP) for workload in ("policy", "jsd")]
+    cases += [case(head, workload, "bfloat16") for head in ("smollm2-135m", "qwen3-0.6b") for workload in _MAIN]
+    return cases
 
 
 def speed(
-    heads: tuple[HeadName, ...] = ("qwen3-0.6b", "smollm2-135m"),
-    workloads: tuple[Workload, ...] = ("policy", "distillation", "routed"),
-    providers: tuple[ProviderName, ...] = PROVIDERS,
+    heads: tuple[HeadName, ...] = (),
+    workloads: tuple[Workload, ...] = _MAIN,
+    dtypes: tuple[DtypeName, ...] = ("float32",),
     rows: int | None = None,
-    rounds: int = 7,
+    softcap: float | None = None,
+    active: float = DEFAULT_ACTIVE,
+    providers: tuple[ProviderName, ...] = PROVIDERS,
+    rounds: int = 5,
+    device: Literal["auto", "cpu", "cuda"] = "auto",
     threads: int = torch.get_num_threads(),
     memory: bool = True,
-    out: Path = Path("benchmarks/results/speed.csv"),
+    out: Path = RESULTS / "speed.csv",
 ) -> None:
-    """Time and extra peak memory of forward + backward to dX and dW, in fp32.
+    """Time and extra peak memory of forward + backward to dX and dW, every provider beside the others.
 
     Providers take turns in one process, in an order that rotates, and must agree on loss and gradients before
     they are timed. Times are medians over rounds with their 20th and 80th percentiles; ratios to `bare`, the
@@ -41,12 +61,17 @@ def speed(
     fresh process per provider and case.
 
     Args:
-        heads: LM heads by the model they are of; `tiny` is for trying out.
-        workloads: all rows policy, all rows distillation (JSD), or a routed batch: 35 % padding, 40 % of the
-            sequences distilled, 30 % of the others with advantage 0.
-        providers: what to compare.
+        heads: LM heads by the model they are of; `tiny` is for trying out. None given: the published list of cases,
+            and `workloads`, `dtypes`, `rows`, `softcap` and `active` are not used.
+        workloads: all rows policy, all rows distilled with one divergence, or a routed batch: 40 % of the sequences
+            distilled, 30 % of the others with advantage 0, and padding.
+        dtypes: of hidden states and head.
         rows: positions of a batch, padding included, a multiple of 32; each head's own number if not given.
+        softcap: bound of the logits.
+        active: share of a routed batch's rows that can move a weight, at most 0.82; padding makes up the rest.
+        providers: what to compare.
         rounds: times that every provider runs.
+        device: auto is a GPU where there is one.
         threads: threads of torch.
         memory: measure peak memory too.
         out: CSV file to write; one that is there is replaced.
@@ -54,80 +79,81 @@ def speed(
     if rounds < 1:
         raise SystemExit(f"rounds must be >= 1, got {rounds}")
     torch.set_num_threads(threads)
-    console = Console()
-    if not console.is_terminal:
-        console.width = _FILE_WIDTH
+    where = resolve_device(device)
+    cases = published(where)
+    if heads:
+        cases = [
+            Case(head, workload, _rows(head, where) if rows is None else rows, dtype, softcap, active)
+            for head in heads
+            for workload in workloads
+            for dtype in dtypes
+        ]
+    console = tables.console()
     measurements: list[Measurement] = []
-    for head in heads:
-        for workload in workloads:
-            case = Case(head, workload, HEADS[head].rows if rows is None else rows)
-            cells = _measure(case, providers, rounds, threads, memory, console)
-            measurements += cells
-            write_csv(out, measurements, threads)
-            console.print(tables.case_table(case, cells))
+    for case in cases:
+        cells = list(measure(case, providers, rounds, where, threads, memory, console))
+        measurements += cells
+        write_csv(out, measurements, where, threads)
+        console.print(tables.case_table(case, cells))
     console.print(tables.ratio_table(measurements))
 
 
-def _measure(
+def _rows(head: HeadName, device: torch.device) -> int:
+    return HEADS[head].gpu_rows if device.type == "cuda" else HEADS[head].cpu_rows
+
+
+def measure(
     case: Case,
     providers: tuple[ProviderName, ...],
     rounds: int,
+    device: torch.device,
     threads: int,
     memory: bool,
     console: Console,
-) -> list[Measurement]:
+) -> Iterator[Measurement]:
+    """Every provider on one case; one that cannot do it gives its reason."""
     with console.status(case.name) as status:
 
         def progress(what: str) -> None:
             status.update(f"{case.name}: {what}")
 
         progress("making the batch")
-        batch = make_batch(case)
+        batch = make_batch(case, device)
         limit = peak_limit(batch)
-        steps = {name: prepare(name, batch) for name in providers}
+        steps: dict[ProviderName, Step] = {}
+        for name in providers:
+            try:
+                steps[name] = prepare(name, batch)
+            except Unsupported as reason:
+                yield Measurement(case, name, "seconds", None, str(reason))
         progress("comparing losses and gradients")
-        errors = compare(steps)
-        seconds = interleave(steps, rounds, progress)
+        errors = compare(steps, batch, TOLERANCES[case.dtype])
+        seconds = interleave(steps, rounds, device, progress)
+        ran = tuple(steps)
         # The processes that measure memory need the room.
         del batch, steps
-        peaks: dict[ProviderName, int | None] = {}
-        for name in providers if memory else ():
-            progress(f"memory, {name}")
-            peaks[name] = measure_peak(case, name, threads)
-    bare = seconds.get("bare")
-    return [
-        Measurement(
-            case,
-            name,
-            quantiles(seconds[name]),
-            None if bare is None else quantiles([a / b for a, b in zip(seconds[name], bare, strict=True)]),
-            errors.get(name),
-            peaks.get(name),
-            limit if name == "srpo_kernels" else None,
-        )
-        for name in providers
-    ]
+        for name in ran:
+            yield Measurement(case, name, "seconds", quantiles(seconds[name]))
+            if "bare" in seconds:
+                ratios = [a / b for a, b in zip(seconds[name], seconds["bare"], strict=True)]
+                yield Measurement(case, name, "ratio_to_bare", quantiles(ratios))
+            for quantity, error in errors[name]._asdict().items() if name in errors else ():
+                yield Measurement(case, name, f"{quantity}_difference", single(error))
+            if memory:
+                yield from _peaks(case, name, device, threads, limit, progress)
 
 
-def compare(steps: Mapping[ProviderName, Step]) -> dict[ProviderName, Errors]:
-    """Run every step once, which also warms it up, and compare loss, dX and dW with the naive loss's.
-
-    Without the naive loss among the steps, another one takes its place. RuntimeError where they differ.
-    """
-    expected: tuple[Tensor, ...] = ()
-    errors: dict[ProviderName, Errors] = {}
-    for name in sorted(steps, key=lambda name: name != "naive"):
-        result = steps[name]()
-        if name == "bare":
-            continue
-        if not expected:
-            expected = result
-            continue
-        errors[name] = Errors(*map(_relative_error, result, expected))
-        if not max(errors[name]) < _AGREEMENT:
-            raise RuntimeError(f"{name} does not compute the same loss and gradients: {errors[name]}")
-    return errors
-
-
-def _relative_error(actual: Tensor, expected: Tensor) -> float:
-    return float((actual - expected).norm() / expected.norm())
+def _peaks(
+    case: Case,
+    provider: ProviderName,
+    device: torch.device,
+    threads: int,
+    limit: float,
+    progress: Callable[[str], None],
+) -> Iterator[Measurement]:
+    progress(f"memory, {provider}")
+    bytes_used = measure_peak(case, provider, device, threads)
+    if bytes_used is not None:
+        yield Measurement(case, provider, "peak_bytes", single(bytes_used))
+    if provider == "srpo_kernels" and device.type == "cpu":
+        yield Measurement(case, provider, "peak_limit_bytes", single(limit))

@@ -1,4 +1,4 @@
-"""Wall times of steps that take turns, and quantiles of them."""
+"""Times of steps that take turns, and quantiles of them."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ from typing import NamedTuple
 import torch
 
 from benchmarks.providers import ProviderName, Step
+
+# Milliseconds that a GPU spends on one provider in one round.
+_GPU_WARM_UP, _GPU_TIME = 5, 50
 
 
 class Quantiles(NamedTuple):
@@ -25,7 +28,7 @@ def quantiles(values: Sequence[float]) -> Quantiles:
 
 
 def interleave(
-    steps: Mapping[ProviderName, Step], rounds: int, progress: Callable[[str], None]
+    steps: Mapping[ProviderName, Step], rounds: int, device: torch.device, progress: Callable[[str], None]
 ) -> dict[ProviderName, list[float]]:
     """Seconds of each step in each round. Every round runs all of them and starts with another one.
 
@@ -37,9 +40,20 @@ def interleave(
         first = index % len(names)
         for name in names[first:] + names[:first]:
             progress(f"round {index + 1}/{rounds}, {name}")
-            start = time.perf_counter()
-            result = steps[name]()
-            seconds[name].append(time.perf_counter() - start)
-            # Gradients are given back outside the timed part.
-            del result
+            seconds[name].append(_gpu_seconds(steps[name]) if device.type == "cuda" else _wall_seconds(steps[name]))
     return seconds
+
+
+def _wall_seconds(step: Step) -> float:
+    start = time.perf_counter()
+    result = step()
+    seconds = time.perf_counter() - start
+    # Gradients are given back outside the timed part.
+    del result
+    return seconds
+
+
+def _gpu_seconds(step: Step) -> float:
+    from triton.testing import do_bench
+
+    return float(do_bench(step, warmup=_GPU_WARM_UP, rep=_GPU_TIME, return_mode="median")) / 1e3

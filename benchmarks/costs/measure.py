@@ -83,7 +83,6 @@ def measure(provider: ProviderName, case: CaseName) -> StepCost:
     """Run the provider's step on every batch and take the differences.
 
     Raises:
-        Unsupported: the provider cannot do the case.
         ImportError: the provider is not installed.
     """
     counts = {size: _count(provider, case, *size) for size in product(_ROWS, _VOCAB_SIZES)}

@@ -9,7 +9,7 @@ import pandas as pd
 
 from benchmarks.costs import CaseName, ProviderName
 from benchmarks.costs.measure import PerRow, StepCost, measure
-from benchmarks.costs.steps import CHUNKS, REMARKS, Unsupported
+from benchmarks.costs.steps import CHUNKS, REMARKS
 from benchmarks.costs.tiles import TileCost, measure_tiles
 
 _STEPS = (
@@ -98,15 +98,13 @@ class Sheet:
 def measure_sheet(
     cases: Sequence[CaseName], providers: Sequence[ProviderName], progress: Callable[[str], None]
 ) -> Sheet:
-    """Measure everything; a provider that is not installed or cannot do a case gets its reason."""
+    """Measure everything; a provider that is not installed gets that as its reason."""
     steps: dict[tuple[CaseName, ProviderName], StepCost | str] = {}
     for case in cases:
         for provider in providers:
             progress(f"{case}, {provider}")
             try:
                 steps[case, provider] = measure(provider, case)
-            except Unsupported as reason:
-                steps[case, provider] = str(reason)
             except ImportError as error:
                 steps[case, provider] = f"not installed: {error.name}"
     progress("tile_stats")

@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
@@ -15,9 +16,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import srpo_kernels as sk
-from benchmarks.cases import CONFIG, Batch
+from benchmarks.cases import Batch
 from benchmarks.costs import CASES, CaseName, ProviderName
-from benchmarks.providers import Step, autograd_step, naive
+from benchmarks.providers import Step, autograd_step, fused, naive
 from benchmarks.traffic import trl_kernels_on_cpu
 from srpo_kernels.engine import gemm
 
@@ -44,10 +45,6 @@ for _case in CASES:
         REMARKS["liger", _case] = "sum of divergences alone: no weights per token, log-probs, teacher entropy"
 
 
-class Unsupported(Exception):
-    """A provider cannot do a case; says why."""
-
-
 def make_batch(case: CaseName, rows: int, vocab_size: int, dtype: torch.dtype = torch.float32) -> Batch:
     """One sequence of ``rows`` tokens, all of one kind and all active."""
     generator = torch.Generator().manual_seed(0)
@@ -64,6 +61,7 @@ def make_batch(case: CaseName, rows: int, vocab_size: int, dtype: torch.dtype = 
         sdpo_mask=torch.tensor([case != "policy"]),
         advantages=torch.ones(1),
         old_log_probs=torch.full((1, rows), -math.log(vocab_size)),
+        config=sk.SRPOConfig.from_alpha(_ALPHAS.get(case, 0.5)),
     )
 
 
@@ -72,7 +70,7 @@ def prepare(
 ) -> AbstractContextManager[tuple[Step, Batch]]:
     """The step of a provider and its batch; to be run while the context lasts.
 
-    Entering raises Unsupported, or ImportError where the provider is not installed.
+    Entering raises ImportError where the provider is not installed.
     """
     return _PREPARE[provider](case, rows, vocab_size)
 
@@ -80,7 +78,7 @@ def prepare(
 @contextmanager
 def _fused(case: CaseName, rows: int, vocab_size: int) -> Iterator[tuple[Step, Batch]]:
     batch = make_batch(case, rows, vocab_size)
-    yield autograd_step(lambda batch: _fused_loss(case, batch), batch), batch
+    yield autograd_step(partial(fused.loss, backend="triton"), batch), batch
 
 
 @contextmanager
@@ -88,22 +86,7 @@ def _fused_bf16(case: CaseName, rows: int, vocab_size: int) -> Iterator[tuple[St
     """As on a GPU: operands of products, dlogits among them, in bf16; logits and everything else in fp32."""
     batch = make_batch(case, rows, vocab_size, torch.bfloat16)
     with patch.object(gemm, "operand_dtype", lambda weight, dtype: weight.dtype), _WideningProducts():
-        yield autograd_step(lambda batch: _fused_loss(case, batch), batch), batch
-
-
-def _fused_loss(case: CaseName, batch: Batch) -> Tensor:
-    distills = case != "policy"
-    return sk.srpo_loss(
-        batch.hidden,
-        batch.weight,
-        batch.target_ids,
-        advantages=batch.advantages,
-        sdpo_mask=batch.sdpo_mask if distills else None,
-        teacher_hidden=batch.teacher_hidden if distills else None,
-        old_log_probs=batch.old_log_probs,
-        config=sk.SRPOConfig.from_alpha(_ALPHAS[case]) if distills else CONFIG,
-        backend="triton",
-    ).loss
+        yield autograd_step(partial(fused.loss, backend="triton"), batch), batch
 
 
 class _WideningProducts(TorchDispatchMode):
@@ -121,15 +104,13 @@ def _trl(case: CaseName, rows: int, vocab_size: int) -> Iterator[tuple[Step, Bat
     from benchmarks.providers import trl_kernels
 
     batch = make_batch(case, rows, vocab_size)
-    config = sk.SRPOConfig.from_alpha(_ALPHAS[case]) if case in _ALPHAS else CONFIG
     with (
         trl_kernels_on_cpu(),
-        patch.object(trl_kernels, "CONFIG", config),
         # One chunk: the buffers are allocated for whole chunks, however few columns there are.
         patch.object(trl_kernels, "_VOCAB_CHUNK", vocab_size),
         patch("trl.kernels.chunked_divergence.VOCAB_CHUNK_SIZE", vocab_size),
     ):
-        yield autograd_step(trl_kernels.loss, batch), batch
+        yield autograd_step(partial(trl_kernels.loss, packed=True), batch), batch
 
 
 @contextmanager
@@ -137,20 +118,21 @@ def _liger(case: CaseName, rows: int, vocab_size: int) -> Iterator[tuple[Step, B
     from liger_kernel.ops import fused_linear_jsd
     from liger_kernel.ops.grpo_loss import GrpoLossFunction
 
-    def policy_loss(batch: Batch) -> Tensor:
+    def policy_loss(batch: Batch) -> tuple[Tensor, None]:
         # It takes the position behind the last token too.
         logits = torch.nn.functional.pad(batch.hidden, (0, 0, 0, 1)) @ batch.weight.T
-        low, high = CONFIG.epsilon_low, CONFIG.epsilon_high
+        low, high = batch.config.epsilon_low, batch.config.epsilon_high
         arguments = (batch.old_log_probs, None, batch.target_ids, batch.advantages, None, 1.0, 0.0, low, high)
         loss, *_ = GrpoLossFunction.apply(logits, *arguments, True, "dapo")
-        return loss  # type: ignore[no-any-return]
+        return loss, None
 
-    def divergence(batch: Batch) -> Tensor:
+    def divergence(batch: Batch) -> tuple[Tensor, None]:
         hidden, teacher_hidden = batch.hidden[0], batch.teacher_hidden[0]
         weight = batch.weight
-        return fused_linear_jsd.LigerFusedLinearJSDFunction.apply(  # type: ignore[no-any-return]
+        loss = fused_linear_jsd.LigerFusedLinearJSDFunction.apply(
             hidden, weight, teacher_hidden, weight.detach(), None, _ALPHAS[case], -100, 1.0, None, "triton"
         )
+        return loss, None
 
     batch = make_batch(case, rows, vocab_size)
     # One chunk: their number is otherwise V / H, with the factor of the GPU.
@@ -166,8 +148,6 @@ def _liger(case: CaseName, rows: int, vocab_size: int) -> Iterator[tuple[Step, B
 
 @contextmanager
 def _naive(case: CaseName, rows: int, vocab_size: int) -> Iterator[tuple[Step, Batch]]:
-    if case not in ("policy", "jsd"):
-        raise Unsupported("written for jsd alone")
     batch = make_batch(case, rows, vocab_size)
     yield autograd_step(naive.loss, batch), batch
 

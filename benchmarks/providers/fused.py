@@ -2,32 +2,36 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from torch import Tensor
 
 import srpo_kernels as sk
-from benchmarks.cases import CONFIG, Batch
+from benchmarks.cases import Batch
 from benchmarks.providers import Step, autograd_step
 from srpo_kernels import rows_torch
+from srpo_kernels.engine.gemm import accumulation_dtype
 from srpo_kernels.engine.plan import RowMemory
 
 
-def loss(batch: Batch) -> Tensor:
-    distills = bool(batch.sdpo_mask.any())
-    return sk.srpo_loss(
+def loss(batch: Batch, backend: str = "torch") -> tuple[Tensor, Tensor]:
+    out = sk.srpo_loss(
         batch.hidden,
         batch.weight,
         batch.target_ids,
         advantages=batch.advantages,
         mask=batch.mask,
-        sdpo_mask=batch.sdpo_mask if distills else None,
-        teacher_hidden=batch.teacher_hidden if distills else None,
+        sdpo_mask=batch.sdpo_mask if batch.distills else None,
+        teacher_hidden=batch.teacher_hidden if batch.distills else None,
         old_log_probs=batch.old_log_probs,
-        config=CONFIG,
-    ).loss
+        config=batch.config,
+        backend=backend,
+    )
+    return out.loss, out.log_probs
 
 
-def prepare(batch: Batch) -> Step:
-    return autograd_step(loss, batch)
+def prepare(batch: Batch, backend: str = "torch") -> Step:
+    return autograd_step(partial(loss, backend=backend), batch)
 
 
 def peak_limit(batch: Batch) -> float:
@@ -35,8 +39,8 @@ def peak_limit(batch: Batch) -> float:
 
     The same for any number of rows.
     """
-    memory = RowMemory.of(batch.weight, batch.weight.dtype, rows_torch)
-    models = 2 if batch.sdpo_mask.any() else 1
+    dtype = accumulation_dtype(batch.weight)
+    memory = RowMemory.of(batch.weight, dtype, rows_torch)
+    models = 2 if batch.distills else 1
     rows = models * memory.capacity(models, None) + memory.scratch.blocks * memory.scratch.rows
-    workspace = rows * memory.vocab_size * memory.itemsize
-    return 1.05 * (workspace + batch.weight.nbytes)
+    return 1.05 * dtype.itemsize * (rows * len(batch.weight) + batch.weight.numel())

@@ -7,45 +7,79 @@ import math
 import torch
 from torch import Tensor
 
-from benchmarks.cases import CONFIG, Batch
-from benchmarks.providers import Step, autograd_step
+import srpo_kernels as sk
+from benchmarks.cases import Batch
+from benchmarks.memory import available_bytes
+from benchmarks.providers import Step, Unsupported, autograd_step
+
+# What autograd keeps of the logits at the peak, in fp32 buffers of their size: a policy loss, and a divergence.
+_POLICY_BUFFERS = 4
+_DISTILLATION_BUFFERS = 12
 
 
-def clipped_policy_loss(log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor) -> Tensor:
+def clipped_policy_loss(log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, config: sk.SRPOConfig) -> Tensor:
     """GRPO's token losses."""
     ratio = torch.exp(log_probs - old_log_probs)
-    clipped = ratio.clamp(1 - CONFIG.epsilon_low, 1 + CONFIG.epsilon_high)
+    clipped = ratio.clamp(1 - config.epsilon_low, 1 + config.epsilon_high)
     return -torch.minimum(ratio * advantages, clipped * advantages)
 
 
-def distillation_weights(log_probs: Tensor, old_log_probs: Tensor, teacher_entropy: Tensor) -> Tensor:
+def distillation_weights(
+    log_probs: Tensor, old_log_probs: Tensor, teacher_entropy: Tensor, config: sk.SRPOConfig
+) -> Tensor:
     """Detached weights of the distilled tokens: the teacher's certainty times the clipped ratio."""
-    certainty = torch.exp(-CONFIG.dw_beta * teacher_entropy)
-    ratio = torch.exp(log_probs.detach() - old_log_probs).clamp(max=CONFIG.distillation_is_clip)
-    return certainty / certainty.mean() * ratio
+    certainty = torch.exp(-config.dw_beta * teacher_entropy)
+    weights = certainty / certainty.mean()
+    if config.distillation_is_clip is None:
+        return weights
+    return weights * torch.exp(log_probs.detach() - old_log_probs).clamp(max=config.distillation_is_clip)
 
 
-def loss(batch: Batch) -> Tensor:
-    log_p = torch.log_softmax(batch.hidden @ batch.weight.T, dim=-1)
+def loss(batch: Batch) -> tuple[Tensor, Tensor]:
+    config = batch.config
+    log_p = _log_softmax(batch.hidden, batch.weight, config)
     log_probs = log_p.gather(-1, batch.target_ids[..., None]).squeeze(-1)
-    policy_loss = clipped_policy_loss(log_probs, batch.old_log_probs, batch.advantages[:, None])
+    policy_loss = clipped_policy_loss(log_probs, batch.old_log_probs, batch.advantages[:, None], config)
     total = (policy_loss * batch.policy_rows).sum()
-    if batch.sdpo_mask.any():
+    if batch.distills:
         with torch.no_grad():
-            log_q = torch.log_softmax(batch.teacher_hidden @ batch.weight.T, dim=-1)
+            log_q = _log_softmax(batch.teacher_hidden, batch.weight, config)
             teacher_entropy = -(log_q.exp() * log_q).sum(-1)
         rows = batch.sdpo_rows
-        weights = distillation_weights(log_probs[rows], batch.old_log_probs[rows], teacher_entropy[rows])
-        total = total + (weights * _jsd(log_p, log_q, CONFIG.alpha)[rows]).sum()
-    return total / batch.mask.sum()
+        weights = distillation_weights(log_probs[rows], batch.old_log_probs[rows], teacher_entropy[rows], config)
+        total = total + (weights * divergence(log_p, log_q, config)[rows]).sum()
+    return total / batch.mask.sum(), log_probs
 
 
 def prepare(batch: Batch) -> Step:
+    require_memory(batch)
     return autograd_step(loss, batch)
 
 
-def _jsd(log_p: Tensor, log_q: Tensor, alpha: float) -> Tensor:
-    log_m = torch.logaddexp(log_p + math.log(1 - alpha), log_q + math.log(alpha))
+def require_memory(batch: Batch) -> None:
+    """Raise Unsupported where full logits and what autograd keeps of them do not fit."""
+    logits = 4 * batch.target_ids.numel() * len(batch.weight)
+    needed = logits * (_DISTILLATION_BUFFERS if batch.distills else _POLICY_BUFFERS)
+    available = available_bytes(batch.hidden.device)
+    if needed > available:
+        raise Unsupported(f"needs about {needed / 2**30:.0f} GiB, {available / 2**30:.0f} GiB are free")
+
+
+def divergence(log_p: Tensor, log_q: Tensor, config: sk.SRPOConfig) -> Tensor:
+    """The configured divergence of every row over the whole vocabulary."""
+    if config.divergence == "forward_kl":
+        return (log_q.exp() * (log_q - log_p)).sum(-1)
+    if config.divergence == "reverse_kl":
+        return (log_p.exp() * (log_p - log_q)).sum(-1)
+    log_m = torch.logaddexp(log_p + math.log(1 - config.alpha), log_q + math.log(config.alpha))
     student = (log_p.exp() * (log_p - log_m)).sum(-1)
     teacher = (log_q.exp() * (log_q - log_m)).sum(-1)
-    return (1 - alpha) * student + alpha * teacher
+    return (1 - config.alpha) * student + config.alpha * teacher
+
+
+def _log_softmax(hidden: Tensor, weight: Tensor, config: sk.SRPOConfig) -> Tensor:
+    """In fp32, of logits in the model's dtype."""
+    logits = (hidden @ weight.T).float()
+    if config.softcap is not None:
+        logits = config.softcap * torch.tanh(logits / config.softcap)
+    return torch.log_softmax(logits, dim=-1)

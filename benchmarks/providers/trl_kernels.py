@@ -1,7 +1,7 @@
-"""The same loss composed from TRL's chunked log-probs and chunked divergence, on each branch's valid rows.
+"""The same loss composed from TRL's chunked log-probs and chunked divergence.
 
-TRL's trainers drop padding before these functions where Triton runs; here it is dropped everywhere. As in its
-trainers, tokens with advantage 0 are computed like any other.
+As its trainers do, padding is dropped where TRL runs Triton and computed elsewhere, and tokens with advantage 0 are
+computed like any other.
 """
 
 from __future__ import annotations
@@ -10,54 +10,70 @@ import torch
 from torch import Tensor
 from trl.kernels import ChunkedLogProbFunction
 from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
+from trl.kernels.chunked_logprob import _use_triton
 
-from benchmarks.cases import CONFIG, Batch
+from benchmarks.cases import Batch
 from benchmarks.providers import Step, autograd_step
 from benchmarks.providers.naive import clipped_policy_loss, distillation_weights
 
 # What TRL's trainers pass.
 _VOCAB_CHUNK = 32_768
 _TEMPERATURE = 1.0
+_LOGIT_SCALE = 1.0
+
+_BETAS = {"forward_kl": 0.0, "reverse_kl": 1.0}
 
 
-def loss(batch: Batch) -> Tensor:
-    terms = []
-    if batch.policy_rows.any():
-        terms.append(_policy_loss(batch, batch.policy_rows))
-    if batch.sdpo_rows.any():
-        terms.append(_distillation_loss(batch, batch.sdpo_rows))
-    return torch.stack(terms).sum() / batch.mask.sum()
+def loss(batch: Batch, packed: bool) -> tuple[Tensor, Tensor]:
+    """Over the valid rows of each branch where ``packed``, else over every row of its sequences."""
+    terms, log_probs = [], torch.zeros_like(batch.old_log_probs)
+    sequences = batch.sdpo_mask[:, None].expand_as(batch.mask)
+    if not batch.sdpo_mask.all():
+        rows = batch.policy_rows if packed else ~sequences
+        policy_log_probs = _log_probs(batch, batch.hidden[rows], rows)[0]
+        advantages = batch.advantages[:, None].expand_as(rows)[rows]
+        losses = clipped_policy_loss(policy_log_probs, batch.old_log_probs[rows], advantages, batch.config)
+        terms.append(losses.masked_fill(~batch.mask[rows], 0.0).sum())
+        log_probs = log_probs.masked_scatter(rows, policy_log_probs.detach())
+    if batch.distills:
+        rows = batch.sdpo_rows if packed else sequences
+        terms.append(_distillation_loss(batch, rows))
+    return torch.stack(terms).sum() / batch.mask.sum(), log_probs
 
 
-def prepare(batch: Batch) -> Step:
-    return autograd_step(loss, batch)
-
-
-def _policy_loss(batch: Batch, rows: Tensor) -> Tensor:
-    log_probs, _ = _log_probs(batch.hidden[rows], batch.weight, batch.target_ids[rows])
-    advantages = batch.advantages[:, None].expand_as(rows)[rows]
-    return clipped_policy_loss(log_probs, batch.old_log_probs[rows], advantages).sum()
+def prepare(batch: Batch, packed: bool | None = None) -> Step:
+    packed = _use_triton(batch.hidden.device) if packed is None else packed
+    return autograd_step(lambda batch: loss(batch, packed), batch)
 
 
 def _distillation_loss(batch: Batch, rows: Tensor) -> Tensor:
-    hidden, teacher_hidden, weight = batch.hidden[rows], batch.teacher_hidden[rows], batch.weight
+    hidden, teacher_hidden, weight, config = batch.hidden[rows], batch.teacher_hidden[rows], batch.weight, batch.config
+    valid = batch.mask[rows]
     # The divergence comes with neither the student's log-probs nor the teacher's entropy.
     with torch.no_grad():
-        log_probs, _ = _log_probs(hidden, weight, batch.target_ids[rows])
-        _, teacher_entropy = _log_probs(teacher_hidden, weight, batch.target_ids[rows], ("entropy",))
-    weights = distillation_weights(log_probs, batch.old_log_probs[rows], teacher_entropy)
+        log_probs = _log_probs(batch, hidden, rows)[0]
+        teacher_entropy = _log_probs(batch, teacher_hidden, rows, ("entropy",))[1]
+    weights = distillation_weights(log_probs[valid], batch.old_log_probs[rows][valid], teacher_entropy[valid], config)
+    beta = _BETAS.get(config.divergence, config.alpha)
+    transform = (_LOGIT_SCALE, config.softcap)
     divergence, _ = ChunkedDivergenceFunction.apply(
-        hidden, weight, None, teacher_hidden, weight.detach(), None, CONFIG.alpha, _TEMPERATURE
+        hidden, weight, None, teacher_hidden, weight.detach(), None, beta, _TEMPERATURE, *transform, *transform
     )
-    total: Tensor = (weights * divergence).sum()
+    total: Tensor = (weights * divergence[valid]).sum()
     return total
 
 
-def _log_probs(
-    hidden: Tensor, weight: Tensor, target_ids: Tensor, outputs: tuple[str, ...] = ()
-) -> tuple[Tensor, Tensor]:
+def _log_probs(batch: Batch, hidden: Tensor, rows: Tensor, outputs: tuple[str, ...] = ()) -> tuple[Tensor, Tensor]:
     """Log-probs of the targets and, where ``outputs`` names it, the entropy."""
     log_probs, entropy, *_ = ChunkedLogProbFunction.apply(
-        hidden, weight, None, target_ids, _TEMPERATURE, _VOCAB_CHUNK, None, 1.0, outputs
+        hidden,
+        batch.weight,
+        None,
+        batch.target_ids[rows],
+        _TEMPERATURE,
+        _VOCAB_CHUNK,
+        batch.config.softcap,
+        _LOGIT_SCALE,
+        outputs,
     )
     return log_probs, entropy

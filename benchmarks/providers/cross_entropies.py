@@ -1,0 +1,30 @@
+"""GRPO's loss from the cross-entropies of other libraries: a token's log-prob is minus its cross-entropy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from benchmarks.cases import Batch
+from benchmarks.providers import Step, Unsupported, autograd_step
+from benchmarks.providers.naive import clipped_policy_loss
+
+# Hidden states ``[n, H]``, the head ``[V, H]`` and targets ``[n]`` to cross-entropies ``[n]``.
+CrossEntropies = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def prepare(cross_entropies: CrossEntropies, batch: Batch, *, softcap: bool = False) -> Step:
+    """The policy loss of a batch without distillation rows; ``softcap`` says that the function applies one."""
+    if batch.distills:
+        raise Unsupported("log-probs alone: no divergence")
+    if batch.config.softcap is not None and not softcap:
+        raise Unsupported("no softcap")
+
+    def loss(batch: Batch) -> tuple[Tensor, Tensor]:
+        losses = cross_entropies(batch.hidden.flatten(0, 1), batch.weight, batch.target_ids.flatten())
+        log_probs = -losses.view_as(batch.target_ids).float()
+        policy_loss = clipped_policy_loss(log_probs, batch.old_log_probs, batch.advantages[:, None], batch.config)
+        return (policy_loss * batch.mask).sum() / batch.mask.sum(), log_probs
+
+    return autograd_step(loss, batch)
