@@ -3,7 +3,8 @@
 #   make demo ARGS='--help'          its options
 #   make test, make check            the quick tests; lint, format, types and layers
 #   make test ARGS='-m slow'         the slow tests
-#   make bench                       time and memory beside bare products, naive torch and TRL
+#   make bench                       every benchmark beside every peer, then the tables and pictures: about an hour
+#   make report                      the tables and pictures alone, from benchmarks/results
 # PYTHON is the interpreter that makes .venv, 3.11 or newer.
 
 PYTHON ?= python3
@@ -17,7 +18,7 @@ INPUTS := pyproject.toml constraints.txt
 # The demo's model is a file of a package: no hub is asked for one, unless HF_HUB_OFFLINE=0.
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test check bench clean
+.PHONY: demo test check bench report clean
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/python -m examples.train_smollm2 $(ARGS)
@@ -32,7 +33,14 @@ check: $(VENV)/dev.stamp
 	$(BIN)/lint-imports
 
 bench: $(VENV)/dev.stamp
-	$(BIN)/python -m benchmarks speed $(ARGS)
+	$(BIN)/python -m benchmarks speed
+	$(BIN)/python -m benchmarks accuracy
+	$(BIN)/python -m benchmarks scaling
+	TRITON_INTERPRET=1 $(BIN)/python -m benchmarks cost --csv benchmarks/results/cost.csv --docs docs/kernels.md
+	$(BIN)/python -m benchmarks report
+
+report: $(VENV)/dev.stamp
+	$(BIN)/python -m benchmarks report
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache

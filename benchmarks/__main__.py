@@ -6,12 +6,21 @@ from benchmarks.accuracy import accuracy
 from benchmarks.costs.command import cost
 from benchmarks.gate import gate
 from benchmarks.memory import peak
+from benchmarks.report import report
 from benchmarks.scaling import scaling
 from benchmarks.speed import speed
 
 if __name__ == "__main__":
     tyro.extras.subcommand_cli_from_dict(
-        {"speed": speed, "accuracy": accuracy, "cost": cost, "scaling": scaling, "gate": gate, "peak": peak},
+        {
+            "speed": speed,
+            "accuracy": accuracy,
+            "cost": cost,
+            "scaling": scaling,
+            "report": report,
+            "gate": gate,
+            "peak": peak,
+        },
         prog="python -m benchmarks",
         description="Measure srpo_kernels beside other ways to compute the same SRPO loss.",
     )

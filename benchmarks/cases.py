@@ -93,7 +93,10 @@ class Case:
 
 @dataclass(frozen=True)
 class Batch:
-    """``B`` sequences of ``T`` response positions; ``hidden`` and ``weight`` are leaves."""
+    """``B`` sequences of ``T`` response positions; ``hidden`` and ``weight`` are leaves.
+
+    ``distills`` says whether any sequence is routed to distillation: it is no tensor, for the compilers' sake.
+    """
 
     hidden: Tensor
     weight: Tensor
@@ -103,6 +106,7 @@ class Batch:
     sdpo_mask: Tensor
     advantages: Tensor
     old_log_probs: Tensor
+    distills: bool
     config: sk.SRPOConfig
 
     @property
@@ -119,11 +123,6 @@ class Batch:
     def sdpo_rows(self) -> Tensor:
         """Valid rows of the distillation branch, bool ``[B, T]``."""
         return self.mask & self.sdpo_mask[:, None]
-
-    @property
-    def distills(self) -> bool:
-        """Whether any sequence is routed to distillation."""
-        return bool(self.sdpo_mask.any())
 
     def unweighted(self) -> Batch:
         """The same batch under the plain sum of divergences, without entropy-aware or importance weights."""
@@ -155,6 +154,7 @@ def make_batch(case: Case, device: torch.device | None = None, seed: int = 0) ->
         sdpo_mask=torch.full((sequences,), case.workload not in ("policy", "routed"), device=device),
         advantages=advantages.to(device),
         old_log_probs=_log_probs(hidden, weight, target_ids, case.softcap) + noise.to(device),
+        distills=case.workload != "policy",
         config=case.config,
     )
     return _route(batch, case.active) if case.workload == "routed" else batch

@@ -1,89 +1,239 @@
-"""The benchmark on a tiny head, end to end."""
+"""The benchmarks on a tiny head, end to end."""
 
 from __future__ import annotations
 
-import csv
 import runpy
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 
 pytest.importorskip("tyro")
 pytest.importorskip("rich")
 
-from benchmarks.cases import Case, make_batch
+from benchmarks.agreement import compare
+from benchmarks.cases import DEFAULT_ACTIVE, DTYPES, Case, make_batch
 from benchmarks.memory import measure_peak
-from benchmarks.providers import PROVIDERS, prepare
-from benchmarks.speed import compare
+from benchmarks.providers import PROVIDERS, ProviderName, Result, Unsupported, cross_entropies, naive, prepare
+from benchmarks.report import report
+from benchmarks.results import read_csv
+from benchmarks.scaling import exponents
+from benchmarks.speed import published
+from benchmarks.timing import interleave, quantiles
 
 ROUTED = Case("tiny", "routed", 1_024)
+CPU = torch.device("cpu")
+
+Run = Callable[..., None]
+
+# Compilers take minutes, and have a test of their own.
+COMPILED: tuple[ProviderName, ...] = ("naive-compiled", "liger", "cut_cross_entropy")
+UNCOMPILED = tuple(name for name in PROVIDERS if name not in COMPILED)
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    def call(*arguments: str) -> None:
-        monkeypatch.setattr(sys, "argv", ["benchmarks", *arguments])
+def run(monkeypatch: pytest.MonkeyPatch) -> Run:
+    def call(*arguments: str | Path) -> None:
+        monkeypatch.setattr(sys, "argv", ["benchmarks", *map(str, arguments)])
         runpy.run_module("benchmarks", run_name="__main__")
 
     return call
 
 
 def test_speed_compares_every_provider_on_every_workload(
-    run: Callable[..., None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("trl")
     out = tmp_path / "new" / "speed.csv"
     threads = str(torch.get_num_threads())
-    run("speed", "--heads", "tiny", "--rounds", "2", "--no-memory", "--threads", threads, "--out", str(out))
+    workloads = ("policy", "jsd", "forward_kl", "reverse_kl", "routed")
+    options = ["--rounds", "2", "--no-memory", "--device", "cpu", "--threads", threads, "--out", out]
+    run("speed", "--heads", "tiny", "--workloads", *workloads, "--providers", *UNCOMPILED, *options)
     printed = capsys.readouterr().out
-    with out.open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    for workload in ("policy", "distillation", "routed"):
-        assert f"tiny, {workload}: H = 32, V = 500, 128 rows" in printed
-        cells = {(row["provider"], row["metric"]): row for row in rows if row["workload"] == workload}
-        for provider in PROVIDERS:
+    cells = read_csv(out).set_index(["workload", "provider", "metric"])
+    for workload in workloads:
+        assert f"tiny, {workload}" in printed
+        for provider in ("bare", "srpo_kernels", "naive", "trl", "trl-packed"):
             assert provider in printed
-            seconds = cells[provider, "seconds"]
-            assert 0 < float(seconds["p20"]) <= float(seconds["median"]) <= float(seconds["p80"])
-            assert (provider, "ratio_to_bare") in cells
-        for provider in ("srpo_kernels", "trl"):
+            seconds = cells.loc[workload, provider, "seconds"]
+            assert 0 < seconds["p20"] <= seconds["median"] <= seconds["p80"]
+            assert cells.loc[workload, provider, "ratio_to_bare"]["median"] > 0
+        for provider in ("srpo_kernels", "trl", "trl-packed"):
             for quantity in ("loss", "grad_hidden", "grad_weight"):
-                assert float(cells[provider, f"{quantity}_error"]["median"]) < 1e-4
-    assert {row["threads"] for row in rows} == {threads}
-    assert {row["torch"] for row in rows} == {torch.__version__}
+                assert cells.loc[workload, provider, f"{quantity}_difference"]["median"] < 1e-4
+    without = cells.loc["jsd", "linear_cross_entropy", "seconds"]
+    assert pd.isna(without["median"])
+    assert without["reason"] == "log-probs alone: no divergence"
+    assert cells.loc["policy", "quack", "seconds"]["reason"] == "needs a GPU"
+    assert (cells["threads"] == int(threads)).all()
+    assert (cells["torch"] == torch.__version__).all()
     assert str(tmp_path) not in out.read_text()
 
 
-def test_help_names_the_sub_commands(run: Callable[..., None], capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.slow
+def test_providers_that_compile_compute_the_same_loss() -> None:
+    for workload in ("policy", "jsd", "routed"):
+        batch = make_batch(Case("tiny", workload, 128))
+        steps = {name: prepare(name, batch) for name in COMPILED if workload == "policy" or name != "cut_cross_entropy"}
+        errors = compare(steps, batch, tolerance=1e-4)
+        assert errors.keys() == steps.keys()
+
+
+def test_accuracy_holds_every_provider_to_the_oracle(run: Run, tmp_path: Path) -> None:
+    pytest.importorskip("trl")
+    out = tmp_path / "accuracy.csv"
+    providers = [name for name in UNCOMPILED if name != "bare"]
+    run("accuracy", "--head", "tiny", "--rows", "64", "--device", "cpu", "--providers", *providers, "--out", out)
+    cells = read_csv(out).set_index(["dtype", "workload", "provider", "metric"])["median"]
+    for workload in ("policy", "jsd", "forward_kl", "reverse_kl", "routed"):
+        for metric in ("loss_error", "grad_hidden_error", "grad_weight_error", "log_probs_error"):
+            assert cells["float32", workload, "srpo_kernels", metric] < 1e-5
+        for metric in ("grad_hidden_error", "grad_weight_error"):
+            # Gradients come back in bf16, and nothing else may be rounded to it.
+            assert cells["bfloat16", workload, "srpo_kernels", metric] < 2.0**-8
+            assert cells["bfloat16", workload, "srpo_kernels", metric] < cells["bfloat16", workload, "naive", metric]
+
+
+def test_scaling_and_report_make_the_documents(run: Run, tmp_path: Path) -> None:
+    pytest.importorskip("trl")
+    few = ["--providers", "bare", "srpo_kernels", "naive", "trl", "quack", "--device", "cpu"]
+    run("speed", "--heads", "tiny", "--rounds", "1", "--no-memory", *few, "--out", tmp_path / "speed.csv")
+    # The report shows the heads of the published list.
+    renamed = (tmp_path / "speed.csv").read_text().replace("tiny", "smollm2-135m")
+    (tmp_path / "speed.csv").write_text(renamed)
+    run("accuracy", "--head", "tiny", "--rows", "32", *few[:1], *few[2:], "--out", tmp_path / "accuracy.csv")
+    sweep = ["--rows", "64", "128", "--vocab-sizes", "500", "1000", "--active", "0.4", "0.8", "--fixed-rows", "64"]
+    options = ["--rounds", "1", "--no-memory", "--providers", "srpo_kernels", "naive", "--device", "cpu"]
+    run("scaling", "--head", "tiny", *sweep, *options, "--out", tmp_path / "scaling.csv")
+
+    document, readme = tmp_path / "benchmarks.md", tmp_path / "README.md"
+    markers = ("providers", "speed", "memory", "accuracy", "scaling")
+    document.write_text("".join(f"<!-- {name} -->\n<!-- /{name} -->\n" for name in markers))
+    readme.write_text("before\n<!-- performance -->\nold\n<!-- /performance -->\nafter\n")
+    report(tmp_path, document, readme, tmp_path / "figures")
+    text = document.read_text()
+    assert "Without a number here: `quack` (needs a GPU)." in text
+    assert "| rows | seconds |" in text
+    assert "Error of dW." in text
+    summary = readme.read_text()
+    assert summary.startswith("before\n")
+    assert "old" not in summary
+    assert "| batch | × bare | naive | trl |" in summary
+    for name in ("speed", "scaling", "accuracy"):
+        assert (tmp_path / "figures" / f"{name}.png").stat().st_size > 10_000
+        assert "</svg>" in (tmp_path / "figures" / f"{name}.svg").read_text()
+
+
+def test_a_report_without_results_says_what_to_run(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="run `python -m benchmarks speed` first"):
+        report(tmp_path, tmp_path / "a.md", tmp_path / "b.md", tmp_path)
+
+
+def test_exponents_are_those_of_a_power_law() -> None:
+    rows = [("rows", x, "ours", "seconds", 3.0 * x**1.5) for x in (10.0, 100.0, 1000.0)]
+    rows += [("rows", 10.0, "theirs", "seconds", 1.0)]
+    points = pd.DataFrame(rows, columns=["axis", "x", "provider", "metric", "median"])
+    (fit,) = exponents(points).to_dict("records")
+    assert (fit["axis"], fit["provider"], fit["metric"]) == ("rows", "ours", "seconds")
+    assert fit["exponent"] == pytest.approx(1.5)
+
+
+@pytest.mark.parametrize("command", ["", "speed", "accuracy", "scaling", "report", "cost"])
+def test_help_reads_well(command: str, run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
-        run("--help")
+        run(*filter(None, [command]), "--help")
     printed = capsys.readouterr().out
-    assert "speed" in printed
-    assert "peak" in printed
+    expected = ["speed", "accuracy", "cost", "scaling", "report"] if not command else ["--"]
+    assert all(word in printed for word in expected)
 
 
 def test_providers_that_disagree_are_not_timed() -> None:
-    def step(value: float) -> Callable[[], tuple[torch.Tensor, ...]]:
-        return lambda: (torch.full((3,), value),) * 3
+    batch = make_batch(Case("tiny", "policy", 32))
+    truth = prepare("naive", batch)()
 
-    assert compare({"naive": step(1.0), "trl": step(1.0 + 1e-6)})["trl"].loss < 1e-5
+    def step(factor: float) -> Callable[[], Result]:
+        return lambda: truth._replace(grad_weight=truth.grad_weight * factor)
+
+    assert compare({"naive": step(1.0), "trl": step(1.0 + 1e-5)}, batch, 1e-3)["trl"].grad_weight < 1e-4
     with pytest.raises(RuntimeError, match="trl does not compute the same"):
-        compare({"naive": step(1.0), "trl": step(1.1)})
+        compare({"naive": step(1.0), "trl": step(1.1)}, batch, 1e-3)
     with pytest.raises(RuntimeError, match="srpo_kernels does not compute the same"):
-        compare({"srpo_kernels": step(float("nan")), "naive": step(1.0)})
+        compare({"srpo_kernels": step(float("nan")), "naive": step(1.0)}, batch, 1e-3)
+
+
+def test_a_provider_without_weights_is_held_to_the_loss_without_them() -> None:
+    batch = make_batch(Case("tiny", "jsd", 64))
+    plain = prepare("naive", batch.unweighted())
+    assert compare({"liger": plain}, batch, 1e-6)["liger"].loss == 0.0
+    with pytest.raises(RuntimeError, match="trl does not compute the same"):
+        compare({"trl": plain}, batch, 1e-3)
+
+
+def test_what_a_provider_cannot_do_has_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    capped = make_batch(Case("tiny", "policy", 32, softcap=30.0))
+    with pytest.raises(Unsupported, match="no softcap"):
+        cross_entropies.prepare(lambda hidden, weight, ids: hidden, capped)
+    batch = make_batch(Case("tiny", "policy", 32))
+    for name in ("srpo_kernels-triton", "flash-attn", "quack"):
+        with pytest.raises(Unsupported, match="needs a GPU"):
+            prepare(name, batch)
+    monkeypatch.setitem(sys.modules, "trl.kernels", None)
+    monkeypatch.delitem(sys.modules, "benchmarks.providers.trl_kernels", raising=False)
+    with pytest.raises(Unsupported, match=r"not installed: trl\.kernels"):
+        prepare("trl", batch)
+    monkeypatch.setattr(naive, "available_bytes", lambda device: 1_000)
+    with pytest.raises(Unsupported, match="GiB are free"):
+        prepare("naive", batch)
+
+
+def test_rounds_rotate_and_quantiles_are_ordered() -> None:
+    order: list[str] = []
+
+    def step(name: str) -> Callable[[], Result]:
+        return lambda: order.append(name)  # type: ignore[return-value]
+
+    seconds = interleave({name: step(name) for name in ("naive", "trl", "liger")}, 3, CPU, lambda what: None)
+    assert order == ["naive", "trl", "liger", "trl", "liger", "naive", "liger", "naive", "trl"]
+    assert [len(times) for times in seconds.values()] == [3, 3, 3]
+    assert quantiles([4.0, 1.0, 2.0, 3.0, 5.0, 6.0]) == pytest.approx((2.0, 3.5, 5.0))
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the resident set is read from /proc")
 def test_peak_memory_counts_what_a_step_holds() -> None:
-    case = Case("smollm2-135m", "policy", 32)
-    peak = measure_peak(case, "bare", threads=1)
-    logits_and_dw = 4 * 49_152 * (32 + 576)
+    case = Case("smollm2-135m", "policy", 32, vocab_size=40_000)
+    peak = measure_peak(case, "bare", CPU, threads=1)
+    # Bare products have their logits before the step begins.
+    gradients = 4 * 576 * (32 + 40_000)
     assert peak is not None
     # The kernel counts pages per thread and adds them up late.
-    assert 0.95 * logits_and_dw <= peak <= 1.3 * logits_and_dw
+    assert 0.95 * gradients <= peak <= 1.3 * gradients
+
+
+def test_every_published_case_can_be_made() -> None:
+    cases = published(CPU)
+    assert len(set(cases)) == len(cases)
+    for case in cases:
+        small = replace(case, head="tiny", rows=32, vocab_size=None)
+        batch = make_batch(small)
+        assert batch.hidden.dtype == DTYPES[case.dtype]
+        assert batch.config.softcap == case.softcap
+    assert {case.head for case in cases} == {"smollm2-135m", "qwen3-0.6b", "gemma-3-1b", "llama-3-8b", "qwen3-8b"}
+
+
+@pytest.mark.parametrize("active", [0.1, 0.25, DEFAULT_ACTIVE, 0.82])
+def test_a_routed_batch_has_the_share_of_active_rows_that_was_asked_for(active: float) -> None:
+    batch = make_batch(Case("tiny", "routed", 4_096, active=active))
+    rows = batch.sdpo_rows | batch.active_policy_rows
+    assert rows.float().mean().item() == pytest.approx(active, abs=0.02)
+
+
+def test_more_active_rows_than_a_routed_batch_can_have_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"active must lie in \(0, 0\.82\] for a routed batch, got 0\.9"):
+        make_batch(Case("tiny", "routed", 64, active=0.9))
 
 
 def test_the_routed_batch_has_the_advertised_shares() -> None:
@@ -101,7 +251,7 @@ def test_the_routed_batch_has_the_advertised_shares() -> None:
 
 
 def test_the_other_workloads_have_one_kind_of_row() -> None:
-    policy, distillation = (make_batch(Case("tiny", workload, 64)) for workload in ("policy", "distillation"))
+    policy, distillation = (make_batch(Case("tiny", workload, 64)) for workload in ("policy", "jsd"))
     assert policy.active_policy_rows.all()
     assert distillation.sdpo_rows.all()
 

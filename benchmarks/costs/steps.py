@@ -61,6 +61,7 @@ def make_batch(case: CaseName, rows: int, vocab_size: int, dtype: torch.dtype = 
         sdpo_mask=torch.tensor([case != "policy"]),
         advantages=torch.ones(1),
         old_log_probs=torch.full((1, rows), -math.log(vocab_size)),
+        distills=case != "policy",
         config=sk.SRPOConfig.from_alpha(_ALPHAS.get(case, 0.5)),
     )
 

@@ -25,11 +25,11 @@ def clipped_policy_loss(log_probs: Tensor, old_log_probs: Tensor, advantages: Te
 
 
 def distillation_weights(
-    log_probs: Tensor, old_log_probs: Tensor, teacher_entropy: Tensor, config: sk.SRPOConfig
+    rows: Tensor, log_probs: Tensor, old_log_probs: Tensor, teacher_entropy: Tensor, config: sk.SRPOConfig
 ) -> Tensor:
-    """Detached weights of the distilled tokens: the teacher's certainty times the clipped ratio."""
-    certainty = torch.exp(-config.dw_beta * teacher_entropy)
-    weights = certainty / certainty.mean()
+    """Detached weights of the distilled ``rows``, 0 elsewhere: the teacher's certainty times the clipped ratio."""
+    certainty = torch.exp(-config.dw_beta * teacher_entropy) * rows
+    weights = certainty / certainty.sum() * rows.sum()
     if config.distillation_is_clip is None:
         return weights
     return weights * torch.exp(log_probs.detach() - old_log_probs).clamp(max=config.distillation_is_clip)
@@ -45,9 +45,8 @@ def loss(batch: Batch) -> tuple[Tensor, Tensor]:
         with torch.no_grad():
             log_q = _log_softmax(batch.teacher_hidden, batch.weight, config)
             teacher_entropy = -(log_q.exp() * log_q).sum(-1)
-        rows = batch.sdpo_rows
-        weights = distillation_weights(log_probs[rows], batch.old_log_probs[rows], teacher_entropy[rows], config)
-        total = total + (weights * divergence(log_p, log_q, config)[rows]).sum()
+        weights = distillation_weights(batch.sdpo_rows, log_probs, batch.old_log_probs, teacher_entropy, config)
+        total = total + (weights * divergence(log_p, log_q, config)).sum()
     return total / batch.mask.sum(), log_probs
 
 

@@ -48,18 +48,17 @@ def prepare(batch: Batch, packed: bool | None = None) -> Step:
 
 def _distillation_loss(batch: Batch, rows: Tensor) -> Tensor:
     hidden, teacher_hidden, weight, config = batch.hidden[rows], batch.teacher_hidden[rows], batch.weight, batch.config
-    valid = batch.mask[rows]
     # The divergence comes with neither the student's log-probs nor the teacher's entropy.
     with torch.no_grad():
         log_probs = _log_probs(batch, hidden, rows)[0]
         teacher_entropy = _log_probs(batch, teacher_hidden, rows, ("entropy",))[1]
-    weights = distillation_weights(log_probs[valid], batch.old_log_probs[rows][valid], teacher_entropy[valid], config)
+    weights = distillation_weights(batch.mask[rows], log_probs, batch.old_log_probs[rows], teacher_entropy, config)
     beta = _BETAS.get(config.divergence, config.alpha)
     transform = (_LOGIT_SCALE, config.softcap)
     divergence, _ = ChunkedDivergenceFunction.apply(
         hidden, weight, None, teacher_hidden, weight.detach(), None, beta, _TEMPERATURE, *transform, *transform
     )
-    total: Tensor = (weights * divergence[valid]).sum()
+    total: Tensor = (weights * divergence).sum()
     return total
 
 

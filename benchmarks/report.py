@@ -1,0 +1,197 @@
+"""From the committed CSV files to tables and pictures in the documents."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+
+from benchmarks import pictures
+from benchmarks.cases import HeadName, Workload
+from benchmarks.documents import markdown_table, replace_marked
+from benchmarks.providers import REGISTRY
+from benchmarks.results import RESULTS, describe_environment, read_csv
+from benchmarks.scaling import axis_of, exponents
+
+_ROOT = Path(__file__).parent.parent
+_HEADS: tuple[HeadName, ...] = ("smollm2-135m", "qwen3-0.6b")
+_WORKLOADS: tuple[Workload, ...] = ("policy", "jsd", "routed")
+_PRODUCTS = ("bare", "srpo_kernels", "srpo_kernels-triton")
+_ERRORS = {
+    "loss_error": "loss",
+    "log_probs_error": "log-probs (nats)",
+    "grad_hidden_error": "dX",
+    "grad_weight_error": "dW",
+}
+_CASE = ["head", "hidden_size", "vocab_size", "rows", "workload", "dtype", "softcap", "active"]
+
+
+def report(
+    results: Path = RESULTS,
+    document: Path = _ROOT / "docs" / "benchmarks.md",
+    readme: Path = _ROOT / "README.md",
+    figures: Path = _ROOT / "docs" / "figures",
+) -> None:
+    """Draw the pictures and write the tables of `docs/benchmarks.md` and of the README from the CSV files.
+
+    Args:
+        results: folder with speed.csv, accuracy.csv and scaling.csv.
+        document: takes every table, between its markers.
+        readme: takes the summary, between its markers.
+        figures: folder for the pictures.
+    """
+    speed, accuracy, scaling = (read_csv(results / f"{name}.csv") for name in ("speed", "accuracy", "scaling"))
+    main = speed[speed["head"].isin(_HEADS) & speed["workload"].isin(_WORKLOADS) & (speed["dtype"] == "float32")]
+    main = _usual_share(main)
+    heads = [head for head in _HEADS if (main["head"] == head).any()]
+    workloads = [name for name in _WORKLOADS if (main["workload"] == name).any()]
+    for name, metric, unit, label in (
+        ("speed", "ratio_to_bare", 1.0, "time of forward + backward as a multiple of the bare products"),
+        ("memory", "peak_bytes", 2.0**20, "extra peak memory, MiB"),
+    ):
+        cells = main[(main["metric"] == metric) & (main["provider"] != "bare")].dropna(subset="median")
+        cells = cells.assign(value=cells["median"] / unit)
+        if len(cells):
+            pictures.save(pictures.bars(cells, heads, workloads, label), figures, name)
+    pictures.save(pictures.growth(scaling), figures, "scaling")
+    pictures.save(pictures.errors(accuracy, _ERRORS), figures, "accuracy")
+    replace_marked(
+        document,
+        {
+            "providers": _providers(speed),
+            "speed": _speed(speed),
+            "memory": _memory(speed),
+            "accuracy": _accuracy(accuracy),
+            "scaling": _scaling(scaling),
+        },
+    )
+    replace_marked(readme, {"performance": _summary(main)})
+
+
+def _usual_share(cells: pd.DataFrame) -> pd.DataFrame:
+    """Without the routed batches whose share of active rows is not the usual one."""
+    return cells[cells["active"] == cells["active"].mode()[0]]
+
+
+def _providers(speed: pd.DataFrame) -> str:
+    present = [name for name in REGISTRY if (speed["provider"] == name).any()]
+    cells = pd.DataFrame({"provider": f"`{name}`", "what it is": REGISTRY[name].meaning} for name in present)
+    return markdown_table(cells, f"Measured on {describe_environment(speed)}.")
+
+
+def _speed(speed: pd.DataFrame) -> str:
+    cells = _by_case(speed, "ratio_to_bare", "{:.2f}", 1.0)
+    seconds = _by_case(speed[speed["provider"].isin(["bare"])], "seconds", "{:.3g}", 1.0)
+    cells.insert(1, "bare, seconds", seconds["bare"])
+    return markdown_table(
+        cells.drop(columns="bare"),
+        "Time of forward and backward as a multiple of the bare products, medians of ratios within a round; "
+        "a reason stands where a provider has no number.",
+    ) + _nowhere(speed)
+
+
+def _memory(speed: pd.DataFrame) -> str:
+    cells = _by_case(speed, "peak_bytes", "{:,.0f}", 2.0**20)
+    return markdown_table(cells, "Extra peak memory of one forward and backward in MiB, each in a process of its own.")
+
+
+def _accuracy(accuracy: pd.DataFrame) -> str:
+    parts = []
+    for metric, label in _ERRORS.items():
+        chosen = accuracy[(accuracy["metric"] == metric) | accuracy["median"].isna()]
+        cells = _by_case(chosen, metric, "{:.1e}", 1.0)
+        cells = cells.loc[:, ~cells.apply(lambda column: column.isin(["-", ""]).all())]
+        parts.append(markdown_table(cells, f"Error of {label}."))
+    return "\n\n".join([f"Measured on {describe_environment(accuracy)}.", *parts])
+
+
+def _scaling(scaling: pd.DataFrame) -> str:
+    located = [axis_of(row) for _, row in scaling.iterrows()]
+    points = scaling.assign(axis=[axis for axis, _ in located], x=[x for _, x in located]).dropna(subset="median")
+    fits = exponents(points)
+    table = fits.pivot_table(index=["axis", "metric"], columns="provider", values="exponent", sort=False).reset_index()
+    table.columns.name = None
+    text = table.map(lambda cell: cell if isinstance(cell, str) else "-" if pd.isna(cell) else f"{cell:.2f}")
+    ranges = ", ".join(
+        f"{axis} {min(group['x']):,g} to {max(group['x']):,g}" for axis, group in points.groupby("axis", sort=False)
+    )
+    head = scaling.iloc[0]["head"]
+    return markdown_table(
+        text,
+        f"Exponents of a power law through the medians: routed batches on the head of {head}; {ranges}. "
+        f"Measured on {describe_environment(scaling)}.",
+    )
+
+
+def _summary(main: pd.DataFrame) -> str:
+    """What each peer takes as a multiple of this library's time and memory."""
+    rows = []
+    medians = main.dropna(subset="median").set_index(["head", "workload", "metric", "provider"])["median"]
+    peers = [name for name in REGISTRY if name not in _PRODUCTS and (main["provider"] == name).any()]
+    for (head, workload), group in main.groupby(["head", "workload"], sort=False):
+        first = group.iloc[0]
+        row = {
+            "batch": f"{workload}, {first['hidden_size']:,} × {first['vocab_size']:,}, {first['rows']:,} rows",
+            "× bare": f"{medians[head, workload, 'ratio_to_bare', 'srpo_kernels']:.2f}",
+        }
+        for peer in peers:
+            ratios = []
+            for metric in ("seconds", "peak_bytes"):
+                theirs = medians.get((head, workload, metric, peer))
+                ours = medians.get((head, workload, metric, "srpo_kernels"))
+                ratios.append("-" if theirs is None or ours is None else f"{theirs / ours:.1f}")
+            row[peer] = "-" if ratios == ["-", "-"] else " / ".join(ratios)
+        rows.append(row)
+    cells = pd.DataFrame(rows)
+    cells = cells.loc[:, ~cells.apply(lambda column: (column == "-").all())]
+    return markdown_table(
+        cells,
+        "× bare: time of `srpo_loss`, forward and backward, as a multiple of the unavoidable matrix products on the "
+        "same active rows. The other columns: a peer's time / extra peak memory as a multiple of this library's, fp32. "
+        f"{describe_environment(main)}; providers interleaved, medians.",
+    )
+
+
+def _by_case(cells: pd.DataFrame, metric: str, form: str, unit: float) -> pd.DataFrame:
+    """A line per case, a column per provider: the number, or the reason why there is none."""
+    keys = [name for name in _CASE if name in cells]
+    numbers = cells[(cells["metric"] == metric) & cells["median"].notna()]
+    providers = [name for name in dict.fromkeys(cells["provider"]) if (numbers["provider"] == name).any()]
+    ordered = [name for name in REGISTRY if name in providers]
+    rows = []
+    for _, group in cells.groupby(keys, sort=False, dropna=False):
+        row = {"case": _case_name(group.iloc[0])}
+        for provider in ordered:
+            mine = group[group["provider"] == provider]
+            values = mine[(mine["metric"] == metric) & mine["median"].notna()]["median"]
+            reasons = [reason for reason in mine["reason"] if reason]
+            row[provider] = form.format(values.iloc[0] / unit) if len(values) else reasons[0] if reasons else "-"
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def _case_name(row: pd.Series) -> str:
+    parts = [
+        f"{row['head']} ({row['hidden_size']:,} × {row['vocab_size']:,})",
+        f"{row['rows']:,} rows",
+        row["workload"],
+    ]
+    if row["workload"] == "routed":
+        parts.append(f"{float(row['active']):.0%} active")
+    if row["softcap"] not in ("", None) and not pd.isna(row["softcap"]):
+        parts.append(f"softcap {float(row['softcap']):g}")
+    return ", ".join([*parts, row["dtype"]])
+
+
+def _nowhere(cells: pd.DataFrame) -> str:
+    """Providers without a single number, and why."""
+    ran = set(cells[cells["median"].notna()]["provider"])
+    reasons: dict[str, Sequence[str]] = {
+        name: sorted(set(group["reason"])) for name, group in cells.groupby("provider", sort=False) if name not in ran
+    }
+    if not reasons:
+        return ""
+    return (
+        "\n\nWithout a number here: " + "; ".join(f"`{name}` ({', '.join(why)})" for name, why in reasons.items()) + "."
+    )
