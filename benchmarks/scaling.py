@@ -18,6 +18,7 @@ from benchmarks.cases import DEFAULT_ACTIVE, Case, HeadName
 from benchmarks.providers import ProviderName
 from benchmarks.results import RESULTS, Measurement, resolve_device, write_csv
 from benchmarks.speed import measure
+from benchmarks.timing import Rounds
 
 Axis = Literal["rows", "vocabulary", "active"]
 AXES: tuple[Axis, ...] = get_args(Axis)
@@ -35,7 +36,8 @@ def scaling(
     vocab_sizes: tuple[int, ...] = _VOCAB_SIZES,
     active: tuple[float, ...] = _ACTIVE,
     fixed_rows: int = 1_024,
-    rounds: int = 3,
+    rounds: int = 5,
+    budget: float = 30.0,
     device: Literal["auto", "cpu", "cuda"] = "auto",
     threads: int = torch.get_num_threads(),
     memory: bool = True,
@@ -51,7 +53,8 @@ def scaling(
         vocab_sizes: words of the head.
         active: shares of active rows, at most 0.82.
         fixed_rows: positions where something else grows.
-        rounds: times that every provider runs.
+        rounds: times that every provider runs, at most.
+        budget: seconds of a case after which no round begins, but for the first three.
         device: auto is a GPU where there is one.
         threads: threads of torch.
         memory: measure peak memory too.
@@ -70,7 +73,7 @@ def scaling(
         for case in sweeps[axis]:
             measurements += [
                 m
-                for m in measure(case, providers, rounds, where, threads, memory, console)
+                for m in measure(case, providers, Rounds(rounds, budget), where, threads, memory, console)
                 if m.metric in ("seconds", "peak_bytes")
             ]
             write_csv(out, measurements, where, threads)

@@ -12,6 +12,7 @@ from benchmarks.providers import ProviderName, Step
 
 # Milliseconds that a GPU spends on one provider in one round.
 _GPU_WARM_UP, _GPU_TIME = 5, 50
+_FEWEST_ROUNDS = 3
 
 
 class Quantiles(NamedTuple):
@@ -22,13 +23,24 @@ class Quantiles(NamedTuple):
     p80: float
 
 
+class Rounds(NamedTuple):
+    """How often every provider runs: ``most`` times, fewer once ``budget`` seconds are over, but not below three."""
+
+    most: int
+    budget: float
+
+    def go_on(self, done: int, seconds: float) -> bool:
+        """Whether another round begins."""
+        return done < self.most and (done < _FEWEST_ROUNDS or seconds < self.budget)
+
+
 def quantiles(values: Sequence[float]) -> Quantiles:
     points = torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
     return Quantiles(*torch.tensor(values, dtype=torch.float64).quantile(points).tolist())
 
 
 def interleave(
-    steps: Mapping[ProviderName, Step], rounds: int, device: torch.device, progress: Callable[[str], None]
+    steps: Mapping[ProviderName, Step], rounds: Rounds, device: torch.device, progress: Callable[[str], None]
 ) -> dict[ProviderName, list[float]]:
     """Seconds of each step in each round. Every round runs all of them and starts with another one.
 
@@ -36,10 +48,12 @@ def interleave(
     """
     names = list(steps)
     seconds: dict[ProviderName, list[float]] = {name: [] for name in names}
-    for index in range(rounds):
-        first = index % len(names)
+    done, start = 0, time.perf_counter()
+    while rounds.go_on(done, time.perf_counter() - start):
+        first = done % len(names)
+        done += 1
         for name in names[first:] + names[:first]:
-            progress(f"round {index + 1}/{rounds}, {name}")
+            progress(f"round {done}, {name}")
             seconds[name].append(_gpu_seconds(steps[name]) if device.type == "cuda" else _wall_seconds(steps[name]))
     return seconds
 

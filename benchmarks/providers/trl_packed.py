@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from benchmarks.cases import Batch
-from benchmarks.providers import Step, trl_kernels
+from benchmarks.providers import Step, Unsupported, trl_kernels
 
 
 def prepare(batch: Batch) -> Step:
+    if batch.mask.all():
+        raise Unsupported("as trl: no padding to drop")
     return trl_kernels.prepare(batch, packed=True)
