@@ -10,6 +10,7 @@ from srpo_kernels.config import SRPOConfig
 from srpo_kernels.engine import loss_op, stats_op
 from srpo_kernels.engine.arguments import LossArguments, LossOptions, StatsArguments, StatsOptions
 from srpo_kernels.engine.gemm import accumulation_dtype
+from srpo_kernels.engine.vocabulary import name_of, refused_together
 from srpo_kernels.types import METRICS, Normalizers, SRPOOutput, TeacherStats, TokenStats
 
 _DEFAULT_CONFIG = SRPOConfig()
@@ -80,26 +81,27 @@ def srpo_loss(
         TypeError: an argument of the wrong type or dtype.
         ValueError: a wrong shape, device or value, a missing argument, or an option that is not supported.
     """
-    validation.check_backend(backend)
-    validation.check_config(config)
-    validation.check_no_vocab_parallel(vocab_parallel_group)
-    validation.check_head(hidden, weight, bias)
-    validation.check_target_ids(target_ids, hidden)
-    validation.check_mask(mask, hidden)
-    validation.check_loss_rows(
-        target_ids,
-        advantages=advantages,
-        sdpo_mask=sdpo_mask,
-        old_log_probs=old_log_probs,
-        ref_log_probs=ref_log_probs,
-        is_weights=is_weights,
-        sequence_ids=sequence_ids,
-    )
-    validation.check_options(config, target_ids, ref_log_probs, sequence_ids, normalizers)
-    validation.check_teacher(teacher_hidden, teacher_weight, teacher_bias, weight, bias, sdpo_mask)
-    dtype = accumulation_dtype(hidden, weight)
-    backend = backends.resolve_backend(backend, hidden.device, dtype)
-    validation.check_workspace(workspace_bytes)
+    validation.check_group(vocab_parallel_group)
+    with refused_together(vocab_parallel_group):
+        validation.check_backend(backend)
+        validation.check_config(config)
+        validation.check_head(hidden, weight, bias)
+        validation.check_target_ids(target_ids, hidden)
+        validation.check_mask(mask, hidden)
+        validation.check_loss_rows(
+            target_ids,
+            advantages=advantages,
+            sdpo_mask=sdpo_mask,
+            old_log_probs=old_log_probs,
+            ref_log_probs=ref_log_probs,
+            is_weights=is_weights,
+            sequence_ids=sequence_ids,
+        )
+        validation.check_options(config, target_ids, ref_log_probs, sequence_ids, normalizers)
+        validation.check_teacher(teacher_hidden, teacher_weight, teacher_bias, weight, bias, sdpo_mask)
+        dtype = accumulation_dtype(hidden, weight)
+        backend = backends.resolve_backend(backend, hidden.device, dtype)
+        validation.check_workspace(workspace_bytes)
 
     call = LossArguments(
         hidden=hidden,
@@ -120,7 +122,9 @@ def srpo_loss(
         dw_log_mean=None if normalizers is None else normalizers.dw_log_mean,
         sequence_count=None if normalizers is None else normalizers.sequence_count,
     )
-    loss, log_probs, metrics = loss_op.fused_loss(call, LossOptions(config.encode(), backend, workspace_bytes))
+    loss, log_probs, metrics = loss_op.fused_loss(
+        call, LossOptions(config.encode(), backend, workspace_bytes, name_of(vocab_parallel_group))
+    )
     return SRPOOutput(loss, dict(zip(METRICS, metrics.unbind(), strict=True)), log_probs)
 
 
@@ -180,20 +184,24 @@ def token_stats(
         TypeError: an argument of the wrong type or dtype.
         ValueError: a wrong shape, device or value, or an option that is not supported.
     """
-    validation.check_backend(backend)
-    validation.check_engine(engine)
-    validation.check_no_vocab_parallel(vocab_parallel_group)
-    validation.check_transform(temperature, logit_scale, softcap)
-    validation.check_divergence(divergence, alpha)
-    validation.check_head(hidden, weight, bias)
-    validation.check_target_ids(target_ids, hidden)
-    validation.check_mask(mask, hidden)
-    validation.check_stats_teacher(teacher_hidden, teacher_weight, teacher_bias, hidden, weight, bias)
-    dtype = accumulation_dtype(hidden, weight)
-    backend = backends.resolve_backend(backend, hidden.device, dtype)
-    validation.check_workspace(workspace_bytes)
+    validation.check_group(vocab_parallel_group)
+    with refused_together(vocab_parallel_group):
+        validation.check_backend(backend)
+        validation.check_engine(engine)
+        validation.check_transform(temperature, logit_scale, softcap)
+        validation.check_divergence(divergence, alpha)
+        validation.check_head(hidden, weight, bias)
+        validation.check_target_ids(target_ids, hidden)
+        validation.check_mask(mask, hidden)
+        validation.check_stats_teacher(teacher_hidden, teacher_weight, teacher_bias, hidden, weight, bias)
+        dtype = accumulation_dtype(hidden, weight)
+        backend = backends.resolve_backend(backend, hidden.device, dtype)
+        validation.check_workspace(workspace_bytes)
     call = StatsArguments(hidden, weight, bias, target_ids, mask, teacher_hidden, teacher_weight, teacher_bias)
-    options = StatsOptions(divergence, alpha, temperature, logit_scale, softcap, backend, engine, workspace_bytes)
+    group = name_of(vocab_parallel_group)
+    options = StatsOptions(
+        divergence, alpha, temperature, logit_scale, softcap, backend, engine, workspace_bytes, group
+    )
     result = stats_op.token_stats(call, options)
     if teacher_hidden is None:
         return TokenStats(result.log_probs, result.entropy, None, None)
@@ -238,17 +246,18 @@ def teacher_stats(
         TypeError: an argument of the wrong type or dtype.
         ValueError: a wrong shape, device or value, or an option that is not supported.
     """
-    validation.check_backend(backend)
-    validation.check_engine(engine)
-    validation.check_no_vocab_parallel(vocab_parallel_group)
-    validation.check_transform(temperature, logit_scale, softcap)
-    validation.check_head(
-        teacher_hidden, teacher_weight, teacher_bias, ("teacher_hidden", "teacher_weight", "teacher_bias")
-    )
-    validation.check_mask(mask, teacher_hidden, "the rows of teacher_hidden")
-    dtype = accumulation_dtype(teacher_hidden, teacher_weight)
-    backend = backends.resolve_backend(backend, teacher_hidden.device, dtype)
-    validation.check_workspace(workspace_bytes)
+    validation.check_group(vocab_parallel_group)
+    with refused_together(vocab_parallel_group):
+        validation.check_backend(backend)
+        validation.check_engine(engine)
+        validation.check_transform(temperature, logit_scale, softcap)
+        validation.check_head(
+            teacher_hidden, teacher_weight, teacher_bias, ("teacher_hidden", "teacher_weight", "teacher_bias")
+        )
+        validation.check_mask(mask, teacher_hidden, "the rows of teacher_hidden")
+        dtype = accumulation_dtype(teacher_hidden, teacher_weight)
+        backend = backends.resolve_backend(backend, teacher_hidden.device, dtype)
+        validation.check_workspace(workspace_bytes)
     hidden, weight = teacher_hidden.detach(), teacher_weight.detach()
     bias = None if teacher_bias is None else teacher_bias.detach()
     result = stats_op.token_stats(
@@ -260,6 +269,7 @@ def teacher_stats(
             backend=backend,
             engine=engine,
             workspace_bytes=workspace_bytes,
+            vocab_parallel_group=name_of(vocab_parallel_group),
         ),
     )
     return TeacherStats(result.entropy, result.logsumexp.to(dtype))

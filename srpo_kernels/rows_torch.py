@@ -19,7 +19,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from srpo_kernels.rows import DivergenceStats, Dlogits, RowGradients, RowSpec, RowStats, Scratch
+from srpo_kernels.rows import DivergenceStats, Dlogits, RowGradients, RowSpec, RowStats, Scratch, support_coefficients
 from srpo_kernels.types import wide_dtype
 
 # What one thread works on at a time, over all buffers of a pass: 1 MiB of fp32, half of a current core's L2 cache.
@@ -158,12 +158,7 @@ def log_prob_gradient_(
         # dz = -g (p - 1[v = id]): the buffer needs one number changed.
         logits.scatter_add_(1, ids, torch.full_like(total, -1.0))
         return _dlogits(logits, -total * spec.constant_slope, dtype)
-    # dlogits outside of the ids is this number times p; at an id the value is set, not added, so that a large tail
-    # term never has to cancel there.
-    outside = -total
-    if grad_tail is not None and stats.log_tail is not None:
-        total = total + grad_tail[:, None]
-        outside = grad_tail[:, None] * torch.exp(-stats.log_tail[:, None]) - total
+    total, outside = (x[:, None] for x in support_coefficients(grad_log_probs, grad_tail, stats.log_tail))
     at_ids = grad_log_probs - total * log_probs.exp()
     if spec.softcap is None and grad_entropy is None:
         logits.mul_(outside).scatter_(1, ids, at_ids)

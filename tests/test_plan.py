@@ -123,6 +123,7 @@ def plan_of(
         lengths,
         config,
         memory=RowMemory(1000, 8, Scratch(5, 100), CPU),
+        vocab_size=1000,
         workspace_bytes=workspace_rows * row_stride(1000) * 8,
         gradients=gradients,
         log_mean_known=log_mean_known,

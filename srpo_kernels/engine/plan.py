@@ -81,11 +81,12 @@ class RowMemory:
     copy_itemsize: int = 0
 
     @classmethod
-    def of(cls, weight: Tensor, dtype: torch.dtype, passes: RowPasses) -> RowMemory:
-        """For logits in ``dtype`` of the head ``weight`` ``[V, H]``."""
+    def of(cls, weight: Tensor, dtype: torch.dtype, passes: RowPasses, vocab_size: int | None = None) -> RowMemory:
+        """For logits in ``dtype`` of the head ``weight`` ``[V, H]``, or of as many as ``vocab_size`` ids."""
         copy = gemm.operand_dtype(weight, dtype)
-        scratch = passes.scratch(len(weight), weight.device)
-        return cls(len(weight), dtype.itemsize, scratch, weight.device, 0 if copy == dtype else copy.itemsize)
+        vocab_size = len(weight) if vocab_size is None else vocab_size
+        scratch = passes.scratch(vocab_size, weight.device)
+        return cls(vocab_size, dtype.itemsize, scratch, weight.device, 0 if copy == dtype else copy.itemsize)
 
     def floor(self, models: int) -> int:
         """Bytes that one row of ``models`` models needs."""
@@ -174,12 +175,14 @@ def make_plan(
     config: SRPOConfig,
     *,
     memory: RowMemory,
+    vocab_size: int,
     workspace_bytes: int | None,
     gradients: int,
     log_mean_known: bool,
 ) -> Plan:
     """Lay out the chunks. ``sequence_lengths`` are those of the active policy rows, for gspo alone.
 
+    ``memory`` is that of the logits in this process, ``vocab_size`` is of the whole vocabulary.
     ``gradients`` is how many of dX and dW are wanted.
     """
     policy_rows = memory.capacity(1, workspace_bytes)
@@ -190,7 +193,7 @@ def make_plan(
         segments = sequence_segments(sequence_lengths, policy_rows)
     inactive = len(order.inactive) if config.count_inactive else 0
     distilled = len(order.distillation)
-    teacher_first = bool(distilled) and not log_mean_known and weights_need_teacher_first(config, memory.vocab_size)
+    teacher_first = bool(distilled) and not log_mean_known and weights_need_teacher_first(config, vocab_size)
     repeated = sum(_length(chunk) for segment in segments for chunk in segment[:-1])
     return Plan(
         order,
