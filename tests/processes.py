@@ -32,7 +32,7 @@ class RankError(RuntimeError):
 def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout_seconds: float = 120) -> list[Any]:
     """``function(rank, *args)`` in ``world_size`` new processes of one gloo group; returns what each rank returned.
 
-    ``function`` is a module's own, so that it can be sent to a process, and what it returns can be saved by torch.
+    ``function`` is a module's own, so that it can be sent to a process; ``args`` and results are what torch can save.
     Raises RankError with the traceback of every rank that failed, and TimeoutError, naming the ranks, when some are
     not done after ``timeout_seconds``. A collective that waits for a lost rank fails after half of that time.
 
@@ -40,8 +40,10 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
     """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
+        # In a file: torch would send each tensor to each process through a file descriptor of its own.
+        torch.save(args, folder / "arguments.pt")
         processes = mp.start_processes(
-            _work, (function, world_size, folder, timeout_seconds / 2, args), world_size, join=False
+            _work, (function, world_size, folder, timeout_seconds / 2), world_size, join=False
         ).processes
         deadline = time.monotonic() + timeout_seconds
         for process in processes:
@@ -64,14 +66,7 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
         return [torch.load(_result(folder, rank), weights_only=False) for rank in range(world_size)]
 
 
-def _work(
-    rank: int,
-    function: Callable[..., Any],
-    world_size: int,
-    folder: Path,
-    timeout_seconds: float,
-    args: tuple[Any, ...],
-) -> None:
+def _work(rank: int, function: Callable[..., Any], world_size: int, folder: Path, timeout_seconds: float) -> None:
     torch.set_num_threads(1)
     try:
         dist.init_process_group(
@@ -81,7 +76,7 @@ def _work(
             world_size=world_size,
             timeout=timedelta(seconds=timeout_seconds),
         )
-        result = function(rank, *args)
+        result = function(rank, *torch.load(folder / "arguments.pt", weights_only=False))
         # None leaves before all are done: a rank that is gone early would fail the others' last collective.
         dist.barrier()
         dist.destroy_process_group()
