@@ -6,10 +6,11 @@ from benchmarks.costs.command import cost
 from benchmarks.gate import gate
 from benchmarks.memory import peak
 from benchmarks.speed import speed
+from benchmarks.wire import wire
 
 if __name__ == "__main__":
     tyro.extras.subcommand_cli_from_dict(
-        {"speed": speed, "cost": cost, "gate": gate, "peak": peak},
+        {"speed": speed, "cost": cost, "gate": gate, "peak": peak, "wire": wire},
         prog="python -m benchmarks",
         description="Measure srpo_kernels beside other ways to compute the same SRPO loss.",
     )

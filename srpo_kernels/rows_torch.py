@@ -289,8 +289,9 @@ def _logsumexp(shift: Tensor, log_sum: Tensor) -> Tensor:
 
 
 def _normalize_(z: Tensor, logsumexp: Tensor, spec: RowSpec) -> None:
-    """Normalise a slice of rows in place."""
-    z.sub_(logsumexp.to(z.dtype))
+    """Normalise a slice of rows in place; the log-sum-exp in two parts: it must not be rounded like a logit."""
+    high = logsumexp.to(z.dtype)
+    z.sub_(high).sub_((logsumexp - high).to(z.dtype))
     if spec.divergence == "jsd":
         _floor_(z)
 

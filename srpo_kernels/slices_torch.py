@@ -13,8 +13,8 @@ from srpo_kernels.rows import Dlogits, RowSpec, RowStats, support_coefficients
 from srpo_kernels.rows_torch import (
     _blocks,
     _dot,
-    _floor_,
     _log_ratio_to_mixture,
+    _normalize_,
     _transform_,
     scratch,
     slice_gradient_,
@@ -79,8 +79,7 @@ def jsd_sums(
     for rows, (p, q, mixture, ratio) in _blocks(student_logits, 4, buffers=2):
         for out, logits, lse in ((p, student_logits, logsumexp), (q, teacher_logits, teacher_logsumexp)):
             _transform_(out.copy_(logits[rows]), spec)
-            _normalize_(out, lse[rows])
-            _floor_(out)
+            _normalize_(out, lse[rows], spec)
             out.exp_()
         _log_ratio_to_mixture(p, q, spec, mixture=mixture, out=ratio)
         kl = _dot(p, ratio, out=ratio)
@@ -113,7 +112,7 @@ def log_prob_gradient_(
     for rows, (p, *slopes) in _blocks(logits, 1 if spec.softcap is None else 2, buffers=1):
         z = logits[rows]
         _transform_(z, spec, *slopes)
-        _normalize_(z, stats.logsumexp[rows])
+        _normalize_(z, stats.logsumexp[rows], spec)
         torch.exp(z, out=p)
         if grad_entropy is not None and stats.entropy is not None:
             z.add_(stats.entropy[rows, None]).mul_(p).mul_(-grad_entropy[rows, None])
@@ -152,9 +151,3 @@ def _inside(ids: Tensor, z: Tensor) -> Tensor:
 def _at(z: Tensor, ids: Tensor) -> Tensor:
     """The values at ``ids`` ``[n, K]``; LOWEST for those of other slices."""
     return z.gather(1, ids.clamp(0, z.shape[1] - 1)).masked_fill(~_inside(ids, z), LOWEST)
-
-
-def _normalize_(z: Tensor, logsumexp: Tensor) -> None:
-    """Log-probabilities in place; the log-sum-exp in two parts: it must not be rounded like a logit."""
-    high = logsumexp.to(z.dtype)
-    z.sub_(high).sub_((logsumexp - high).to(z.dtype))

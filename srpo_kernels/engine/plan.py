@@ -15,6 +15,7 @@ from torch import Tensor
 
 from srpo_kernels.config import SRPOConfig
 from srpo_kernels.engine import gemm
+from srpo_kernels.engine.vocabulary import Vocabulary
 from srpo_kernels.engine.workspace import row_stride
 from srpo_kernels.rows import RowPasses, Scratch
 
@@ -71,7 +72,8 @@ def order_rows(
 class RowMemory:
     """What a row costs while it is computed: its logits in every model, its scratch, its dlogits where they move.
 
-    ``copy_itemsize`` is the size of an element of dlogits that cannot take the place of the logits, else 0.
+    ``copy_itemsize`` is the size of an element of dlogits that cannot take the place of the logits, else 0. ``shards``
+    is how many times the vocabulary has more ids than the ``vocab_size`` of the largest shard.
     """
 
     vocab_size: int
@@ -79,14 +81,19 @@ class RowMemory:
     scratch: Scratch
     device: torch.device
     copy_itemsize: int = 0
+    shards: int = 1
 
     @classmethod
-    def of(cls, weight: Tensor, dtype: torch.dtype, passes: RowPasses, vocab_size: int | None = None) -> RowMemory:
-        """For logits in ``dtype`` of the head ``weight`` ``[V, H]``, or of as many as ``vocab_size`` ids."""
-        copy = gemm.operand_dtype(weight, dtype)
-        vocab_size = len(weight) if vocab_size is None else vocab_size
-        scratch = passes.scratch(vocab_size, weight.device)
-        return cls(vocab_size, dtype.itemsize, scratch, weight.device, 0 if copy == dtype else copy.itemsize)
+    def of(
+        cls, weight: Tensor, dtype: torch.dtype, passes: RowPasses, vocabulary: Vocabulary | None = None
+    ) -> RowMemory:
+        """For logits in ``dtype`` of the head ``weight``: ``[V, H]``, or a shard of a vocabulary."""
+        if vocabulary is None:
+            vocabulary = Vocabulary.whole(len(weight))
+        copy, width = gemm.operand_dtype(weight, dtype), vocabulary.largest
+        scratch, shards = passes.scratch(width, weight.device), vocabulary.size // width
+        copy_itemsize = 0 if copy == dtype else copy.itemsize
+        return cls(width, dtype.itemsize, scratch, weight.device, copy_itemsize, shards)
 
     def floor(self, models: int) -> int:
         """Bytes that one row of ``models`` models needs."""
@@ -96,7 +103,8 @@ class RowMemory:
         """Rows of a chunk that fit into the workspace; a default where none is given."""
         if workspace_bytes is None:
             if self.device.type != "cpu":
-                return _ROWS_ACCELERATOR
+                # A shard's rows are short: as much memory as for the whole vocabulary takes fewer exchanges.
+                return _ROWS_ACCELERATOR * self.shards
             workspace_bytes = max(_DEFAULT_WORKSPACE_CPU, self.floor(models))
         # Scratch is for a block of rows at most, and for no more rows than the chunk has.
         block = self.scratch.blocks * self.scratch.rows * self._logits(1, copy=False)

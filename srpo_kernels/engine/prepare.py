@@ -37,7 +37,7 @@ def prepare_loss(
 ) -> tuple[Batch, Plan]:
     """Flatten a batch and lay out how it runs. Raises ValueError for values that ``srpo_loss`` refuses."""
     dtype = accumulation_dtype(call.hidden, call.weight)
-    memory = RowMemory.of(call.weight, dtype, passes, vocabulary.largest)
+    memory = RowMemory.of(call.weight, dtype, passes, vocabulary)
     check_workspace(workspace_bytes, memory.floor(1 if call.sdpo_mask is None else 2))
     shape, device = call.target_ids.shape, call.target_ids.device
     targets = call.target_ids.reshape(-1)
@@ -115,7 +115,7 @@ def tiles(call: StatsArguments, options: StatsOptions, needs: Needs, vocabulary:
     if options.engine == "tile" or obstacle is not None:
         return obstacle is None
     dtype = accumulation_dtype(call.hidden, call.weight)
-    memory = RowMemory.of(call.weight, dtype, row_passes("triton", vocabulary), vocabulary.largest)
+    memory = RowMemory.of(call.weight, dtype, row_passes("triton", vocabulary), vocabulary)
     return options.workspace_bytes is not None and options.workspace_bytes < memory.floor(len(pairs))
 
 
@@ -135,7 +135,7 @@ def prepare_stats(
     passes = row_passes(options.backend, vocabulary)
     if not tiled:
         dtype = accumulation_dtype(call.hidden, call.weight)
-        memory = RowMemory.of(call.weight, dtype, passes, vocabulary.largest)
+        memory = RowMemory.of(call.weight, dtype, passes, vocabulary)
         check_workspace(options.workspace_bytes, memory.floor(1 if call.teacher_hidden is None else 2))
     if call.target_ids is None:
         targets = torch.zeros(call.hidden.shape[:-1], dtype=torch.int64, device=device).view(-1)

@@ -36,7 +36,7 @@ class StatsCall(NamedTuple):
 
     def capacity(self, weight: Tensor, dtype: torch.dtype) -> tuple[int, int]:
         """Rows of a chunk, and how many ids each of them has logits for."""
-        memory = plan.RowMemory.of(weight, dtype, self.passes, self.vocabulary.largest)
+        memory = plan.RowMemory.of(weight, dtype, self.passes, self.vocabulary)
         return memory.capacity(self.models, self.workspace_bytes), memory.vocab_size
 
     @property
