@@ -67,7 +67,12 @@ def srpo_loss(
             reductions ``"sequence"`` and ``"constant"``.
         normalizers: the counts of the whole optimizer batch; with them the losses of micro-batches add up to the loss
             of the whole batch. None: this call is the whole batch.
-        vocab_parallel_group: not in this version; must be None.
+        vocab_parallel_group: the process group that holds the LM head in shards of its rows, in rank order: ``weight``,
+            ``bias``, ``teacher_weight`` and ``teacher_bias`` are this rank's ``[V_r, ...]`` (uneven ones too, of one
+            size for student and teacher), V is their sum, all else is the same on all ranks. Loss, log-probs and
+            metrics are the same to the last bit on every rank; ``hidden`` gets the whole gradient, a shard its own. On
+            the wire, per row and rank: 5 numbers of a policy row, up to 12 of a fully distilled one, and H of dX; see
+            docs/vocabulary_parallel.md. None: ``weight`` is the whole head.
         config: every option of the loss.
         backend: ``"auto"`` (triton on a GPU, torch elsewhere), ``"torch"`` or ``"triton"``.
         workspace_bytes: bound of the logits that are alive at a time, of both models together.
@@ -79,7 +84,8 @@ def srpo_loss(
 
     Raises:
         TypeError: an argument of the wrong type or dtype.
-        ValueError: a wrong shape, device or value, a missing argument, or an option that is not supported.
+        ValueError: a wrong shape, device or value, a missing argument, or an option that is not supported; and where
+            another rank of ``vocab_parallel_group`` raises.
     """
     validation.check_group(vocab_parallel_group)
     with refused_together(vocab_parallel_group):
@@ -168,7 +174,9 @@ def token_stats(
         temperature: divides the logits.
         logit_scale: multiplies the logits, before the softcap.
         softcap: bounds the logits to ``softcap * tanh(logits / softcap)``. None: no bound.
-        vocab_parallel_group: not in this version; must be None.
+        vocab_parallel_group: the process group that holds the LM head in shards, as in ``srpo_loss``: statistics are
+            the same to the last bit on every rank, and their upstream gradients must be the same too. On the wire, per
+            row and rank: 5 numbers, up to 12 with a teacher, and H of dX in the backward.
         backend: ``"auto"``, ``"torch"`` or ``"triton"``.
         engine: ``"rows"`` holds the logits of some rows at a time; ``"tile"`` holds none: projection and reductions in
             one kernel, whose results for a row are the same to the last bit in any batch. It has no gradient and no
@@ -234,7 +242,8 @@ def teacher_stats(
         temperature: divides the logits.
         logit_scale: multiplies the logits, before the softcap.
         softcap: bounds the logits to ``softcap * tanh(logits / softcap)``. None: no bound.
-        vocab_parallel_group: not in this version; must be None.
+        vocab_parallel_group: the process group that holds ``teacher_weight`` and ``teacher_bias`` in shards, as in
+            ``srpo_loss``. On the wire, per row and rank: 5 numbers.
         backend: ``"auto"``, ``"torch"`` or ``"triton"``.
         engine: ``"auto"``, ``"rows"`` or ``"tile"``, as in ``token_stats``.
         workspace_bytes: bound of the logits that are alive at a time.

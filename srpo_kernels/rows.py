@@ -2,7 +2,7 @@
 
 A row pass reads logits ``[n, V]`` (or a slice of the vocabulary) one row at a time and reduces each row to a few
 numbers, or turns the buffer into the gradient of the logits. ``rows_torch`` implements ``RowPasses`` on every device,
-``kernels.passes`` in Triton.
+``kernels.passes`` in Triton, and ``engine.sharded`` on logits that lie in several processes.
 """
 
 from __future__ import annotations

@@ -99,7 +99,7 @@ def assembled(of_ranks: list[list[Results]]) -> list[Results]:
     return whole
 
 
-@pytest.mark.parametrize(("ranks", "count"), [(2, 150), (4, 60)])
+@pytest.mark.parametrize(("ranks", "count"), [(2, 100), (4, 25)])
 def test_any_loss_in_fp64(ranks: int, count: int) -> None:
     calls = draw(loss_cases(), count, ranks)
     for (case, sizes), actual in zip(calls, assembled(run_ranks(run_losses, ranks, calls, "torch")), strict=True):
@@ -109,7 +109,7 @@ def test_any_loss_in_fp64(ranks: int, count: int) -> None:
         assert_same(actual, run_loss(reference.srpo_loss, case.inputs, case.leaves, **case.options), 1e-9)
 
 
-@pytest.mark.parametrize(("ranks", "count"), [(2, 60), (4, 30)])
+@pytest.mark.parametrize(("ranks", "count"), [(2, 50), (4, 15)])
 def test_any_statistics_in_fp64(ranks: int, count: int) -> None:
     calls = draw(stats_cases(), count, ranks)
     for (case, _), actual in zip(calls, assembled(run_ranks(run_statistics, ranks, calls, "torch")), strict=True):
