@@ -12,10 +12,11 @@ import torch
 import torch.distributed as dist
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 import reference
 from srpo_kernels import SRPOConfig, srpo_loss, token_stats
-from srpo_kernels.config import DIVERGENCES
+from srpo_kernels.config import DISTILLATION_MODES, DIVERGENCES
 from tests.comparison import Results, assert_as_accurate, assert_same, condition_of, run_loss, run_stats
 from tests.parity import coefficients
 from tests.processes import needs_gloo, run_ranks
@@ -225,3 +226,24 @@ def test_branches_without_rows() -> None:
     calls = [(Case(inputs | edge, {"config": SRPOConfig()}), [30, 3]) for edge in EDGES.values()]
     for (case, _), actual in zip(calls, assembled(run_ranks(run_losses, 2, calls, "torch")), strict=True):
         assert_same(actual, run_loss(reference.srpo_loss, case.inputs, **case.options), 1e-9)
+
+
+def count_nonfinite(rank: int, backend: str) -> list[Tensor]:
+    import tests.conftest  # noqa: F401
+
+    inputs = cast(loss_inputs(0, (4, 6), teacher_size=5), torch.float32)
+    inputs["weight"][20, 1] = torch.nan
+    options = {"backend": backend, "vocab_parallel_group": dist.group.WORLD}
+    return [
+        srpo_loss(**shard_of(inputs, [9, 24], rank), config=SRPOConfig(distillation_mode=mode), **options).metrics[
+            "nonfinite_rows"
+        ]
+        for mode in DISTILLATION_MODES
+    ]
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_a_shard_that_went_to_nan_is_seen_on_every_rank(backend: str) -> None:
+    inputs = loss_inputs(0, (4, 6))
+    active = inputs["mask"] & (inputs["sdpo_mask"] | (inputs["advantages"] != 0))[:, None]
+    assert run_ranks(count_nonfinite, 2, backend) == [[active.sum()] * len(DISTILLATION_MODES)] * 2
