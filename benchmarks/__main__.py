@@ -9,6 +9,7 @@ from benchmarks.memory import peak
 from benchmarks.report import report
 from benchmarks.scaling import scaling
 from benchmarks.speed import speed
+from benchmarks.wire import wire
 
 if __name__ == "__main__":
     tyro.extras.subcommand_cli_from_dict(
@@ -20,6 +21,7 @@ if __name__ == "__main__":
             "report": report,
             "gate": gate,
             "peak": peak,
+            "wire": wire,
         },
         prog="python -m benchmarks",
         description="Measure srpo_kernels beside other ways to compute the same SRPO loss.",

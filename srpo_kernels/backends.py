@@ -7,8 +7,9 @@ from typing import Literal
 
 import torch
 
-from srpo_kernels import rows_torch
+from srpo_kernels import rows_torch, slices_torch
 from srpo_kernels.rows import RowPasses
+from srpo_kernels.sums import SlicePasses
 
 BackendName = Literal["torch", "triton"]
 
@@ -47,6 +48,15 @@ def row_passes(backend: str) -> RowPasses:
     from srpo_kernels.kernels import passes
 
     return passes
+
+
+def slice_passes(backend: str) -> SlicePasses:
+    """The same of the passes over a slice of the vocabulary."""
+    if backend == "torch":
+        return slices_torch
+    from srpo_kernels.kernels import slices
+
+    return slices
 
 
 def _interpreted() -> bool:

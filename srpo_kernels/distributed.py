@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import distributed_c10d
 
 
 def gather_ranks(values: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
@@ -17,3 +18,21 @@ def gather_ranks(values: Tensor, group: dist.ProcessGroup | None = None) -> Tens
     gathered = [torch.empty_like(values) for _ in range(dist.get_world_size(group))]
     dist.all_gather(gathered, values, group=group)
     return torch.stack(gathered)
+
+
+def gather_numbers(numbers: list[int], group: dist.ProcessGroup) -> list[list[int]]:
+    """The integers of every rank in rank order: one ``gather_ranks``, on the host where the group can."""
+    on_host = "cpu:" in dist.get_backend_config(group)
+    device = None if on_host else torch.accelerator.current_accelerator()
+    rows: list[list[int]] = gather_ranks(torch.tensor(numbers, device=device), group).tolist()
+    return rows
+
+
+def sum_ranks_(values: Tensor, group: dist.ProcessGroup) -> None:
+    """Put the sum over all ranks in the place of ``values``: one ``all_reduce``."""
+    dist.all_reduce(values, group=group)
+
+
+def group_of(name: str) -> dist.ProcessGroup:
+    """The process group of a name, which is all that an operator of a compiled graph can be told of one."""
+    return distributed_c10d._resolve_process_group(name)  # type: ignore[attr-defined,arg-type]

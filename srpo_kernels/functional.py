@@ -10,6 +10,7 @@ from srpo_kernels.config import SRPOConfig
 from srpo_kernels.engine import loss_op, stats_op
 from srpo_kernels.engine.arguments import LossArguments, LossOptions, StatsArguments, StatsOptions
 from srpo_kernels.engine.gemm import accumulation_dtype
+from srpo_kernels.engine.vocabulary import name_of, refused_together
 from srpo_kernels.types import METRICS, Normalizers, SRPOOutput, TeacherStats, TokenStats
 
 _DEFAULT_CONFIG = SRPOConfig()
@@ -66,7 +67,12 @@ def srpo_loss(
             reductions ``"sequence"`` and ``"constant"``.
         normalizers: the counts of the whole optimizer batch; with them the losses of micro-batches add up to the loss
             of the whole batch. None: this call is the whole batch.
-        vocab_parallel_group: not in this version; must be None.
+        vocab_parallel_group: the process group that holds the LM head in shards of its rows, in rank order: ``weight``,
+            ``bias``, ``teacher_weight`` and ``teacher_bias`` are this rank's ``[V_r, ...]`` (uneven ones too, of one
+            size for student and teacher), V is their sum, all else is the same on all ranks. Loss, log-probs and
+            metrics are the same to the last bit on every rank; ``hidden`` gets the whole gradient, a shard its own. On
+            the wire, per row and rank: 5 numbers of a policy row, up to 12 of a fully distilled one, and H of dX; see
+            docs/vocabulary_parallel.md. None: ``weight`` is the whole head.
         config: every option of the loss.
         backend: ``"auto"`` (triton on a GPU, torch elsewhere), ``"torch"`` or ``"triton"``.
         workspace_bytes: bound of the logits that are alive at a time, of both models together.
@@ -78,28 +84,30 @@ def srpo_loss(
 
     Raises:
         TypeError: an argument of the wrong type or dtype.
-        ValueError: a wrong shape, device or value, a missing argument, or an option that is not supported.
+        ValueError: a wrong shape, device or value, a missing argument, or an option that is not supported; and where
+            another rank of ``vocab_parallel_group`` raises.
     """
-    validation.check_backend(backend)
-    validation.check_config(config)
-    validation.check_no_vocab_parallel(vocab_parallel_group)
-    validation.check_head(hidden, weight, bias)
-    validation.check_target_ids(target_ids, hidden)
-    validation.check_mask(mask, hidden)
-    validation.check_loss_rows(
-        target_ids,
-        advantages=advantages,
-        sdpo_mask=sdpo_mask,
-        old_log_probs=old_log_probs,
-        ref_log_probs=ref_log_probs,
-        is_weights=is_weights,
-        sequence_ids=sequence_ids,
-    )
-    validation.check_options(config, target_ids, ref_log_probs, sequence_ids, normalizers)
-    validation.check_teacher(teacher_hidden, teacher_weight, teacher_bias, weight, bias, sdpo_mask)
-    dtype = accumulation_dtype(hidden, weight)
-    backend = backends.resolve_backend(backend, hidden.device, dtype)
-    validation.check_workspace(workspace_bytes)
+    validation.check_group(vocab_parallel_group)
+    with refused_together(vocab_parallel_group):
+        validation.check_backend(backend)
+        validation.check_config(config)
+        validation.check_head(hidden, weight, bias)
+        validation.check_target_ids(target_ids, hidden)
+        validation.check_mask(mask, hidden)
+        validation.check_loss_rows(
+            target_ids,
+            advantages=advantages,
+            sdpo_mask=sdpo_mask,
+            old_log_probs=old_log_probs,
+            ref_log_probs=ref_log_probs,
+            is_weights=is_weights,
+            sequence_ids=sequence_ids,
+        )
+        validation.check_options(config, target_ids, ref_log_probs, sequence_ids, normalizers)
+        validation.check_teacher(teacher_hidden, teacher_weight, teacher_bias, weight, bias, sdpo_mask)
+        dtype = accumulation_dtype(hidden, weight)
+        backend = backends.resolve_backend(backend, hidden.device, dtype)
+        validation.check_workspace(workspace_bytes)
 
     call = LossArguments(
         hidden=hidden,
@@ -120,7 +128,9 @@ def srpo_loss(
         dw_log_mean=None if normalizers is None else normalizers.dw_log_mean,
         sequence_count=None if normalizers is None else normalizers.sequence_count,
     )
-    loss, log_probs, metrics = loss_op.fused_loss(call, LossOptions(config.encode(), backend, workspace_bytes))
+    loss, log_probs, metrics = loss_op.fused_loss(
+        call, LossOptions(config.encode(), backend, workspace_bytes, name_of(vocab_parallel_group))
+    )
     return SRPOOutput(loss, dict(zip(METRICS, metrics.unbind(), strict=True)), log_probs)
 
 
@@ -164,7 +174,9 @@ def token_stats(
         temperature: divides the logits.
         logit_scale: multiplies the logits, before the softcap.
         softcap: bounds the logits to ``softcap * tanh(logits / softcap)``. None: no bound.
-        vocab_parallel_group: not in this version; must be None.
+        vocab_parallel_group: the process group that holds the LM head in shards, as in ``srpo_loss``: statistics are
+            the same to the last bit on every rank, and their upstream gradients must be the same too. On the wire, per
+            row and rank: 5 numbers, up to 12 with a teacher, and H of dX in the backward.
         backend: ``"auto"``, ``"torch"`` or ``"triton"``.
         engine: ``"rows"`` holds the logits of some rows at a time; ``"tile"`` holds none: projection and reductions in
             one kernel, whose results for a row are the same to the last bit in any batch. It has no gradient and no
@@ -180,20 +192,24 @@ def token_stats(
         TypeError: an argument of the wrong type or dtype.
         ValueError: a wrong shape, device or value, or an option that is not supported.
     """
-    validation.check_backend(backend)
-    validation.check_engine(engine)
-    validation.check_no_vocab_parallel(vocab_parallel_group)
-    validation.check_transform(temperature, logit_scale, softcap)
-    validation.check_divergence(divergence, alpha)
-    validation.check_head(hidden, weight, bias)
-    validation.check_target_ids(target_ids, hidden)
-    validation.check_mask(mask, hidden)
-    validation.check_stats_teacher(teacher_hidden, teacher_weight, teacher_bias, hidden, weight, bias)
-    dtype = accumulation_dtype(hidden, weight)
-    backend = backends.resolve_backend(backend, hidden.device, dtype)
-    validation.check_workspace(workspace_bytes)
+    validation.check_group(vocab_parallel_group)
+    with refused_together(vocab_parallel_group):
+        validation.check_backend(backend)
+        validation.check_engine(engine)
+        validation.check_transform(temperature, logit_scale, softcap)
+        validation.check_divergence(divergence, alpha)
+        validation.check_head(hidden, weight, bias)
+        validation.check_target_ids(target_ids, hidden)
+        validation.check_mask(mask, hidden)
+        validation.check_stats_teacher(teacher_hidden, teacher_weight, teacher_bias, hidden, weight, bias)
+        dtype = accumulation_dtype(hidden, weight)
+        backend = backends.resolve_backend(backend, hidden.device, dtype)
+        validation.check_workspace(workspace_bytes)
     call = StatsArguments(hidden, weight, bias, target_ids, mask, teacher_hidden, teacher_weight, teacher_bias)
-    options = StatsOptions(divergence, alpha, temperature, logit_scale, softcap, backend, engine, workspace_bytes)
+    group = name_of(vocab_parallel_group)
+    options = StatsOptions(
+        divergence, alpha, temperature, logit_scale, softcap, backend, engine, workspace_bytes, group
+    )
     result = stats_op.token_stats(call, options)
     if teacher_hidden is None:
         return TokenStats(result.log_probs, result.entropy, None, None)
@@ -226,7 +242,8 @@ def teacher_stats(
         temperature: divides the logits.
         logit_scale: multiplies the logits, before the softcap.
         softcap: bounds the logits to ``softcap * tanh(logits / softcap)``. None: no bound.
-        vocab_parallel_group: not in this version; must be None.
+        vocab_parallel_group: the process group that holds ``teacher_weight`` and ``teacher_bias`` in shards, as in
+            ``srpo_loss``. On the wire, per row and rank: 5 numbers.
         backend: ``"auto"``, ``"torch"`` or ``"triton"``.
         engine: ``"auto"``, ``"rows"`` or ``"tile"``, as in ``token_stats``.
         workspace_bytes: bound of the logits that are alive at a time.
@@ -238,17 +255,18 @@ def teacher_stats(
         TypeError: an argument of the wrong type or dtype.
         ValueError: a wrong shape, device or value, or an option that is not supported.
     """
-    validation.check_backend(backend)
-    validation.check_engine(engine)
-    validation.check_no_vocab_parallel(vocab_parallel_group)
-    validation.check_transform(temperature, logit_scale, softcap)
-    validation.check_head(
-        teacher_hidden, teacher_weight, teacher_bias, ("teacher_hidden", "teacher_weight", "teacher_bias")
-    )
-    validation.check_mask(mask, teacher_hidden, "the rows of teacher_hidden")
-    dtype = accumulation_dtype(teacher_hidden, teacher_weight)
-    backend = backends.resolve_backend(backend, teacher_hidden.device, dtype)
-    validation.check_workspace(workspace_bytes)
+    validation.check_group(vocab_parallel_group)
+    with refused_together(vocab_parallel_group):
+        validation.check_backend(backend)
+        validation.check_engine(engine)
+        validation.check_transform(temperature, logit_scale, softcap)
+        validation.check_head(
+            teacher_hidden, teacher_weight, teacher_bias, ("teacher_hidden", "teacher_weight", "teacher_bias")
+        )
+        validation.check_mask(mask, teacher_hidden, "the rows of teacher_hidden")
+        dtype = accumulation_dtype(teacher_hidden, teacher_weight)
+        backend = backends.resolve_backend(backend, teacher_hidden.device, dtype)
+        validation.check_workspace(workspace_bytes)
     hidden, weight = teacher_hidden.detach(), teacher_weight.detach()
     bias = None if teacher_bias is None else teacher_bias.detach()
     result = stats_op.token_stats(
@@ -260,6 +278,7 @@ def teacher_stats(
             backend=backend,
             engine=engine,
             workspace_bytes=workspace_bytes,
+            vocab_parallel_group=name_of(vocab_parallel_group),
         ),
     )
     return TeacherStats(result.entropy, result.logsumexp.to(dtype))

@@ -2,7 +2,7 @@
 
 A row pass reads logits ``[n, V]`` (or a slice of the vocabulary) one row at a time and reduces each row to a few
 numbers, or turns the buffer into the gradient of the logits. ``rows_torch`` implements ``RowPasses`` on every device,
-``kernels.passes`` in Triton.
+``kernels.passes`` in Triton, and ``engine.sharded`` on logits that lie in several processes.
 """
 
 from __future__ import annotations
@@ -86,6 +86,10 @@ class DivergenceStats(NamedTuple):
     teacher_entropy: Tensor
     divergence: Tensor
     center: Tensor
+
+    def with_jsd(self, kl: Tensor, teacher_kl: Tensor, spec: RowSpec) -> DivergenceStats:
+        """These with the Jensen-Shannon divergence, from ``KL(p || m)`` and ``KL(q || m)`` ``[n]``."""
+        return self._replace(divergence=(1.0 - spec.alpha) * kl + spec.alpha * teacher_kl, center=kl[:, None])
 
     @classmethod
     def concatenate(cls, parts: Sequence[DivergenceStats]) -> DivergenceStats:
@@ -214,6 +218,21 @@ class RowPasses(Protocol):
 
         The log-sum-exps come from ``stats``, so any slice of the vocabulary can be done on its own.
         """
+
+
+def support_coefficients(
+    grad_log_probs: Tensor, grad_tail: Tensor | None, log_tail: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """What multiplies -p at K given ids, and p at all others, ``[n]`` each, for K log-probs and their tail.
+
+    At an id dlogits is ``g_k - total p_k``, outside of them ``outside p_v``: set apart, so that a large tail term never
+    has to cancel at an id.
+    """
+    total = grad_log_probs.sum(1)
+    if grad_tail is None or log_tail is None:
+        return total, -total
+    total = total + grad_tail
+    return total, grad_tail * torch.exp(-log_tail) - total
 
 
 def _concatenate(parts: Sequence[Sequence[Tensor | None]]) -> list[Tensor | None]:

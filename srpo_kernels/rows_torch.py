@@ -22,10 +22,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from srpo_kernels.rows import DivergenceStats, Dlogits, RowGradients, RowSpec, RowStats, Scratch
+from srpo_kernels.rows import DivergenceStats, Dlogits, RowGradients, RowSpec, RowStats, Scratch, support_coefficients
 from srpo_kernels.types import wide_dtype
 
-_NATS = math.log(2.0)
+NATS = math.log(2.0)
 # What one thread works on at a time, over all buffers of a pass: 8 MiB of fp32, a current core's share of the L3 cache.
 # Less would stay in L2, but there every operation waits longer for its slowest thread than it saves.
 _ELEMENTS_PER_THREAD = 1 << 21
@@ -73,8 +73,8 @@ def row_stats(
         support_bits = None if support is None else z.gather(1, support)
         p = scratch[0] if keep_logs else z
         log_sum = _softmax(z, out=p)
-        log_probs = (target_bits - log_sum).mul_(_NATS).squeeze(1)
-        support_log_probs = None if support_bits is None else (support_bits - log_sum).mul_(_NATS)
+        log_probs = (target_bits - log_sum).mul_(NATS).squeeze(1)
+        support_log_probs = None if support_bits is None else (support_bits - log_sum).mul_(NATS)
         if keep_logs:
             z.sub_(log_sum)
         log_tail = None
@@ -86,7 +86,7 @@ def row_stats(
         if entropy:
             if support is not None and support_log_probs is not None:
                 p.scatter_(1, support, support_log_probs.exp())
-            entropies = _dot(p, z, out=p).squeeze(1).mul_(-_NATS)
+            entropies = _dot(p, z, out=p).squeeze(1).mul_(-NATS)
         parts.append(RowStats(log_probs, _logsumexp(shift, log_sum), entropies, support, support_log_probs, log_tail))
     return RowStats.concatenate(parts)
 
@@ -112,8 +112,8 @@ def divergence_stats(
         shift = _to_bits_(z, spec, slope, floor=jsd)
         target_bits = z.gather(1, target_ids[rows, None])
         log_sum = _softmax(z, out=p)
-        log_probs = (target_bits - log_sum).mul_(_NATS)
-        entropies = (log_sum - _dot(p, z, out=work)).squeeze(1).mul_(_NATS) if entropy else None
+        log_probs = (target_bits - log_sum).mul_(NATS)
+        entropies = (log_sum - _dot(p, z, out=work)).squeeze(1).mul_(NATS) if entropy else None
         teacher_shift = _to_bits_(y, spec, floor=jsd)
         teacher_log_sum = _softmax(y, out=q)
         teacher_entropy = teacher_log_sum - _dot(q, y, out=work)
@@ -140,9 +140,9 @@ def divergence_stats(
                 _logsumexp(shift, log_sum),
                 entropies,
                 _logsumexp(teacher_shift, teacher_log_sum),
-                teacher_entropy.squeeze(1) * _NATS,
-                divergence.squeeze(1) * _NATS,
-                center * _NATS,
+                teacher_entropy.squeeze(1) * NATS,
+                divergence.squeeze(1) * NATS,
+                center * NATS,
             )
         )
     return DivergenceStats.concatenate(parts)
@@ -166,12 +166,7 @@ def log_prob_gradient_(
         # dz = -g (p - 1[v = id]): the buffer needs one number changed.
         logits.scatter_add_(1, ids, torch.full_like(total, -1.0))
         return _dlogits(logits, -total * spec.constant_slope, dtype)
-    # dlogits outside of the ids is this number times p; at an id the value is set, not added, so that a large tail
-    # term never has to cancel there.
-    outside = -total
-    if grad_tail is not None and stats.log_tail is not None:
-        total = total + grad_tail[:, None]
-        outside = grad_tail[:, None] * torch.exp(-stats.log_tail[:, None]) - total
+    total, outside = (x[:, None] for x in support_coefficients(grad_log_probs, grad_tail, stats.log_tail))
     at_ids = grad_log_probs - total * log_probs.exp()
     if spec.softcap is None and grad_entropy is None:
         logits.mul_(outside).scatter_(1, ids, at_ids)
@@ -179,11 +174,11 @@ def log_prob_gradient_(
     for rows, (p, slope) in _blocks(logits, 2, buffers=1):
         z = logits[rows]
         if spec.softcap is not None:
-            torch.add(stats.logsumexp[rows].to(z.dtype), z, alpha=_NATS, out=slope)
+            torch.add(stats.logsumexp[rows].to(z.dtype), z, alpha=NATS, out=slope)
             _slope_of_tanh_(slope.mul_(spec.temperature / spec.softcap), spec)
         torch.exp2(z, out=p)
         if grad_entropy is not None and stats.entropy is not None:
-            z.add_(stats.entropy[rows, None] / _NATS).mul_(p).mul_(-_NATS * grad_entropy[rows, None])
+            z.add_(stats.entropy[rows, None] / NATS).mul_(p).mul_(-NATS * grad_entropy[rows, None])
         else:
             z.zero_()
         z.add_(p.mul_(outside[rows]).scatter_(1, ids[rows], at_ids[rows]))
@@ -236,8 +231,8 @@ def slice_gradient_(
         torch.mul(p, -grads.log_probs[rows, None], out=total)
         total.scatter_add_(1, local_ids[rows, None], (grads.log_probs[rows] * inside[rows])[:, None])
         if stats.entropy is not None:
-            torch.add(z, stats.entropy[rows, None] / _NATS, out=work)
-            total.addcmul_(work.mul_(p), grads.entropy[rows, None], value=-_NATS)
+            torch.add(z, stats.entropy[rows, None] / NATS, out=work)
+            total.addcmul_(work.mul_(p), grads.entropy[rows, None], value=-NATS)
         if grads.divergence is not None and isinstance(stats, DivergenceStats) and teacher_logits is not None:
             y = teacher_logits[rows]
             _normalize_(y, stats.teacher_logsumexp[rows], spec)
@@ -246,7 +241,7 @@ def slice_gradient_(
                 _log_ratio_to_mixture(p, q, spec, mixture=work, out=z)
             else:
                 z.sub_(y)
-            _divergence_gradient(z.mul_(p), p, q, stats.center[rows] / _NATS, spec, out=z)
+            _divergence_gradient(z.mul_(p), p, q, stats.center[rows] / NATS, spec, out=z)
             total.addcmul_(z, grads.divergence[rows, None], value=_slope_of_bits(spec))
         torch.mul(total, *slope or (spec.scale,), out=z)
     return logits.to(dtype)
@@ -276,9 +271,14 @@ def _to_bits_(z: Tensor, spec: RowSpec, slope: Tensor | None = None, *, floor: b
 
 
 def _normalize_(z: Tensor, logsumexp: Tensor, spec: RowSpec, slope: Tensor | None = None) -> None:
-    """Transform a slice of rows in place, into log-probabilities in bits."""
+    """Transform a slice of rows in place, into log-probabilities in bits.
+
+    The log-sum-exp is taken off in two parts: it must not be rounded like a logit.
+    """
     by = _unit_(z, spec, slope)
-    torch.add((logsumexp / -_NATS).to(z.dtype), z, alpha=by, out=z)
+    bits = logsumexp / NATS
+    high = bits.to(z.dtype)
+    torch.add(-high, z, alpha=by, out=z).sub_((bits - high).to(z.dtype))
     if spec.divergence == "jsd":
         _floor_(z)
 
@@ -286,11 +286,11 @@ def _normalize_(z: Tensor, logsumexp: Tensor, spec: RowSpec, slope: Tensor | Non
 def _unit_(z: Tensor, spec: RowSpec, slope: Tensor | None) -> float:
     """Bits per unit of ``z``, which becomes the softcap's tanh, if any; ``slope`` takes the transform's derivative."""
     if spec.softcap is None:
-        return spec.scale / _NATS
+        return spec.scale / NATS
     z.mul_(spec.logit_scale / spec.softcap).tanh_()
     if slope is not None:
         _slope_of_tanh_(slope.copy_(z), spec)
-    return spec.softcap / spec.temperature / _NATS
+    return spec.softcap / spec.temperature / NATS
 
 
 def _slope_of_tanh_(tanh: Tensor, spec: RowSpec) -> None:
@@ -299,7 +299,7 @@ def _slope_of_tanh_(tanh: Tensor, spec: RowSpec) -> None:
 
 def _slope_of_bits(spec: RowSpec) -> float:
     """What dD/dz has in front of ``p (log-ratio - center)`` in bits; forward_kl has no logarithm there."""
-    return spec.divergence_slope * (1.0 if spec.divergence == "forward_kl" else _NATS)
+    return spec.divergence_slope * (1.0 if spec.divergence == "forward_kl" else NATS)
 
 
 def _softmax(bits: Tensor, out: Tensor) -> Tensor:
@@ -311,7 +311,7 @@ def _softmax(bits: Tensor, out: Tensor) -> Tensor:
 
 def _logsumexp(shift: Tensor, log_sum: Tensor) -> Tensor:
     """In nats, of a maximum and a sum in bits."""
-    return (shift.to(wide_dtype(shift.device)) + log_sum) * _NATS
+    return (shift.to(wide_dtype(shift.device)) + log_sum) * NATS
 
 
 def _floor_(bits: Tensor) -> None:

@@ -6,6 +6,7 @@ None reads tensor data: that costs a synchronisation, and the engine does it whe
 from __future__ import annotations
 
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from srpo_kernels.checks import BOOL, FLOATING, INTEGER, require_shape, require_tensor
 from srpo_kernels.config import SRPOConfig, require_mixture, require_option
@@ -33,10 +34,13 @@ def check_config(config: object) -> None:
         raise TypeError(f"config must be an SRPOConfig, got {type(config).__name__}")
 
 
-def check_no_vocab_parallel(group: object) -> None:
-    """No vocabulary shards in this version."""
-    if group is not None:
-        raise ValueError("vocab_parallel_group is not in this version: pass the whole weight and None")
+def check_group(group: object) -> None:
+    """None, or a process group that this process belongs to."""
+    if group is not None and not isinstance(group, ProcessGroup):
+        raise TypeError(
+            "vocab_parallel_group must be a torch.distributed.ProcessGroup that this process is in, or None, "
+            f"got {type(group).__name__}"
+        )
 
 
 def check_workspace(workspace_bytes: object) -> None:

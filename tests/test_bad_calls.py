@@ -85,7 +85,7 @@ BAD_LOSS_CALLS: list[BadCall] = [
     ("a workspace of a float", {"workspace_bytes": 1e9}, TypeError, "workspace_bytes must be an int.*got float"),
     ("a workspace below one row", {"workspace_bytes": 1000}, ValueError, "workspace_bytes.*at least.*got 1000"),
     ("a negative workspace", {"workspace_bytes": -1}, ValueError, "workspace_bytes.*at least.*got -1"),
-    ("vocabulary shards", {"vocab_parallel_group": "world"}, ValueError, "vocab_parallel_group"),
+    ("vocabulary shards", {"vocab_parallel_group": "world"}, TypeError, "vocab_parallel_group must be.*got str"),
     (
         "a KL term without ref_log_probs",
         {"config": SRPOConfig(kl_coef=0.1), "ref_log_probs": None},
@@ -144,7 +144,7 @@ BAD_STATS_CALLS: list[BadCall] = [
     ("a negative logit_scale", {"logit_scale": -1.0}, ValueError, "logit_scale.*> 0, got -1.0"),
     ("softcap is a string", {"softcap": "30"}, TypeError, "softcap must be a number.*got '30'"),
     ("a workspace below one row", {"workspace_bytes": 0}, ValueError, "workspace_bytes.*at least.*got 0"),
-    ("vocabulary shards", {"vocab_parallel_group": "world"}, ValueError, "vocab_parallel_group"),
+    ("vocabulary shards", {"vocab_parallel_group": "world"}, TypeError, "vocab_parallel_group must be.*got str"),
 ]
 
 TEACHER = {"teacher_hidden": torch.ones(4, 6, 5), "teacher_weight": torch.ones(33, 5)}

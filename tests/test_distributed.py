@@ -1,21 +1,17 @@
 from __future__ import annotations
 
-from datetime import timedelta
-from pathlib import Path
+import os
+import time
 from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from srpo_kernels.types import Normalizers
+from tests.processes import RankError, needs_gloo, run_ranks
 
-WORLD_SIZE = 2
-
-pytestmark = pytest.mark.skipif(
-    not (dist.is_available() and dist.is_gloo_available()), reason="this build of torch has no gloo backend"
-)
+pytestmark = needs_gloo
 
 
 def normalizers_of(rank: int) -> Normalizers:
@@ -26,15 +22,7 @@ def normalizers_of(rank: int) -> Normalizers:
     return Normalizers.from_batch(mask, sdpo_mask, torch.rand(3, 5, generator=generator), 1.0)
 
 
-def work(rank: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder / 'store'}",
-        rank=rank,
-        world_size=WORLD_SIZE,
-        timeout=timedelta(seconds=60),
-    )
+def reduce_normalizers(rank: int) -> tuple[torch.Tensor | None, ...]:
     mine = normalizers_of(rank)
     with mock.patch.object(dist, "all_gather", wraps=dist.all_gather) as all_gather:
         reduced = mine.all_reduce()
@@ -45,14 +33,11 @@ def work(rank: int, folder: Path) -> None:
     assert unknown.all_reduce().sequence_count is None
     with pytest.raises(ValueError, match="sdpo_count must be known"):
         (mine if rank == 0 else mine._replace(sdpo_count=None)).all_reduce()
-
-    torch.save(tuple(reduced), folder / f"{rank}.pt")
-    dist.destroy_process_group()
+    return tuple(reduced)
 
 
-def test_all_reduce_gives_every_rank_the_normalizers_of_the_whole_batch(tmp_path: Path) -> None:
-    mp.spawn(work, args=(tmp_path,), nprocs=WORLD_SIZE)
-    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(WORLD_SIZE))
+def test_all_reduce_gives_every_rank_the_normalizers_of_the_whole_batch() -> None:
+    first, second = run_ranks(reduce_normalizers, 2)
     merged = normalizers_of(0).merge(normalizers_of(1))
     for here, there, expected in zip(first, second, merged, strict=True):
         assert torch.equal(here, there)
@@ -60,3 +45,28 @@ def test_all_reduce_gives_every_rank_the_normalizers_of_the_whole_batch(tmp_path
     assert normalizers_of(1).sdpo_count == 0
     assert merged.sdpo_count is not None
     assert merged.sdpo_count > 0
+
+
+def misbehave(rank: int, how: str) -> None:
+    if rank == 1 and how == "raise":
+        raise ValueError("rank 1 refuses")
+    if rank == 1 and how == "die":
+        os._exit(3)
+    if how == "sleep":
+        time.sleep(60)
+    dist.all_reduce(torch.ones(1))
+
+
+def test_a_rank_that_fails_is_reported_with_its_reason() -> None:
+    with pytest.raises(RankError, match="rank 1 refuses") as error:
+        run_ranks(misbehave, 2, "raise", timeout_seconds=40)
+    # Rank 0 waits for a rank that is gone, and says so rather than hang.
+    assert set(error.value.tracebacks) == {0, 1}
+
+    with pytest.raises(RankError, match="exit code 3"):
+        run_ranks(misbehave, 2, "die", timeout_seconds=40)
+
+
+def test_ranks_that_never_end_are_ended() -> None:
+    with pytest.raises(TimeoutError, match=r"ranks \[0, 1\]"):
+        run_ranks(misbehave, 2, "sleep", timeout_seconds=8)

@@ -125,6 +125,7 @@ def plan_of(
         lengths,
         config,
         memory=RowMemory(1000, 8, scratch, CPU),
+        vocab_size=1000,
         workspace_bytes=workspace_rows * row_stride(1000) * 8,
         gradients=gradients,
         log_mean_known=log_mean_known,
@@ -187,6 +188,13 @@ def test_dlogits_in_a_buffer_of_their_own_share_no_product() -> None:
     rows = RowOrder(torch.arange(20), torch.arange(30), torch.arange(0))
     memory = RowMemory(1000, 4, Scratch(0, 0), CPU, copy_itemsize=2)
     plan = make_plan(
-        rows, None, SRPOConfig(), memory=memory, workspace_bytes=1 << 30, gradients=2, log_mean_known=False
+        rows,
+        None,
+        SRPOConfig(),
+        memory=memory,
+        vocab_size=1000,
+        workspace_bytes=1 << 30,
+        gradients=2,
+        log_mean_known=False,
     )
     assert plan.shared_policy_rows == 0

@@ -268,18 +268,18 @@ def test_an_upstream_gradient_that_is_no_scalar_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("options", "error", "message"),
     [
-        ({"backend": "cuda"}, "backend must be one of .* got 'cuda'"),
-        ({"vocab_parallel_group": object()}, "vocab_parallel_group"),
+        ({"backend": "cuda"}, ValueError, "backend must be one of .* got 'cuda'"),
+        ({"vocab_parallel_group": object()}, TypeError, "vocab_parallel_group must be .* got object"),
     ],
     ids=str,
 )
-def test_an_unsupported_option_raises(options: dict[str, Any], message: str) -> None:
+def test_an_unsupported_option_raises(options: dict[str, Any], error: type[Exception], message: str) -> None:
     inputs = head_inputs(0, (4,), 8, 33)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(error, match=message):
         srpo_loss(**inputs, **options)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(error, match=message):
         token_stats(**inputs, **options)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(error, match=message):
         teacher_stats(inputs["hidden"], inputs["weight"], **options)

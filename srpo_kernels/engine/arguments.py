@@ -34,11 +34,12 @@ class LossArguments(NamedTuple):
 
 
 class LossOptions(NamedTuple):
-    """The options of a call of ``srpo_loss``; ``config`` is an ``SRPOConfig``, encoded."""
+    """The options of a call of ``srpo_loss``; ``config`` is an ``SRPOConfig``, encoded, the group is a name."""
 
     config: str
     backend: str
     workspace_bytes: int | None
+    vocab_parallel_group: str | None = None
 
 
 class StatsArguments(NamedTuple):
@@ -55,7 +56,7 @@ class StatsArguments(NamedTuple):
 
 
 class StatsOptions(NamedTuple):
-    """The options of a call of ``token_stats``."""
+    """The options of a call of ``token_stats``; the group is a name."""
 
     divergence: str = "jsd"
     alpha: float = 0.5
@@ -65,6 +66,7 @@ class StatsOptions(NamedTuple):
     backend: str = "auto"
     engine: str = "auto"
     workspace_bytes: int | None = None
+    vocab_parallel_group: str | None = None
 
 
 def parse(arguments: tuple[Any, ...], *groups: Any) -> list[Any]:

@@ -21,6 +21,7 @@ from srpo_kernels.engine import gemm, workspace
 from srpo_kernels.engine.batch import Batch, FusedResult, Head, Needs
 from srpo_kernels.engine.distillation import distill_chunk
 from srpo_kernels.engine.plan import Plan
+from srpo_kernels.engine.vocabulary import Vocabulary
 from srpo_kernels.rows import Dlogits, RowPasses, RowSpec, RowStats
 from srpo_kernels.types import METRICS
 
@@ -52,12 +53,20 @@ class _Carried(NamedTuple):
 class FusedPass:
     """One run of the loss over a batch, after a plan."""
 
-    def __init__(self, batch: Batch, plan: Plan, config: SRPOConfig, needs: Needs, passes: RowPasses) -> None:
+    def __init__(
+        self,
+        batch: Batch,
+        plan: Plan,
+        config: SRPOConfig,
+        needs: Needs,
+        passes: RowPasses,
+        vocabulary: Vocabulary,
+    ) -> None:
         self.batch, self.plan, self.config, self.needs, self.passes = batch, plan, config, needs, passes
-        self.vocab_size = len(batch.head.weight)
+        self.vocabulary = vocabulary
         self.dtype = gemm.accumulation_dtype(batch.hidden, batch.head.weight)
         self.operand_dtype = gemm.operand_dtype(batch.head.weight, self.dtype)
-        topk = min(config.topk, self.vocab_size) if config.distillation_mode == "topk" else 0
+        topk = min(config.topk, vocabulary.size) if config.distillation_mode == "topk" else 0
         self.policy_spec = RowSpec(
             temperature=config.temperature, logit_scale=config.logit_scale, softcap=config.softcap
         )
@@ -66,9 +75,10 @@ class FusedPass:
             divergence=config.divergence if config.distillation_mode == "full" else None,
             alpha=config.alpha,
             topk=topk,
-            add_tail=config.add_tail and 0 < topk < self.vocab_size,
+            add_tail=config.add_tail and 0 < topk < vocabulary.size,
         )
-        self.buffer = workspace.borrow(plan.buffer_rows, self.vocab_size, self.dtype, batch.hidden.device)
+        width = len(batch.head.weight)
+        self.buffer = workspace.borrow(plan.buffer_rows, width, self.dtype, batch.hidden.device)
         self.log_probs = batch.hidden.new_zeros(len(batch.target_ids), dtype=self.dtype)
         self.grad_hidden = torch.zeros_like(batch.hidden, dtype=self.dtype) if needs.hidden else None
         self.grad_head = gemm.HeadGradient(
@@ -86,6 +96,8 @@ class FusedPass:
             loss = loss + self._policy(carried)
         self.grad_head.finish()
         order = self.plan.order
+        if any(self.needs):
+            self.vocabulary.add_up_(self.grad_hidden, torch.cat([order.distillation, order.policy]))
         self._count("sdpo_tokens", len(order.distillation))
         self._count("policy_tokens", len(order.policy) + len(order.inactive))
         self._count("active_rows", len(order.distillation) + len(order.policy))
@@ -99,7 +111,9 @@ class FusedPass:
             log_mean = objective.log_mean_exp(-beta * self._teacher_entropies())
         # The gradient is linear in 1 / mean(weights). Until the last chunk has shown that mean, weights are relative
         # to the middle of the range they can have; that chunk's products bring the others' gradients to scale.
-        reference = self.log_probs.new_tensor(-0.5 * beta * math.log(self.vocab_size)) if log_mean is None else log_mean
+        reference = (
+            self.log_probs.new_tensor(-0.5 * beta * math.log(self.vocabulary.size)) if log_mean is None else log_mean
+        )
         parts: list[tuple[Tensor, ...]] = []
         carried = None
         for ids in self.plan.distillation_chunks:

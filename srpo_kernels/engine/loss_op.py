@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from srpo_kernels import backends
 from srpo_kernels.config import SRPOConfig
 from srpo_kernels.engine import ops
 from srpo_kernels.engine.arguments import LossArguments, LossOptions, parse
@@ -17,6 +16,8 @@ from srpo_kernels.engine.batch import Needs
 from srpo_kernels.engine.fused import FusedPass
 from srpo_kernels.engine.gemm import accumulation_dtype
 from srpo_kernels.engine.prepare import flat_rows, prepare_loss
+from srpo_kernels.engine.sharded import row_passes
+from srpo_kernels.engine.vocabulary import agree
 from srpo_kernels.types import METRICS
 
 
@@ -34,9 +35,10 @@ def _forward(*arguments: Any) -> tuple[Tensor, ...]:
     call, options, needs = parse(arguments, LossArguments, LossOptions, Needs)
     config = SRPOConfig.decode(options.config)
     with torch.autocast(call.hidden.device.type, enabled=False):
-        passes = backends.row_passes(options.backend)
-        batch, plan = prepare_loss(call, config, options.workspace_bytes, needs, passes)
-        result = FusedPass(batch, plan, config, needs, passes).run()
+        vocabulary = agree(call, options, needs)
+        passes = row_passes(options.backend, vocabulary)
+        batch, plan = prepare_loss(call, config, options.workspace_bytes, needs, passes, vocabulary)
+        result = FusedPass(batch, plan, config, needs, passes, vocabulary).run()
     grad_hidden = None if result.grad_hidden is None else result.grad_hidden.view(call.hidden.shape)
     return (
         result.loss,
@@ -119,7 +121,7 @@ _operator = torch.library.custom_op(
         "Tensor? sdpo_mask, Tensor? teacher_hidden, Tensor? teacher_weight, Tensor? teacher_bias, "
         "Tensor? old_log_probs, Tensor? ref_log_probs, Tensor? is_weights, Tensor? sequence_ids, "
         "Tensor? token_count, Tensor? dw_log_mean, Tensor? sequence_count, "
-        f"str config, str backend, SymInt? workspace_bytes, {ops.NEEDS}) "
+        f"str config, str backend, SymInt? workspace_bytes, str? vocab_parallel_group, {ops.NEEDS}) "
         f"-> (Tensor loss, Tensor log_probs, Tensor metrics, {ops.GRADIENTS})"
     ),
 )

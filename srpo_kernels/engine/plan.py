@@ -15,6 +15,7 @@ from torch import Tensor
 
 from srpo_kernels.config import SRPOConfig
 from srpo_kernels.engine import gemm
+from srpo_kernels.engine.vocabulary import Vocabulary
 from srpo_kernels.engine.workspace import row_stride
 from srpo_kernels.rows import RowPasses, Scratch
 
@@ -71,7 +72,8 @@ def order_rows(
 class RowMemory:
     """What a row costs while it is computed: its logits in every model, its scratch, its dlogits where they move.
 
-    ``copy_itemsize`` is the size of an element of dlogits that cannot take the place of the logits, else 0.
+    ``copy_itemsize`` is the size of an element of dlogits that cannot take the place of the logits, else 0. ``shards``
+    is how many times the vocabulary has more ids than the ``vocab_size`` of the largest shard.
     """
 
     vocab_size: int
@@ -79,13 +81,19 @@ class RowMemory:
     scratch: Scratch
     device: torch.device
     copy_itemsize: int = 0
+    shards: int = 1
 
     @classmethod
-    def of(cls, weight: Tensor, dtype: torch.dtype, passes: RowPasses) -> RowMemory:
-        """For logits in ``dtype`` of the head ``weight`` ``[V, H]``."""
-        copy = gemm.operand_dtype(weight, dtype)
-        scratch = passes.scratch(len(weight), weight.device)
-        return cls(len(weight), dtype.itemsize, scratch, weight.device, 0 if copy == dtype else copy.itemsize)
+    def of(
+        cls, weight: Tensor, dtype: torch.dtype, passes: RowPasses, vocabulary: Vocabulary | None = None
+    ) -> RowMemory:
+        """For logits in ``dtype`` of the head ``weight``: ``[V, H]``, or a shard of a vocabulary."""
+        if vocabulary is None:
+            vocabulary = Vocabulary.whole(len(weight))
+        copy, width = gemm.operand_dtype(weight, dtype), vocabulary.largest
+        scratch, shards = passes.scratch(width, weight.device), vocabulary.size // width
+        copy_itemsize = 0 if copy == dtype else copy.itemsize
+        return cls(width, dtype.itemsize, scratch, weight.device, copy_itemsize, shards)
 
     def floor(self, models: int) -> int:
         """Bytes that one row of ``models`` models needs."""
@@ -95,7 +103,8 @@ class RowMemory:
         """Rows of a chunk that fit into the workspace; a default where none is given."""
         if workspace_bytes is None:
             if self.device.type != "cpu":
-                return _ROWS_ACCELERATOR
+                # A shard's rows are short: as much memory as for the whole vocabulary takes fewer exchanges.
+                return _ROWS_ACCELERATOR * self.shards
             workspace_bytes = max(_DEFAULT_WORKSPACE_CPU, self.floor(models))
         # Scratch is for a block of rows at most, and for no more rows than the chunk has.
         block = self.scratch.blocks * self.scratch.rows * self._logits(1, copy=False)
@@ -178,12 +187,14 @@ def make_plan(
     config: SRPOConfig,
     *,
     memory: RowMemory,
+    vocab_size: int,
     workspace_bytes: int | None,
     gradients: int,
     log_mean_known: bool,
 ) -> Plan:
     """Lay out the chunks. ``sequence_lengths`` are those of the active policy rows, for gspo alone.
 
+    ``memory`` is that of the logits in this process, ``vocab_size`` is of the whole vocabulary.
     ``gradients`` is how many of dX and dW are wanted.
     """
     policy_rows = memory.capacity(1, workspace_bytes)
@@ -195,7 +206,7 @@ def make_plan(
     inactive = len(order.inactive) if config.count_inactive else 0
     distilled = len(order.distillation)
     distillation_chunks = row_chunks(distilled, distillation_rows)
-    teacher_first = bool(distilled) and not log_mean_known and weights_need_teacher_first(config, memory.vocab_size)
+    teacher_first = bool(distilled) and not log_mean_known and weights_need_teacher_first(config, vocab_size)
     repeated = sum(_length(chunk) for segment in segments for chunk in segment[:-1])
     return Plan(
         order,

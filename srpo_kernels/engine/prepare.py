@@ -9,14 +9,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from srpo_kernels import backends
 from srpo_kernels.config import SRPOConfig
 from srpo_kernels.engine.arguments import LossArguments, StatsArguments, StatsOptions
 from srpo_kernels.engine.batch import Batch, Head, Needs
 from srpo_kernels.engine.gemm import accumulation_dtype
 from srpo_kernels.engine.plan import Plan, RowMemory, make_plan, order_rows
 from srpo_kernels.engine.row_values import check_row_values, check_teacher_rows, check_workspace
+from srpo_kernels.engine.sharded import row_passes
 from srpo_kernels.engine.stats import StatsCall
+from srpo_kernels.engine.vocabulary import Vocabulary
 from srpo_kernels.objective import RowInputs
 from srpo_kernels.rows import RowPasses, RowSpec
 
@@ -27,11 +28,16 @@ def flat_rows(states: Tensor) -> Tensor:
 
 
 def prepare_loss(
-    call: LossArguments, config: SRPOConfig, workspace_bytes: int | None, needs: Needs, passes: RowPasses
+    call: LossArguments,
+    config: SRPOConfig,
+    workspace_bytes: int | None,
+    needs: Needs,
+    passes: RowPasses,
+    vocabulary: Vocabulary,
 ) -> tuple[Batch, Plan]:
     """Flatten a batch and lay out how it runs. Raises ValueError for values that ``srpo_loss`` refuses."""
     dtype = accumulation_dtype(call.hidden, call.weight)
-    memory = RowMemory.of(call.weight, dtype, passes)
+    memory = RowMemory.of(call.weight, dtype, passes, vocabulary)
     check_workspace(workspace_bytes, memory.floor(1 if call.sdpo_mask is None else 2))
     shape, device = call.target_ids.shape, call.target_ids.device
     targets = call.target_ids.reshape(-1)
@@ -44,7 +50,7 @@ def prepare_loss(
         targets,
         valid,
         routed,
-        len(call.weight),
+        vocabulary.size,
         has_teacher=call.teacher_hidden is not None,
         has_advantages=call.advantages is not None,
     )
@@ -80,6 +86,7 @@ def prepare_loss(
         lengths,
         config,
         memory=memory,
+        vocab_size=vocabulary.size,
         workspace_bytes=workspace_bytes,
         gradients=int(needs.hidden) + int(needs.weight),
         log_mean_known=batch.log_mean is not None,
@@ -87,7 +94,7 @@ def prepare_loss(
     return batch, plan
 
 
-def tiles(call: StatsArguments, options: StatsOptions, needs: Needs) -> bool:
+def tiles(call: StatsArguments, options: StatsOptions, needs: Needs, vocabulary: Vocabulary) -> bool:
     """Whether a call runs without logits: where it has to, or where a row of them does not fit the workspace."""
     if options.engine == "rows" or (options.engine == "auto" and options.workspace_bytes is None):
         return False
@@ -107,21 +114,28 @@ def tiles(call: StatsArguments, options: StatsOptions, needs: Needs) -> bool:
         raise ValueError(f"engine='tile' {obstacle}")
     if options.engine == "tile" or obstacle is not None:
         return obstacle is None
-    memory = RowMemory.of(call.weight, accumulation_dtype(call.hidden, call.weight), backends.row_passes("triton"))
+    dtype = accumulation_dtype(call.hidden, call.weight)
+    memory = RowMemory.of(call.weight, dtype, row_passes("triton", vocabulary), vocabulary)
     return options.workspace_bytes is not None and options.workspace_bytes < memory.floor(len(pairs))
 
 
 def prepare_stats(
-    call: StatsArguments, options: StatsOptions, *, tiled: bool = False, check: bool = False
+    call: StatsArguments,
+    options: StatsOptions,
+    vocabulary: Vocabulary,
+    *,
+    tiled: bool = False,
+    check: bool = False,
 ) -> StatsCall:
     """Flatten a call and find the rows to compute, ``tiled`` or from logits.
 
     With ``check``, raises ValueError for a target outside the vocabulary in one of them.
     """
     device = call.hidden.device
-    passes = backends.row_passes(options.backend)
+    passes = row_passes(options.backend, vocabulary)
     if not tiled:
-        memory = RowMemory.of(call.weight, accumulation_dtype(call.hidden, call.weight), passes)
+        dtype = accumulation_dtype(call.hidden, call.weight)
+        memory = RowMemory.of(call.weight, dtype, passes, vocabulary)
         check_workspace(options.workspace_bytes, memory.floor(1 if call.teacher_hidden is None else 2))
     if call.target_ids is None:
         targets = torch.zeros(call.hidden.shape[:-1], dtype=torch.int64, device=device).view(-1)
@@ -134,7 +148,7 @@ def prepare_stats(
     if check and call.target_ids is not None:
         nowhere = torch.zeros_like(targets, dtype=torch.bool)
         valid = nowhere.index_fill(0, rows, True)
-        check_row_values(targets, valid, nowhere, len(call.weight), has_teacher=True, has_advantages=True)
+        check_row_values(targets, valid, nowhere, vocabulary.size, has_teacher=True, has_advantages=True)
     return StatsCall(
         target_ids=targets.long(),
         rows=rows,
@@ -149,6 +163,7 @@ def prepare_stats(
         teacher_head=_teacher_head(call),
         workspace_bytes=options.workspace_bytes,
         passes=passes,
+        vocabulary=vocabulary,
         tiled=tiled,
     )
 

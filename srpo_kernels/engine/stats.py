@@ -14,6 +14,7 @@ from torch import Tensor
 
 from srpo_kernels.engine import gemm, plan, workspace
 from srpo_kernels.engine.batch import Head, Needs
+from srpo_kernels.engine.vocabulary import Vocabulary
 from srpo_kernels.rows import DivergenceStats, RowGradients, RowPasses, RowSpec, RowStats
 
 # Columns of a slice are a multiple of this where possible: products like whole tiles.
@@ -30,7 +31,13 @@ class StatsCall(NamedTuple):
     teacher_head: Head
     workspace_bytes: int | None
     passes: RowPasses
+    vocabulary: Vocabulary
     tiled: bool
+
+    def capacity(self, weight: Tensor, dtype: torch.dtype) -> tuple[int, int]:
+        """Rows of a chunk, and how many ids each of them has logits for."""
+        memory = plan.RowMemory.of(weight, dtype, self.passes, self.vocabulary)
+        return memory.capacity(self.models, self.workspace_bytes), memory.vocab_size
 
     @property
     def models(self) -> int:
@@ -43,7 +50,7 @@ def forward(hidden: Tensor, head: Head, call: StatsCall) -> RowStats | Divergenc
     if call.tiled:
         return _forward_tiled(hidden, head, call)
     dtype, vocab_size = gemm.accumulation_dtype(hidden, head.weight), len(head.weight)
-    capacity = plan.RowMemory.of(head.weight, dtype, call.passes).capacity(call.models, call.workspace_bytes)
+    capacity, _ = call.capacity(head.weight, dtype)
     chunks = plan.row_chunks(len(call.rows), capacity) or [slice(0, 0)]
     longest = max(chunk.stop - chunk.start for chunk in chunks)
     buffer = workspace.borrow(call.models * longest, vocab_size, dtype, hidden.device)
@@ -75,7 +82,8 @@ def _forward_tiled(hidden: Tensor, head: Head, call: StatsCall) -> RowStats | Di
     student, teacher = Projection(hidden[call.rows], *head), None
     if call.teacher_hidden is not None:
         teacher = Projection(call.teacher_hidden[call.rows], *call.teacher_head)
-    return tile_stats(student, teacher, call.spec, call.target_ids[call.rows])
+    target_ids = call.target_ids[call.rows] - call.vocabulary.first_id
+    return tile_stats(student, teacher, call.spec, target_ids, call.vocabulary.combine)
 
 
 def backward(
@@ -128,6 +136,7 @@ def backward(
             gemm.weight_product(dlogits, states, out=grad_weight[ids])
 
     grad_hidden = None
+    call.vocabulary.add_up_(grad_states, rows)
     if grad_states is not None:
         grad_hidden = torch.zeros_like(hidden)
         grad_hidden[rows] = grad_states.to(hidden.dtype)
@@ -136,9 +145,8 @@ def backward(
 
 def _slice_width(num_rows: int, head: Head, call: StatsCall, dtype: torch.dtype) -> int:
     """Columns of a vocabulary slice whose logits fit into the workspace that the forward had."""
-    vocab_size = len(head.weight)
-    capacity = plan.RowMemory.of(head.weight, dtype, call.passes).capacity(call.models, call.workspace_bytes)
-    width = capacity * vocab_size // max(num_rows, 1)
+    capacity, largest = call.capacity(head.weight, dtype)
+    width, vocab_size = capacity * largest // max(num_rows, 1), len(head.weight)
     if head.weight.dtype != dtype:
         width = min(width, gemm.slab_height(head.weight))
     width = min(width - width % _COLUMN_ALIGNMENT if width > _COLUMN_ALIGNMENT else width, vocab_size)

@@ -13,6 +13,7 @@ from srpo_kernels.engine.arguments import StatsArguments, StatsOptions, parse
 from srpo_kernels.engine.batch import Head, Needs
 from srpo_kernels.engine.gemm import accumulation_dtype
 from srpo_kernels.engine.prepare import flat_rows, prepare_stats, tiles
+from srpo_kernels.engine.vocabulary import agree
 from srpo_kernels.rows import DivergenceStats, RowGradients, RowStats
 from srpo_kernels.types import wide_dtype
 
@@ -44,7 +45,9 @@ def token_stats(call: StatsArguments, options: StatsOptions) -> Statistics:
 def _forward(*arguments: Any) -> tuple[Tensor, ...]:
     call, options, needs = parse(arguments, StatsArguments, StatsOptions, Needs)
     with torch.autocast(call.hidden.device.type, enabled=False):
-        prepared = prepare_stats(call, options, tiled=tiles(call, options, needs), check=True)
+        vocabulary = agree(call, options, needs)
+        tiled = tiles(call, options, needs, vocabulary)
+        prepared = prepare_stats(call, options, vocabulary, tiled=tiled, check=True)
         result = stats.forward(flat_rows(call.hidden), Head(call.weight, call.bias), prepared)
     shape = call.hidden.shape[:-1]
     values = [_spread(getattr(result, name, None), prepared.rows, shape) for name in Statistics._fields]
@@ -87,7 +90,7 @@ def _gradients(*arguments: Any) -> tuple[Tensor, ...]:
         grads = grads._replace(divergence=None)
     with torch.autocast(call.hidden.device.type, enabled=False):
         # Rows without a gradient cost nothing: the masked ones need not be found a second time.
-        prepared = prepare_stats(call._replace(mask=None), options)
+        prepared = prepare_stats(call._replace(mask=None), options, agree(call, options, needs))
         head = Head(call.weight, call.bias)
         grad_hidden, *grad_head = stats.backward(flat_rows(call.hidden), head, prepared, result, grads, needs)
     if grad_hidden is not None:
@@ -139,7 +142,8 @@ class _TokenStats(torch.autograd.Function):
 _CALL = (
     "Tensor hidden, Tensor weight, Tensor? bias, Tensor? target_ids, Tensor? mask, Tensor? teacher_hidden, "
     "Tensor? teacher_weight, Tensor? teacher_bias, str divergence, float alpha, float temperature, "
-    f"float logit_scale, float? softcap, str backend, str engine, SymInt? workspace_bytes, {ops.NEEDS}"
+    "float logit_scale, float? softcap, str backend, str engine, SymInt? workspace_bytes, "
+    f"str? vocab_parallel_group, {ops.NEEDS}"
 )
 _UPSTREAM = ", ".join(f"Tensor grad_{name}" for name in _DIFFERENTIABLE)
 # Not the bare names: divergence is an option as well.

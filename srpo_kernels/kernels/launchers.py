@@ -12,8 +12,9 @@ from srpo_kernels.kernels.launch import on_device, row_launch, vendor_of
 from srpo_kernels.kernels.row_grad import row_grad_kernel
 from srpo_kernels.kernels.row_jsd import row_jsd_kernel
 from srpo_kernels.kernels.row_stats import row_stats_kernel
-from srpo_kernels.kernels.sums import Base2, ModelSums, Transform
+from srpo_kernels.kernels.transform import Base2, Transform
 from srpo_kernels.rows import RowSpec
+from srpo_kernels.sums import ModelSums
 
 
 def launch_row_stats(z: Tensor, y: Tensor | None, transform: Transform, target_ids: Tensor) -> list[ModelSums]:
@@ -44,8 +45,8 @@ def launch_row_stats(z: Tensor, y: Tensor | None, transform: Transform, target_i
     return [ModelSums.unpack(model) for model in sums.unbind(1)]
 
 
-def launch_row_jsd(z: Tensor, y: Tensor, lse: Tensor, teacher_lse: Tensor, spec: RowSpec) -> tuple[Tensor, Tensor]:
-    """``KL(p || m)`` and ``KL(q || m)`` in nats."""
+def launch_row_jsd(z: Tensor, y: Tensor, lse: Tensor, teacher_lse: Tensor, spec: RowSpec) -> Tensor:
+    """``KL(p || m)`` and ``KL(q || m)`` of rows as the kernel sees them, ``[n, 2]`` in bits."""
     transform, vendor = Transform.of(spec), vendor_of(z.device)
     student, teacher = Base2.of(lse, z.dtype), Base2.of(teacher_lse, z.dtype)
     launch = row_launch(2, vendor)
@@ -68,6 +69,12 @@ def launch_row_jsd(z: Tensor, y: Tensor, lse: Tensor, teacher_lse: Tensor, spec:
                 num_warps=launch.num_warps,
                 num_stages=launch.num_stages,
             )
+    return kl2
+
+
+def finish_jsd(kl2: Tensor, logsumexp: Tensor, teacher_logsumexp: Tensor) -> tuple[Tensor, Tensor]:
+    """``KL(p || m)`` and ``KL(q || m)`` in nats, ``[n]``, from the sums of whole rows."""
+    student, teacher = Base2.of(logsumexp, kl2.dtype), Base2.of(teacher_logsumexp, kl2.dtype)
     # The kernel's p and log p are off by what its log-sum-exp lacks; p sums to 1.
     kl2 = kl2 * torch.cat([student.correction, teacher.correction], dim=1)
     kl, teacher_kl = ((kl2 - torch.cat([student.low, teacher.low], dim=1)) * math.log(2.0)).unbind(1)

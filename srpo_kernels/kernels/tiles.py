@@ -9,9 +9,10 @@ import triton
 from torch import Tensor
 
 from srpo_kernels.kernels.launch import INTERPRETED, MERGE_WARPS, on_device, tile_launch, vendor_of
-from srpo_kernels.kernels.sums import ModelSums, Transform, finish_divergence, finish_row
 from srpo_kernels.kernels.tile_stats import merge_tiles_kernel, tile_stats_kernel
+from srpo_kernels.kernels.transform import Transform
 from srpo_kernels.rows import DivergenceStats, RowSpec, RowStats
+from srpo_kernels.sums import Combine, ModelSums, finish_divergence, finish_row
 
 # Bytes of the sums of all tiles that one launch may write.
 _MOST_SUMS = 64 << 20
@@ -26,12 +27,17 @@ class Projection(NamedTuple):
 
 
 def tile_stats(
-    student: Projection, teacher: Projection | None, spec: RowSpec, target_ids: Tensor
+    student: Projection,
+    teacher: Projection | None,
+    spec: RowSpec,
+    target_ids: Tensor,
+    combine: Combine = lambda parts, slope: parts,
 ) -> RowStats | DivergenceStats:
     """Log-probs, entropies and, with a teacher, the divergence, any but jsd, which takes a second look at the logits.
 
     A row's tiles and the order in which they are summed do not depend on the other rows: its results are the same to
-    the last bit in any batch.
+    the last bit in any batch. Where the weights are a slice of the vocabulary, ids are relative to its first one and
+    ``combine`` adds the other slices' sums.
     """
     transform = Transform.of(spec)
     parts = [student] if teacher is None else [student, teacher]
@@ -83,7 +89,7 @@ def tile_stats(
                 BLOCK_TILES=triton.next_power_of_2(tiles),
                 num_warps=MERGE_WARPS,
             )
-    models = [ModelSums.unpack(x) for x in merged.unbind(1)]
+    models = combine([ModelSums.unpack(x) for x in merged.unbind(1)], transform.slope)
     if teacher is None:
-        return finish_row(models[0], transform, entropy=True)
-    return finish_divergence(models[0], models[1], spec, transform, entropy=True)
+        return finish_row(models[0], transform.slope, entropy=True)
+    return finish_divergence(models[0], models[1], spec, transform.slope, entropy=True)

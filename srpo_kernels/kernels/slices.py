@@ -1,0 +1,144 @@
+"""The passes over a slice of the vocabulary in Triton, one kernel per pass, from fp32 logits."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from srpo_kernels.kernels.launchers import finish_jsd, launch_row_grad, launch_row_jsd, launch_row_stats
+from srpo_kernels.kernels.transform import Transform
+from srpo_kernels.rows import (
+    DivergenceStats,
+    Dlogits,
+    RowGradients,
+    RowSpec,
+    RowStats,
+    Scratch,
+    support_coefficients,
+)
+from srpo_kernels.sums import LOWEST, ModelSums
+
+__all__ = [
+    "finish_jsd",
+    "jsd_sums",
+    "log_prob_gradient_",
+    "model_sums",
+    "scratch",
+    "slice_gradient_",
+    "slope",
+    "support_sums",
+]
+
+
+def scratch(vocab_size: int, device: torch.device) -> Scratch:
+    """Nothing of a row's size."""
+    return Scratch(0, 0)
+
+
+def slope(spec: RowSpec) -> float:
+    """Nats per raw logit, or per tanh of one."""
+    return Transform.of(spec).slope
+
+
+def model_sums(logits: Tensor, teacher_logits: Tensor | None, spec: RowSpec, *, target_ids: Tensor) -> list[ModelSums]:
+    """One pass over one or both models' logits."""
+    return launch_row_stats(logits, teacher_logits, Transform.of(spec), target_ids)
+
+
+def support_sums(logits: Tensor, spec: RowSpec, *, target_ids: Tensor, support_ids: Tensor) -> tuple[ModelSums, Tensor]:
+    """The support is taken out of the logits for as long as the others are summed."""
+    transform = Transform.of(spec)
+    (ids, here), (target, target_here) = (_within(x, logits) for x in (support_ids, target_ids[:, None]))
+    own = logits.gather(1, ids)
+    targets = transform.units(logits.gather(1, target)).masked_fill(~target_here, LOWEST).squeeze(1)
+    # An id of another slice stands at one of this slice that may be in the support as well: the least value counts.
+    logits.scatter_reduce_(1, ids, own.masked_fill(here, LOWEST), "amin")
+    (complement,) = launch_row_stats(logits, None, transform, target_ids)
+    logits.scatter_(1, ids, own)
+    return complement._replace(target=targets), transform.units(own).masked_fill(~here, LOWEST)
+
+
+def _within(ids: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+    """The nearest ids of the slice, and which are the very ones."""
+    nearest = ids.clamp(0, logits.shape[1] - 1)
+    return nearest, nearest == ids
+
+
+def jsd_sums(
+    student_logits: Tensor, teacher_logits: Tensor, logsumexp: Tensor, teacher_logsumexp: Tensor, spec: RowSpec
+) -> Tensor:
+    """In bits, and off by what the log-sum-exps lack in fp32: ``finish_jsd`` sees to both."""
+    return launch_row_jsd(student_logits, teacher_logits, logsumexp, teacher_logsumexp, spec)
+
+
+def log_prob_gradient_(
+    logits: Tensor,
+    stats: RowStats,
+    spec: RowSpec,
+    *,
+    ids: Tensor,
+    log_probs: Tensor,
+    grad_log_probs: Tensor,
+    grad_tail: Tensor | None = None,
+    grad_entropy: Tensor | None = None,
+    dtype: torch.dtype,
+) -> Dlogits:
+    """Write over the logits, or into a new buffer of ``dtype``."""
+    total, outside = support_coefficients(grad_log_probs, grad_tail, stats.log_tail)
+    by_log = torch.zeros_like(total)
+    entropy_term = by_log
+    if grad_entropy is not None and stats.entropy is not None:
+        by_log, entropy_term = -grad_entropy, -grad_entropy * stats.entropy
+    values = launch_row_grad(
+        logits,
+        None,
+        spec,
+        logsumexp=stats.logsumexp,
+        teacher_logsumexp=None,
+        by_p=outside + entropy_term,
+        by_log=by_log,
+        by_divergence=torch.zeros_like(total),
+        by_p_at_ids=-total + entropy_term,
+        ids=ids,
+        id_grads=grad_log_probs,
+        dtype=dtype,
+    )
+    return Dlogits(values, None)
+
+
+def slice_gradient_(
+    logits: Tensor,
+    teacher_logits: Tensor | None,
+    stats: RowStats | DivergenceStats,
+    grads: RowGradients,
+    spec: RowSpec,
+    *,
+    target_ids: Tensor,
+    first_id: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Write over the logits, or into a new buffer of ``dtype``."""
+    by_p, by_log = -grads.log_probs, torch.zeros_like(grads.log_probs)
+    if stats.entropy is not None:
+        by_log = -grads.entropy
+        by_p = by_p - grads.entropy * stats.entropy
+    by_divergence, teacher_lse = torch.zeros_like(by_p), None
+    if isinstance(stats, DivergenceStats) and grads.divergence is not None:
+        teacher_lse = stats.teacher_logsumexp
+        by_divergence = grads.divergence * spec.divergence_slope
+        # p - q for forward_kl, p (log-ratio - center) for the others.
+        by_p = by_p + by_divergence * (1.0 if spec.divergence == "forward_kl" else -stats.center.squeeze(1))
+    return launch_row_grad(
+        logits,
+        teacher_logits,
+        spec,
+        logsumexp=stats.logsumexp,
+        teacher_logsumexp=teacher_lse,
+        by_p=by_p,
+        by_log=by_log,
+        by_divergence=by_divergence,
+        by_p_at_ids=by_p,
+        ids=(target_ids - first_id)[:, None],
+        id_grads=grads.log_probs[:, None],
+        dtype=dtype,
+    )

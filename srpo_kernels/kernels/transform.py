@@ -1,0 +1,62 @@
+"""The logit transform and a log-sum-exp as the kernels take them: in base 2, rounded to fp32."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from srpo_kernels.rows import RowSpec
+
+
+class Transform(NamedTuple):
+    """The logit transform in two numbers: a logit in base 2 is ``slope2 * unit``, with ``unit = tanh(inner * raw)``.
+
+    Without a softcap the unit is the raw logit.
+    """
+
+    inner: float
+    slope2: float
+    softcap: bool
+
+    @classmethod
+    def of(cls, spec: RowSpec) -> Transform:
+        """The transform of ``spec``."""
+        if spec.softcap is None:
+            return cls(0.0, _fp32(spec.scale / math.log(2.0)), False)
+        return cls(spec.logit_scale / spec.softcap, _fp32(spec.softcap / spec.temperature / math.log(2.0)), True)
+
+    @property
+    def slope(self) -> float:
+        """A logit per unit, in nats."""
+        return self.slope2 * math.log(2.0)
+
+    def units(self, raw: Tensor) -> Tensor:
+        """Units of raw logits."""
+        return torch.tanh(raw * self.inner) if self.softcap else raw
+
+
+def _fp32(x: float) -> float:
+    """As a kernel sees it: what is computed on both sides must agree to the last digit."""
+    return torch.tensor(x, dtype=torch.float32).item()
+
+
+class Base2(NamedTuple):
+    """A log-sum-exp in base 2, ``[n, 1]``: ``high`` is what a kernel takes, ``low`` what that lacks."""
+
+    high: Tensor
+    low: Tensor
+
+    @classmethod
+    def of(cls, logsumexp: Tensor, dtype: torch.dtype) -> Base2:
+        """From nats in a wider dtype."""
+        whole = logsumexp / math.log(2.0)
+        high = whole.to(dtype)
+        return cls(high, (whole - high).to(dtype))
+
+    @property
+    def correction(self) -> Tensor:
+        """What turns a kernel's probability into the true one."""
+        return torch.exp2(-self.low)
