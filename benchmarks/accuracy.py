@@ -16,7 +16,7 @@ from benchmarks import tables
 from benchmarks.agreement import relative_error
 from benchmarks.cases import DTYPES, Batch, Case, DtypeName, HeadName, Workload, make_batch
 from benchmarks.providers import PROVIDERS, REGISTRY, ProviderName, Result, Unsupported, prepare
-from benchmarks.results import RESULTS, Measurement, resolve_device, single, write_csv
+from benchmarks.results import RESULTS, Measurement, ResultsFile, resolve_device, single
 
 METRICS = ("loss_error", "log_probs_error", "grad_hidden_error", "grad_weight_error")
 
@@ -49,15 +49,14 @@ def accuracy(
     """
     where = resolve_device(device)
     console = tables.console()
-    measurements: list[Measurement] = []
+    file = ResultsFile(out, where, torch.get_num_threads())
     for dtype in dtypes:
         for workload in workloads:
             case = Case(head, workload, rows, dtype)
             with console.status(case.name):
                 cells = list(_measure(case, providers, where))
-            measurements += cells
+            file.add(cells)
             console.print(_table(case, cells))
-    write_csv(out, measurements, where, torch.get_num_threads())
 
 
 def _measure(case: Case, providers: tuple[ProviderName, ...], device: torch.device) -> Iterator[Measurement]:

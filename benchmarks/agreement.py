@@ -42,7 +42,7 @@ def compare(steps: Mapping[ProviderName, Step], batch: Batch, tolerance: float) 
             continue
         truth = expected[REGISTRY[name].weighted or not batch.distills]
         errors[name] = Errors(*map(relative_error, result[:3], truth[:3]))
-        if not max(errors[name]) < tolerance:
+        if not all(error < tolerance for error in errors[name]):
             raise RuntimeError(f"{name} does not compute the same loss and gradients: {errors[name]}")
     return errors
 

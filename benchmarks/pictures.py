@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -15,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks.cases import HeadName, Workload
-from benchmarks.scaling import axis_of
+from benchmarks.scaling import points
 
 _OURS, _PEERS = "#d1495b", "#8d99ae"
 # Lines need more than two colours; ours stays the same.
@@ -23,7 +24,7 @@ _LINES = {"srpo_kernels": _OURS, "naive": "#30638e", "trl": "#edae49", "liger": 
 _SIZE = 3.2
 _LABELS = {"rows": "rows", "vocabulary": "words of the vocabulary", "active": "share of active rows"}
 # A fixed salt keeps an unchanged picture unchanged.
-_STYLE = {"font.size": 9, "svg.hashsalt": "srpo_kernels", "axes.spines.top": False, "axes.spines.right": False}
+_STYLE: Any = {"font.size": 9, "svg.hashsalt": "srpo_kernels", "axes.spines.top": False, "axes.spines.right": False}
 
 
 def save(figure: Figure, folder: Path, name: str) -> None:
@@ -64,8 +65,7 @@ def _bar_panel(panel: Axes, cells: pd.DataFrame, title: str) -> None:
 
 def growth(cells: pd.DataFrame) -> Figure:
     """Time and memory against what grows, on logarithmic axes: the cells of ``scaling.csv``."""
-    located = [axis_of(row) for _, row in cells.iterrows()]
-    cells = cells.assign(axis=[axis for axis, _ in located], x=[x for _, x in located]).dropna(subset="median")
+    cells = points(cells)
     axes = list(dict.fromkeys(cells["axis"]))
     scales = {"seconds": ("seconds", 1.0), "peak_bytes": ("extra peak MiB", 2.0**20)}
     metrics = [name for name in scales if (cells["metric"] == name).any()]
@@ -77,10 +77,9 @@ def growth(cells: pd.DataFrame) -> Figure:
             for column, axis in enumerate(axes):
                 panel = panels[row][column]
                 chosen = cells[(cells["metric"] == metric) & (cells["axis"] == axis)]
-                for provider, points in chosen.groupby("provider", sort=False):
+                for provider, line in chosen.sort_values("x").groupby("provider", sort=False):
                     colour = _LINES.get(str(provider), _PEERS)
-                    points = points.sort_values("x")
-                    panel.loglog(points["x"], points["median"] / unit, "o-", label=provider, color=colour, markersize=3)
+                    panel.loglog(line["x"], line["median"] / unit, "o-", label=provider, color=colour, markersize=3)
                 panel.set_xlabel(_LABELS[axis])
                 panel.grid(alpha=0.25)
                 if column == 0:
@@ -104,10 +103,10 @@ def errors(cells: pd.DataFrame, metrics: dict[str, str]) -> Figure:
             for column, (metric, label) in enumerate(metrics.items()):
                 panel = panels[row][column]
                 chosen = cells[(cells["dtype"] == dtype) & (cells["metric"] == metric)]
-                for workload, points in chosen.groupby("workload", sort=False):
-                    heights = [providers.index(name) for name in points["provider"]]
-                    colours = [_OURS if name.startswith("srpo_kernels") else _PEERS for name in points["provider"]]
-                    panel.scatter(points["median"], heights, c=colours, marker=markers[workload], s=22, label=workload)
+                for workload, marks in chosen.groupby("workload", sort=False):
+                    heights = [providers.index(name) for name in marks["provider"]]
+                    colours = [_OURS if name.startswith("srpo_kernels") else _PEERS for name in marks["provider"]]
+                    panel.scatter(marks["median"], heights, c=colours, marker=markers[workload], s=22, label=workload)
                 panel.set_xscale("log")
                 panel.set_yticks(range(len(providers)), providers)
                 panel.set_title(f"{dtype}: {label}", fontsize=9)

@@ -12,7 +12,7 @@ from benchmarks.cases import HeadName, Workload
 from benchmarks.documents import markdown_table, replace_marked
 from benchmarks.providers import REGISTRY
 from benchmarks.results import RESULTS, describe_environment, read_csv
-from benchmarks.scaling import axis_of, exponents
+from benchmarks.scaling import exponents, points
 
 _ROOT = Path(__file__).parent.parent
 _HEADS: tuple[HeadName, ...] = ("smollm2-135m", "qwen3-0.6b")
@@ -107,14 +107,13 @@ def _accuracy(accuracy: pd.DataFrame) -> str:
 
 
 def _scaling(scaling: pd.DataFrame) -> str:
-    located = [axis_of(row) for _, row in scaling.iterrows()]
-    points = scaling.assign(axis=[axis for axis, _ in located], x=[x for _, x in located]).dropna(subset="median")
-    fits = exponents(points)
+    located = points(scaling)
+    fits = exponents(located)
     table = fits.pivot_table(index=["axis", "metric"], columns="provider", values="exponent", sort=False).reset_index()
     table.columns.name = None
     text = table.map(lambda cell: cell if isinstance(cell, str) else "-" if pd.isna(cell) else f"{cell:.2f}")
     ranges = ", ".join(
-        f"{axis} {min(group['x']):,g} to {max(group['x']):,g}" for axis, group in points.groupby("axis", sort=False)
+        f"{axis} {min(group['x']):,g} to {max(group['x']):,g}" for axis, group in located.groupby("axis", sort=False)
     )
     head = scaling.iloc[0]["head"]
     return markdown_table(

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import platform
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -46,28 +47,48 @@ def resolve_device(device: str) -> torch.device:
     return torch.device(device)
 
 
-def write_csv(path: Path, measurements: Iterable[Measurement], device: torch.device, threads: int) -> None:
-    """Write all measurements to ``path``, replacing what is there."""
-    shared = _environment(device, threads)
-    rows = [
-        {
-            **asdict(m.case),
-            "hidden_size": m.case.hidden_size,
-            "vocab_size": m.case.vocabulary,
-            "provider": m.provider,
-            "metric": m.metric,
-            **({} if m.values is None else m.values._asdict()),
-            "reason": m.reason,
-            **shared,
-        }
-        for m in measurements
-    ]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pd.DataFrame(rows).to_csv(path, index=False, float_format="%.6g")
+class ResultsFile:
+    """A CSV file that grows with every case, so that a long run loses nothing and can be resumed."""
+
+    def __init__(self, path: Path, device: torch.device, threads: int, *, resume: bool = False) -> None:
+        self._path, self._environment = path, _environment(device, threads)
+        self._cells = read_csv(path) if resume and path.exists() else pd.DataFrame()
+
+    def missing(self, cases: Sequence[Case]) -> list[Case]:
+        """The cases that the file has no row of."""
+        if self._cells.empty:
+            return list(cases)
+        names = list(_labels(cases[0]))
+        known = {tuple(map(str, row)) for row in self._cells[names].itertuples(index=False)}
+        return [case for case in cases if tuple(map(str, _labels(case).values())) not in known]
+
+    def add(self, measurements: Iterable[Measurement]) -> None:
+        """Append the measurements of a case and write the file."""
+        rows = [
+            {
+                **_labels(m.case),
+                "provider": m.provider,
+                "metric": m.metric,
+                **(Quantiles(math.nan, math.nan, math.nan) if m.values is None else m.values)._asdict(),
+                "reason": m.reason,
+                **self._environment,
+            }
+            for m in measurements
+        ]
+        self._cells = pd.concat([self._cells, pd.DataFrame(rows)], ignore_index=True)
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._cells.to_csv(self._path, index=False, float_format="%.6g")
+
+
+def _labels(case: Case) -> dict[str, object]:
+    """What names a case in a file, as it is read back."""
+    softcap = "" if case.softcap is None else f"{case.softcap:g}"
+    own = {"hidden_size": case.hidden_size, "vocab_size": case.vocabulary, "softcap": softcap}
+    return asdict(case) | {"active": float(f"{case.active:.6g}")} | own
 
 
 def read_csv(path: Path) -> pd.DataFrame:
-    """What ``write_csv`` wrote."""
+    """What a ``ResultsFile`` wrote."""
     if not path.exists():
         raise SystemExit(f"{path} is not there: run `python -m benchmarks {path.stem}` first")
     return pd.read_csv(path, keep_default_na=False, na_values={"p20": [""], "median": [""], "p80": [""]})

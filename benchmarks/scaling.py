@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -14,9 +12,9 @@ from rich import box
 from rich.table import Table
 
 from benchmarks import tables
-from benchmarks.cases import DEFAULT_ACTIVE, Case, HeadName
+from benchmarks.cases import DEFAULT_ACTIVE, HEADS, Case, HeadName
 from benchmarks.providers import ProviderName
-from benchmarks.results import RESULTS, Measurement, resolve_device, write_csv
+from benchmarks.results import RESULTS, ResultsFile, read_csv, resolve_device
 from benchmarks.speed import measure
 from benchmarks.timing import Rounds
 
@@ -41,6 +39,7 @@ def scaling(
     device: Literal["auto", "cpu", "cuda"] = "auto",
     threads: int = torch.get_num_threads(),
     memory: bool = True,
+    resume: bool = False,
     out: Path = RESULTS / "scaling.csv",
 ) -> None:
     """Time and memory of a routed batch as one thing about it grows, and the exponents of a power law through them.
@@ -58,7 +57,8 @@ def scaling(
         device: auto is a GPU where there is one.
         threads: threads of torch.
         memory: measure peak memory too.
-        out: CSV file to write; one that is there is replaced.
+        resume: keep the cases that are in `out` already and measure the others.
+        out: CSV file to write; without `resume` one that is there is replaced.
     """
     torch.set_num_threads(threads)
     where = resolve_device(device)
@@ -68,32 +68,23 @@ def scaling(
         "vocabulary": [Case(head, "routed", fixed_rows, vocab_size=n) for n in vocab_sizes],
         "active": [Case(head, "routed", fixed_rows, active=share) for share in active],
     }
-    measurements: list[Measurement] = []
-    for axis in axes:
-        for case in sweeps[axis]:
-            measurements += [
-                m
-                for m in measure(case, providers, Rounds(rounds, budget), where, threads, memory, console)
-                if m.metric in ("seconds", "peak_bytes")
-            ]
-            write_csv(out, measurements, where, threads)
-    console.print(_table(exponents(pd.DataFrame(_points(measurements)))))
+    file = ResultsFile(out, where, threads, resume=resume)
+    for case in file.missing([case for axis in axes for case in sweeps[axis]]):
+        cells = measure(case, providers, Rounds(rounds, budget), where, threads, memory, console)
+        file.add([m for m in cells if m.metric in ("seconds", "peak_bytes")])
+    console.print(_table(exponents(points(read_csv(out)))))
 
 
-def axis_of(case: Case | pd.Series) -> tuple[Axis, float]:
-    """What a case of a sweep varies, and its value."""
-    if not (case.vocab_size is None or pd.isna(case.vocab_size)):
-        return "vocabulary", float(case.vocab_size)
-    if not math.isclose(case.active, DEFAULT_ACTIVE, rel_tol=1e-3):
-        return "active", float(case.active)
-    return "rows", float(case.rows)
-
-
-def _points(measurements: Sequence[Measurement]) -> Iterator[dict[str, object]]:
-    for m in measurements:
-        if m.values is not None:
-            axis, x = axis_of(m.case)
-            yield {"axis": axis, "x": x, "provider": m.provider, "metric": m.metric, "median": m.values.median}
+def points(cells: pd.DataFrame) -> pd.DataFrame:
+    """The numbers of ``scaling.csv`` with columns axis, what a case of the sweep varies, and x, its value."""
+    cells = cells.dropna(subset="median")
+    own = {name: head.vocab_size for name, head in HEADS.items()}
+    axis = pd.Series("rows", index=cells.index)
+    axis[~np.isclose(cells["active"], DEFAULT_ACTIVE, rtol=1e-3)] = "active"
+    axis[cells["vocab_size"] != cells["head"].map(own)] = "vocabulary"
+    x = cells["rows"].astype(float)
+    x = x.mask(axis == "active", cells["active"]).mask(axis == "vocabulary", cells["vocab_size"])
+    return cells.assign(axis=axis, x=x)
 
 
 def exponents(points: pd.DataFrame) -> pd.DataFrame:

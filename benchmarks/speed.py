@@ -16,7 +16,7 @@ from benchmarks.cases import DEFAULT_ACTIVE, HEADS, Case, DtypeName, HeadName, W
 from benchmarks.memory import measure_peak
 from benchmarks.providers import PROVIDERS, ProviderName, Step, Unsupported, prepare
 from benchmarks.providers.fused import peak_limit
-from benchmarks.results import RESULTS, Measurement, resolve_device, single, write_csv
+from benchmarks.results import RESULTS, Measurement, ResultsFile, resolve_device, single
 from benchmarks.timing import Rounds, interleave, quantiles
 
 _MAIN: tuple[Workload, ...] = ("policy", "jsd", "routed")
@@ -31,11 +31,11 @@ def published(device: torch.device) -> list[Case]:
         return Case(head, workload, _rows(head, device), dtype)
 
     cases = [case(head, workload) for head in ("smollm2-135m", "qwen3-0.6b") for workload in _MAIN]
-    cases += [case("smollm2-135m", workload) for workload in ("forward_kl", "reverse_kl")]
-    cases += [replace(case("smollm2-135m", "routed"), active=share) for share in (0.25, 0.8)]
-    cases += [case("gemma-3-1b", "jsd"), replace(case("gemma-3-1b", "jsd"), softcap=_SOFTCAP)]
-    cases += [case("llama-3-8b", "policy"), case("qwen3-8b", "routed")]
     cases += [case("smollm2-135m", workload, "bfloat16") for workload in _MAIN]
+    cases += [replace(case("smollm2-135m", "routed"), active=share) for share in (0.25, 0.8)]
+    cases += [case("llama-3-8b", "policy"), case("qwen3-8b", "routed")]
+    cases += [case("gemma-3-1b", "jsd"), replace(case("gemma-3-1b", "jsd"), softcap=_SOFTCAP)]
+    cases += [case("smollm2-135m", workload) for workload in ("forward_kl", "reverse_kl")]
     cases += [case("qwen3-0.6b", "jsd", "bfloat16")]
     return cases
 
@@ -48,11 +48,12 @@ def speed(
     softcap: float | None = None,
     active: float = DEFAULT_ACTIVE,
     providers: tuple[ProviderName, ...] = PROVIDERS,
-    rounds: int = 7,
-    budget: float = 60.0,
+    rounds: int = 5,
+    budget: float = 45.0,
     device: Literal["auto", "cpu", "cuda"] = "auto",
     threads: int = torch.get_num_threads(),
     memory: bool = True,
+    resume: bool = False,
     out: Path = RESULTS / "speed.csv",
 ) -> None:
     """Time and extra peak memory of forward + backward to dX and dW, every provider beside the others.
@@ -77,7 +78,8 @@ def speed(
         device: auto is a GPU where there is one.
         threads: threads of torch.
         memory: measure peak memory too.
-        out: CSV file to write; one that is there is replaced.
+        resume: keep the cases that are in `out` already and measure the others.
+        out: CSV file to write; without `resume` one that is there is replaced.
     """
     if rounds < 1:
         raise SystemExit(f"rounds must be >= 1, got {rounds}")
@@ -92,11 +94,12 @@ def speed(
             for dtype in dtypes
         ]
     console = tables.console()
+    file = ResultsFile(out, where, threads, resume=resume)
     measurements: list[Measurement] = []
-    for case in cases:
+    for case in file.missing(cases):
         cells = list(measure(case, providers, Rounds(rounds, budget), where, threads, memory, console))
         measurements += cells
-        write_csv(out, measurements, where, threads)
+        file.add(cells)
         console.print(tables.case_table(case, cells))
     console.print(tables.ratio_table(measurements))
 

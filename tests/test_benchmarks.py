@@ -129,6 +129,18 @@ def test_scaling_and_report_make_the_documents(run: Run, tmp_path: Path) -> None
         assert "</svg>" in (tmp_path / "figures" / f"{name}.svg").read_text()
 
 
+def test_a_run_that_was_stopped_is_resumed(run: Run, tmp_path: Path) -> None:
+    out = tmp_path / "speed.csv"
+    options = ["--heads", "tiny", "--providers", "srpo_kernels", "--rounds", "1", "--no-memory", "--device", "cpu"]
+    run("speed", *options, "--softcap", "30", "--workloads", "policy", "routed", "--out", out)
+    first = out.read_text()
+    run("speed", *options, "--softcap", "30", "--workloads", "policy", "routed", "--resume", "--out", out)
+    assert out.read_text() == first
+    run("speed", *options, "--workloads", "routed", "--resume", "--out", out)
+    assert out.read_text().startswith(first)
+    assert len(read_csv(out)) > len(first.splitlines())
+
+
 def test_a_report_without_results_says_what_to_run(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="run `python -m benchmarks speed` first"):
         report(tmp_path, tmp_path / "a.md", tmp_path / "b.md", tmp_path)
