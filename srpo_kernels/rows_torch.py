@@ -87,7 +87,9 @@ def row_stats(
             if support is not None and support_log_probs is not None:
                 p.scatter_(1, support, support_log_probs.exp())
             entropies = _dot(p, z, out=p).squeeze(1).mul_(-NATS)
-        parts.append(RowStats(log_probs, _logsumexp(shift, log_sum), entropies, support, support_log_probs, log_tail))
+        parts.append(
+            RowStats(log_probs, _logsumexp(shift, log_sum, spec), entropies, support, support_log_probs, log_tail)
+        )
     return RowStats.concatenate(parts)
 
 
@@ -137,9 +139,9 @@ def divergence_stats(
         parts.append(
             DivergenceStats(
                 log_probs.squeeze(1),
-                _logsumexp(shift, log_sum),
+                _logsumexp(shift, log_sum, spec),
                 entropies,
-                _logsumexp(teacher_shift, teacher_log_sum),
+                _logsumexp(teacher_shift, teacher_log_sum, spec),
                 teacher_entropy.squeeze(1) * NATS,
                 divergence.squeeze(1) * NATS,
                 center * NATS,
@@ -262,7 +264,8 @@ def _blocks(buffer: Tensor, scratch: int, *, buffers: int) -> Iterator[tuple[sli
 
 def _to_bits_(z: Tensor, spec: RowSpec, slope: Tensor | None = None, *, floor: bool) -> Tensor:
     """Transform whole rows in place, into bits below their maxima, which are returned ``[n, 1]``."""
-    by = _unit_(z, spec, slope)
+    _unit_(z, spec, slope)
+    by = bits_per_unit(spec, z.dtype)
     shift = z.amax(1, keepdim=True) * by
     torch.add(-shift, z, alpha=by, out=z)
     if floor:
@@ -275,22 +278,32 @@ def _normalize_(z: Tensor, logsumexp: Tensor, spec: RowSpec, slope: Tensor | Non
 
     The log-sum-exp is taken off in two parts: it must not be rounded like a logit.
     """
-    by = _unit_(z, spec, slope)
-    bits = logsumexp / NATS
+    _unit_(z, spec, slope)
+    by = bits_per_unit(spec, z.dtype)
+    bits = logsumexp * (by / nats_per_unit(spec))
     high = bits.to(z.dtype)
     torch.add(-high, z, alpha=by, out=z).sub_((bits - high).to(z.dtype))
     if spec.divergence == "jsd":
         _floor_(z)
 
 
-def _unit_(z: Tensor, spec: RowSpec, slope: Tensor | None) -> float:
-    """Bits per unit of ``z``, which becomes the softcap's tanh, if any; ``slope`` takes the transform's derivative."""
+def nats_per_unit(spec: RowSpec) -> float:
+    """What a unit stands for: a raw logit, or the tanh of one with a softcap."""
+    return spec.scale if spec.softcap is None else spec.softcap / spec.temperature
+
+
+def bits_per_unit(spec: RowSpec, dtype: torch.dtype) -> float:
+    """The same in bits, as ``dtype`` has it: where logits are large, whatever meets them must be off by as much."""
+    return torch.tensor(nats_per_unit(spec) / NATS, dtype=dtype).item()
+
+
+def _unit_(z: Tensor, spec: RowSpec, slope: Tensor | None = None) -> None:
+    """Turn raw logits into units in place; ``slope`` takes the transform's derivative where there is a softcap."""
     if spec.softcap is None:
-        return spec.scale / NATS
+        return
     z.mul_(spec.logit_scale / spec.softcap).tanh_()
     if slope is not None:
         _slope_of_tanh_(slope.copy_(z), spec)
-    return spec.softcap / spec.temperature / NATS
 
 
 def _slope_of_tanh_(tanh: Tensor, spec: RowSpec) -> None:
@@ -309,9 +322,10 @@ def _softmax(bits: Tensor, out: Tensor) -> Tensor:
     return total.log2_()
 
 
-def _logsumexp(shift: Tensor, log_sum: Tensor) -> Tensor:
+def _logsumexp(shift: Tensor, log_sum: Tensor, spec: RowSpec) -> Tensor:
     """In nats, of a maximum and a sum in bits."""
-    return (shift.to(wide_dtype(shift.device)) + log_sum) * NATS
+    bits = shift.to(wide_dtype(shift.device)) + log_sum
+    return bits * (nats_per_unit(spec) / bits_per_unit(spec, shift.dtype))
 
 
 def _floor_(bits: Tensor) -> None:

@@ -1,7 +1,7 @@
 """The passes over a slice of the vocabulary in torch: every device, every floating dtype.
 
 Unlike the passes over whole rows they leave the logits as they are until the gradient, for their results are worth
-nothing before the other slices' are there. A unit is a bit, as in ``rows_torch``.
+nothing before the other slices' are there. A unit is a raw logit, or the tanh of one with a softcap.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from srpo_kernels.rows_torch import (
     _log_ratio_to_mixture,
     _normalize_,
     _unit_,
+    bits_per_unit,
+    nats_per_unit,
     scratch,
     slice_gradient_,
 )
@@ -35,40 +37,40 @@ __all__ = [
 
 
 def slope(spec: RowSpec) -> float:
-    """Nats per bit."""
-    return NATS
+    """Nats per raw logit, or per tanh of one."""
+    return nats_per_unit(spec)
 
 
 def model_sums(logits: Tensor, teacher_logits: Tensor | None, spec: RowSpec, *, target_ids: Tensor) -> list[ModelSums]:
     """One pass over one or both models' logits, in copies of a few rows."""
-    parts = []
+    parts, by = [], bits_per_unit(spec, logits.dtype)
     for rows, (z, e, *pair) in _blocks(logits, 2 if teacher_logits is None else 5, buffers=2):
-        _to_bits_(z.copy_(logits[rows]), spec)
+        _unit_(z.copy_(logits[rows]), spec)
         target = _at(z, target_ids[rows, None]).squeeze(1)
         z_max = _relative_(z)
         if teacher_logits is None:
-            parts.append([_sums(z_max, z, None, target, e, e)])
+            parts.append([_sums(z_max, z, None, target, e, e, by)])
             continue
         y, gap, work = pair
-        _to_bits_(y.copy_(teacher_logits[rows]), spec)
+        _unit_(y.copy_(teacher_logits[rows]), spec)
         y_max = _relative_(y)
         torch.sub(z, y, out=gap)
         nowhere = torch.full_like(target, LOWEST)
-        parts.append([_sums(z_max, z, gap, target, e, work), _sums(y_max, y, gap, nowhere, e, work)])
+        parts.append([_sums(z_max, z, gap, target, e, work, by), _sums(y_max, y, gap, nowhere, e, work, by)])
     return [_concatenate(model) for model in zip(*parts, strict=True)]
 
 
 def support_sums(logits: Tensor, spec: RowSpec, *, target_ids: Tensor, support_ids: Tensor) -> tuple[ModelSums, Tensor]:
     """The support is taken out of copies of a few rows."""
-    parts, support = [], []
+    parts, support, by = [], [], bits_per_unit(spec, logits.dtype)
     for rows, (z, e) in _blocks(logits, 2, buffers=1):
-        _to_bits_(z.copy_(logits[rows]), spec)
+        _unit_(z.copy_(logits[rows]), spec)
         ids = support_ids[rows]
         target = _at(z, target_ids[rows, None]).squeeze(1)
         support.append(_at(z, ids))
         row, k = _inside(ids, z).nonzero(as_tuple=True)
         z[row, ids[row, k]] = LOWEST
-        parts.append(_sums(_relative_(z), z, None, target, e, e))
+        parts.append(_sums(_relative_(z), z, None, target, e, e, by))
     return _concatenate(parts), torch.cat(support)
 
 
@@ -124,9 +126,14 @@ def log_prob_gradient_(
     return Dlogits(logits.to(dtype), None)
 
 
-def _sums(maximum: Tensor, x: Tensor, gap: Tensor | None, target: Tensor, e: Tensor, work: Tensor) -> ModelSums:
-    """The sums over units ``x`` relative to their maximum; ``work`` may be ``e`` where there is no gap."""
-    total = torch.exp2(x, out=e).sum(1)
+def _sums(
+    maximum: Tensor, x: Tensor, gap: Tensor | None, target: Tensor, e: Tensor, work: Tensor, by: float
+) -> ModelSums:
+    """The sums over units ``x`` of ``by`` bits relative to their maximum; ``work`` may be ``e`` where there is no gap.
+
+    Units, not bits: a logit is rounded once more only after its row's maximum is off.
+    """
+    total = torch.mul(x, by, out=e).exp2_().sum(1)
     weighted = _dot(e, x, out=work).squeeze(1)
     gaps = torch.zeros_like(total) if gap is None else _dot(e, gap, out=work).squeeze(1)
     return ModelSums(maximum, total, weighted, gaps, target)
@@ -134,10 +141,6 @@ def _sums(maximum: Tensor, x: Tensor, gap: Tensor | None, target: Tensor, e: Ten
 
 def _concatenate(parts: tuple[ModelSums, ...] | list[ModelSums]) -> ModelSums:
     return ModelSums._make(map(torch.cat, zip(*parts, strict=True)))
-
-
-def _to_bits_(z: Tensor, spec: RowSpec) -> None:
-    z.mul_(_unit_(z, spec, None))
 
 
 def _relative_(z: Tensor) -> Tensor:
