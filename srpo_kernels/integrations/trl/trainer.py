@@ -296,12 +296,15 @@ class SRPOTrainer(GRPOTrainer):
         # Sequences without a forward are in the policy branch too.
         totals["policy_tokens"] = normalizers.token_count.float() - totals["sdpo_tokens"]
         means = sk.summarize_metrics(totals)
-        low, high = means["srpo/clip_low_fraction"], means["srpo/clip_high_fraction"]
-        means |= {"clip_ratio/low_mean": low, "clip_ratio/high_mean": high, "clip_ratio/region_mean": low + high}
+        if self.loss_config.loss_type in ("grpo", "gspo"):
+            low, high = means["srpo/clip_low_fraction"], means["srpo/clip_high_fraction"]
+            means |= {"clip_ratio/low_mean": low, "clip_ratio/high_mean": high, "clip_ratio/region_mean": low + high}
         if self.loss_config.kl_coef != 0.0:
             means["kl"] = means["srpo/ref_kl"]
+        # Computed for the bonus alone.
+        entropy = means.pop("srpo/entropy")
         if self.loss_config.entropy_coef != 0.0:
-            means["entropy"] = means["srpo/entropy"]
+            means["entropy"] = entropy
         for name, value in means.items():
             self._metrics["train" if training else "eval"][name].append(value)
         self._metric_sums = {}
