@@ -53,6 +53,10 @@ class Teacher(TrainerCallback):
                 return self._averages[name].to(parameter.dtype)
         return parameter.detach()
 
+    def averages(self) -> dict[str, Tensor]:
+        """The average of each trained parameter, by its name in the model; empty with the current parameters."""
+        return dict(self._averages)
+
     @torch.no_grad()
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
         """Move the averages towards the model."""
