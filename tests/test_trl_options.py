@@ -191,7 +191,9 @@ def test_the_forward_without_the_loss_is_what_it_was(tmp_path: Path) -> None:
 
 def test_a_transform_of_the_logits_is_in_the_loss(tmp_path: Path) -> None:
     sizes = SIZES | {"vocab_size": 47}
-    model = AutoModelForCausalLM.from_config(Gemma2Config(**sizes, **HEADS, eos_token_id=1, final_logit_softcapping=0.5))
+    model = AutoModelForCausalLM.from_config(
+        Gemma2Config(**sizes, **HEADS, eos_token_id=1, final_logit_softcapping=0.5)
+    )
     trainer = tiny_trainer(ScriptedSRPO, tmp_path, model=model)
     assert trainer.loss_config.softcap == 0.5
     trainer.train()

@@ -50,7 +50,8 @@ def test_the_loss_is_the_oracles(options: dict[str, Any], chat: bool, tmp_path: 
         for parameter in trainer.model.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
     batch = scored_batch(trainer)
-    completions = [ids[mask.bool()].tolist() for ids, mask in zip(batch["completion_ids"], batch["completion_mask"])]
+    lengths = batch["completion_mask"].sum(1).tolist()
+    completions = [ids[:length].tolist() for ids, length in zip(batch["completion_ids"], lengths, strict=True)]
     rewards = graded(completions)
 
     # Who is distilled, and what the teacher reads.
@@ -111,7 +112,12 @@ def test_it_generates_trains_and_evaluates(tmp_path: Path) -> None:
 
 
 def test_a_resumed_run_continues_the_curve(tmp_path: Path) -> None:
-    options: dict[str, Any] = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "gradient_accumulation_steps": 2}
+    options: dict[str, Any] = {
+        "max_steps": 4,
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "gradient_accumulation_steps": 2,
+    }
     whole = tiny_trainer(ScriptedSRPO, tmp_path, teacher_update_rate=0.3, **options)
     whole.train()
     resumed = tiny_trainer(ScriptedSRPO, tmp_path, teacher_update_rate=0.3, **options)
@@ -176,7 +182,9 @@ def test_two_processes_train_as_one(loss_type: str, tmp_path: Path) -> None:
 
     history = json.loads((tmp_path / "history.json").read_text())
     assert 0.0 < curve(alone, "srpo/sdpo_token_fraction")[0] < 1.0
-    for name in (name for name in alone.state.log_history[0] if name.startswith("srpo/") or name in ("loss", "grad_norm")):
+    for name in (
+        name for name in alone.state.log_history[0] if name.startswith("srpo/") or name in ("loss", "grad_norm")
+    ):
         together = [entry[name] for entry in history if name in entry]
         assert together == pytest.approx(curve(alone, name), rel=1e-4, abs=1e-5), name
 

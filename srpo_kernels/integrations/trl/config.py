@@ -151,7 +151,8 @@ class SRPOTrainerConfig(GRPOConfig):
                 f"processes, got {questions} * {self.num_generations} and "
                 f"{self.per_device_train_batch_size} * {processes}"
             )
-        return completions // per_pass
+        steps: int = completions // per_pass
+        return steps
 
     def _check_own_options(self) -> None:
         for name, choices in (("method", get_args(Method)), ("teacher_model_kind", get_args(TeacherKind))):
@@ -196,7 +197,9 @@ class SRPOTrainerConfig(GRPOConfig):
                 f"{self.sapo_temperature_pos!r} and {self.sapo_temperature_neg!r}: srpo_loss has these alone"
             )
         if self.beta != 0.0 and self.use_bias_correction_kl:
-            raise ValueError("use_bias_correction_kl must be False with beta != 0, got True: srpo_loss has the plain k3")
+            raise ValueError(
+                "use_bias_correction_kl must be False with beta != 0, got True: srpo_loss has the plain k3"
+            )
         if self.entropy_coef != 0.0 and reduction != "token":
             raise ValueError(
                 f"entropy_coef must be 0 with loss_type={self.loss_type!r}, got {self.entropy_coef!r}: TRL takes the "

@@ -92,9 +92,7 @@ def check_head(model: Any, transform: LogitTransform) -> None:
     training = model.training
     model.eval()
     logits = model(input_ids=input_ids).logits.float()
-    hidden, weight, bias = model(
-        input_ids=input_ids, on_hidden=functools.partial(head_operands, in_head_dtype=True)
-    )
+    hidden, weight, bias = model(input_ids=input_ids, on_hidden=functools.partial(head_operands, in_head_dtype=True))
     model.train(training)
     ours = nn.functional.linear(hidden, weight, bias).float() * transform.logit_scale
     if transform.softcap is not None:

@@ -48,10 +48,11 @@ class Teacher(TrainerCallback):
 
     def value(self, parameter: Tensor) -> Tensor:
         """The teacher's value of a parameter of the model, in its dtype, detached."""
+        value = parameter.detach()
         for name, trained in self._trained.items():
             if trained is parameter:
-                return self._averages[name].to(parameter.dtype)
-        return parameter.detach()
+                value = self._averages[name].to(value.dtype)
+        return value
 
     def averages(self) -> dict[str, Tensor]:
         """The average of each trained parameter, by its name in the model; empty with the current parameters."""

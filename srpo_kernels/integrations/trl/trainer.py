@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from accelerate.utils import gather_object, is_peft_model
@@ -46,9 +46,9 @@ class SRPOTrainer(GRPOTrainer):
         ValueError: an argument, a model or a distributed set-up that is not supported.
     """
 
-    _tag_names = ["trl", "srpo"]
+    _tag_names: ClassVar[list[str]] = ["trl", "srpo"]
     _name = "SRPO"
-    _paper = {
+    _paper: ClassVar[dict[str, str]] = {
         "title": "SRPO: Sample-Routed Policy Optimization",
         "id": "2604.02288",
         "citation": textwrap.dedent("""\
@@ -112,7 +112,9 @@ class SRPOTrainer(GRPOTrainer):
             raise ValueError("router_aux_loss_coef must be 0.0 with SRPOTrainer: the fused loss has no auxiliary loss")
         for enabled, name in ((self.is_deepspeed_enabled, "deepspeed"), (self.is_fsdp_enabled, "fsdp")):
             if enabled:
-                raise ValueError(f"{name} is not supported by SRPOTrainer: one process or DDP, where a rank has the head")
+                raise ValueError(
+                    f"{name} is not supported by SRPOTrainer: one process or DDP, where a rank has the head"
+                )
 
     # Scoring: who is distilled, and from which sibling.
 
@@ -280,7 +282,8 @@ class SRPOTrainer(GRPOTrainer):
             moving = torch.ones_like(moving)
         moving &= inputs["completion_mask"].bool().any(1)
         moving[0] |= ~moving.any()
-        return moving.nonzero().flatten()
+        rows: Tensor = moving.nonzero().flatten()
+        return rows
 
     # Metrics and checkpoints.
 
