@@ -154,5 +154,5 @@ class _ValidRows(NamedTuple):
             raise ValueError("sequence_ids is required for packed rows with loss_type='gspo', got None")
         require_tensor("sequence_ids", sequence_ids, INTEGER, self.rows.device)
         require_shape("sequence_ids", sequence_ids, [self.shape], "the shape of log_probs")
-        _, sequences = torch.unique(sequence_ids[self.rows], return_inverse=True)
+        sequences: Tensor = torch.unique(sequence_ids[self.rows], return_inverse=True)[1]
         return sequences
