@@ -1,4 +1,4 @@
-"""One process of a distributed training run: `python -m tests.ddp_trainer FOLDER OPTIONS`, options as JSON."""
+"""One process of distributed training runs: `python -m tests.ddp_trainer FOLDER RUNS`, options by name as JSON."""
 
 from __future__ import annotations
 
@@ -13,8 +13,11 @@ from tests.tiny_trainer import ScriptedSRPO, tiny_trainer
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
     torch.set_num_threads(1)
-    trainer = tiny_trainer(ScriptedSRPO, folder, ddp_backend="gloo", **json.loads(sys.argv[2]))
-    trainer.train()
+    histories = {}
+    for name, options in json.loads(sys.argv[2]).items():
+        trainer = tiny_trainer(ScriptedSRPO, folder / name, ddp_backend="gloo", **options)
+        trainer.train()
+        histories[name] = trainer.state.log_history
     if trainer.accelerator.is_main_process:
-        (folder / "history.json").write_text(json.dumps(trainer.state.log_history))
+        (folder / "histories.json").write_text(json.dumps(histories))
     torch.distributed.destroy_process_group()

@@ -160,33 +160,42 @@ def free_port() -> int:
         return port
 
 
-@pytest.mark.parametrize("loss_type", ["dapo", "grpo"])
-def test_two_processes_train_as_one(loss_type: str, tmp_path: Path) -> None:
-    # One group over both processes: a teacher may have to show what the other process generated.
-    options = {"num_generations": 16, "gradient_accumulation_steps": 2, "max_steps": 3, "loss_type": loss_type}
-    alone = tiny_trainer(ScriptedSRPO, tmp_path / "alone", **options)
-    alone.train()
+# One group over both processes: a teacher may have to show what the other process generated.
+SHARED = {"num_generations": 16, "gradient_accumulation_steps": 2, "max_steps": 3}
+RUNS = {"tokens": SHARED, "sequences": SHARED | {"loss_type": "grpo"}, "sdpo": SHARED | {"method": "sdpo"}}
 
-    port = str(free_port())
-    workers = []
-    for rank in ("0", "1"):
-        environment = os.environ | {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
-        arguments = [str(tmp_path), json.dumps(options | {"per_device_train_batch_size": 4})]
-        command = [sys.executable, "-m", "tests.ddp_trainer", *arguments]
-        workers.append(
-            subprocess.Popen(command, env=environment, cwd=Path(__file__).parents[1], stderr=subprocess.PIPE, text=True)
+
+@pytest.fixture(scope="module")
+def histories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, float]]]:
+    """What two processes logged in each run."""
+    folder, port = tmp_path_factory.mktemp("ddp"), str(free_port())
+    runs = {name: options | {"per_device_train_batch_size": 4} for name, options in RUNS.items()}
+    command = [sys.executable, "-m", "tests.ddp_trainer", str(folder), json.dumps(runs)]
+    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    workers = [
+        subprocess.Popen(
+            command,
+            env=os.environ | shared | {"RANK": rank, "LOCAL_RANK": rank, "OMP_NUM_THREADS": "1"},
+            cwd=Path(__file__).parents[1],
+            stderr=subprocess.PIPE,
+            text=True,
         )
-    errors = [worker.communicate(timeout=240)[1] for worker in workers]
+        for rank in ("0", "1")
+    ]
+    errors = [worker.communicate(timeout=600)[1] for worker in workers]
     assert [worker.returncode for worker in workers] == [0, 0], errors
+    read: dict[str, list[dict[str, float]]] = json.loads((folder / "histories.json").read_text())
+    return read
 
-    history = json.loads((tmp_path / "history.json").read_text())
-    assert 0.0 < curve(alone, "srpo/sdpo_token_fraction")[0] < 1.0
-    for name in (
-        name for name in alone.state.log_history[0] if name.startswith("srpo/") or name in ("loss", "grad_norm")
-    ):
-        together = [entry[name] for entry in history if name in entry]
-        assert together == pytest.approx(curve(alone, name), rel=1e-4, abs=1e-5), name
+
+@pytest.mark.parametrize("name", RUNS)
+def test_two_processes_train_as_one(name: str, histories: Any, tmp_path: Path) -> None:
+    alone = tiny_trainer(ScriptedSRPO, tmp_path, **RUNS[name])
+    alone.train()
+    assert curve(alone, "srpo/sdpo_token_fraction")[0] > 0.0
+    for metric in ("loss", "grad_norm", *(key for key in alone.state.log_history[0] if key.startswith("srpo/"))):
+        together = [entry[metric] for entry in histories[name] if metric in entry]
+        assert together == pytest.approx(curve(alone, metric), rel=1e-4, abs=1e-5), metric
 
 
 def test_importance_weights_of_the_sampler_reach_the_loss(tmp_path: Path) -> None:

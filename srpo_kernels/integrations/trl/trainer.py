@@ -15,6 +15,7 @@ from trl import GRPOTrainer
 import srpo_kernels as sk
 from srpo_kernels.integrations.trl.config import SRPOTrainerConfig
 from srpo_kernels.integrations.trl.head import add_hidden_output, check_head, head_operands, logit_transform
+from srpo_kernels.integrations.trl.metrics import step_means
 from srpo_kernels.integrations.trl.teacher import Teacher, pad_left, teacher_prompt
 
 
@@ -296,18 +297,7 @@ class SRPOTrainer(GRPOTrainer):
         names = list(self._metric_sums)
         sums = self.accelerator.reduce(torch.stack([self._metric_sums[name].float() for name in names]), "sum")
         totals = dict(zip(names, sums.unbind(), strict=True))
-        # Sequences without a forward are in the policy branch too.
-        totals["policy_tokens"] = normalizers.token_count.float() - totals["sdpo_tokens"]
-        means = sk.summarize_metrics(totals)
-        if self.loss_config.loss_type in ("grpo", "gspo"):
-            low, high = means["srpo/clip_low_fraction"], means["srpo/clip_high_fraction"]
-            means |= {"clip_ratio/low_mean": low, "clip_ratio/high_mean": high, "clip_ratio/region_mean": low + high}
-        if self.loss_config.kl_coef != 0.0:
-            means["kl"] = means["srpo/ref_kl"]
-        # Computed for the bonus alone.
-        entropy = means.pop("srpo/entropy")
-        if self.loss_config.entropy_coef != 0.0:
-            means["entropy"] = entropy
+        means = step_means(totals, normalizers.token_count, self.loss_config)
         for name, value in means.items():
             self._metrics["train" if training else "eval"][name].append(value)
         self._metric_sums = {}
