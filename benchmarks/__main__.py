@@ -9,6 +9,7 @@ from benchmarks.memory import peak
 from benchmarks.report import report
 from benchmarks.scaling import scaling
 from benchmarks.speed import speed
+from benchmarks.trainers import trainers
 from benchmarks.wire import wire
 
 if __name__ == "__main__":
@@ -18,6 +19,7 @@ if __name__ == "__main__":
             "accuracy": accuracy,
             "cost": cost,
             "scaling": scaling,
+            "trainers": trainers,
             "report": report,
             "gate": gate,
             "peak": peak,

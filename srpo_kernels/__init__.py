@@ -5,11 +5,14 @@ from srpo_kernels.engine.workspace import release as release_workspace
 from srpo_kernels.functional import srpo_loss, teacher_stats, token_stats
 from srpo_kernels.metrics import summarize_metrics
 from srpo_kernels.modules import SRPOLoss
+from srpo_kernels.objective import PolicyTerms
 from srpo_kernels.routing import group_advantages, route_samples
+from srpo_kernels.token_losses import policy_loss, sampled_distillation_loss
 from srpo_kernels.types import Normalizers, Routing, SRPOOutput, TeacherStats, TokenStats
 
 __all__ = [
     "Normalizers",
+    "PolicyTerms",
     "Routing",
     "SRPOConfig",
     "SRPOLoss",
@@ -17,8 +20,10 @@ __all__ = [
     "TeacherStats",
     "TokenStats",
     "group_advantages",
+    "policy_loss",
     "release_workspace",
     "route_samples",
+    "sampled_distillation_loss",
     "srpo_loss",
     "summarize_metrics",
     "teacher_stats",

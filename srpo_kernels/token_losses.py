@@ -1,0 +1,158 @@
+"""The token losses of both branches from log-probs that a caller has: for trainers that hand over nothing else."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from srpo_kernels import objective
+from srpo_kernels.checks import BOOL, FLOATING, INTEGER, require_shape, require_tensor
+from srpo_kernels.config import SRPOConfig
+from srpo_kernels.objective import PolicyTerms, RowInputs
+from srpo_kernels.validation import check_config
+
+_DEFAULT_CONFIG = SRPOConfig()
+
+
+def policy_loss(
+    log_probs: Tensor,
+    advantages: Tensor,
+    *,
+    mask: Tensor | None = None,
+    old_log_probs: Tensor | None = None,
+    ref_log_probs: Tensor | None = None,
+    is_weights: Tensor | None = None,
+    entropy: Tensor | None = None,
+    sequence_ids: Tensor | None = None,
+    config: SRPOConfig = _DEFAULT_CONFIG,
+) -> PolicyTerms:
+    """The policy branch's loss per token, before any reduction, from log-probs in place of hidden states.
+
+    The loss that ``config.loss_type`` names, times ``is_weights``, plus the KL term, minus the entropy bonus. Reads
+    the fields of the policy branch alone. Where hidden states are at hand, ``srpo_loss`` is cheaper. Source: SRPO
+    (arXiv 2604.02288), section 3.1.
+
+    Args:
+        log_probs: ``[B, T]`` or packed ``[N]``, nats; carries gradient.
+        advantages: ``[B]`` or ``log_probs``' shape.
+        mask: ``log_probs``' shape, bool: the valid tokens; the others are never read. None: all.
+        old_log_probs: ``log_probs``' shape. None: the current ones.
+        ref_log_probs: ``log_probs``' shape; required when ``kl_coef`` is not 0.
+        is_weights: ``log_probs``' shape: correction for a mismatched rollout engine. Detached.
+        entropy: ``log_probs``' shape, nats, when ``entropy_coef`` is not 0 and only then; carries gradient.
+        sequence_ids: ``[N]``, integers: the sequence of a packed row; ``gspo`` needs it there.
+        config: the options.
+
+    Returns:
+        ``loss``, and, without gradient, where the clips hold it (bool), the KL estimates from the old and to the
+        reference policy: ``log_probs``' shape each, in fp32 or ``log_probs``' wider dtype, 0 where masked.
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype.
+        ValueError: a wrong shape or device, or a missing argument.
+    """
+    check_config(config)
+    if config.kl_coef != 0.0 and ref_log_probs is None:
+        raise ValueError(f"ref_log_probs is required when kl_coef is not 0, got None with kl_coef={config.kl_coef}")
+    if (entropy is not None) != (config.entropy_coef != 0.0):
+        given = "None" if entropy is None else "a tensor"
+        raise ValueError(f"entropy is for an entropy_coef other than 0, got {given} with {config.entropy_coef}")
+    rows = _ValidRows.of(log_probs, mask)
+    if isinstance(advantages, Tensor) and advantages.shape == log_probs.shape[:1] != log_probs.shape:
+        advantages = advantages[:, None].expand_as(log_probs)
+    sequences = rows.sequences(sequence_ids) if config.loss_type == "gspo" or sequence_ids is not None else None
+    inputs = RowInputs(
+        advantages=rows.take("advantages", advantages).detach(),
+        old_log_probs=None if old_log_probs is None else rows.take("old_log_probs", old_log_probs).detach(),
+        ref_log_probs=None if ref_log_probs is None else rows.take("ref_log_probs", ref_log_probs).detach(),
+        is_weights=None if is_weights is None else rows.take("is_weights", is_weights).detach(),
+        sequences=sequences,
+        num_sequences=0 if sequences is None else log_probs.shape[0],
+    )
+    entropies = None if entropy is None else rows.take("entropy", entropy)
+    terms = objective.policy_terms(rows.take("log_probs", log_probs), entropies, inputs, config)
+    return PolicyTerms._make(rows.put(values) for values in terms)
+
+
+def sampled_distillation_loss(
+    log_probs: Tensor,
+    teacher_log_probs: Tensor,
+    *,
+    mask: Tensor | None = None,
+    old_log_probs: Tensor | None = None,
+    is_weights: Tensor | None = None,
+    config: SRPOConfig = _DEFAULT_CONFIG,
+) -> Tensor:
+    """The distillation branch's loss per token, of ``distillation_mode="sampled"``, from log-probs.
+
+    ``kappa * is_weights * sg(log p - log q) * log p`` at the sampled token: its gradient is that of the reverse KL,
+    its value is not one. The entropy-aware weight needs the teacher's whole distribution, and is not in it. Source:
+    SRPO (arXiv 2604.02288), section 3.1.
+
+    Args:
+        log_probs: ``[B, T]`` or packed ``[N]``, nats; carries gradient.
+        teacher_log_probs: ``log_probs``' shape, of the same tokens. Detached.
+        mask: ``log_probs``' shape, bool: the valid tokens; the others are never read. None: all.
+        old_log_probs: ``log_probs``' shape. None: ``kappa`` is 1.
+        is_weights: ``log_probs``' shape. Detached.
+        config: its ``distillation_is_clip`` bounds ``kappa``.
+
+    Returns:
+        ``log_probs``' shape, 0 where masked; dtypes and errors as those of ``policy_loss``.
+    """
+    check_config(config)
+    rows = _ValidRows.of(log_probs, mask)
+    student, teacher = rows.take("log_probs", log_probs), rows.take("teacher_log_probs", teacher_log_probs).detach()
+    inputs = RowInputs(
+        advantages=torch.zeros_like(teacher),
+        old_log_probs=None if old_log_probs is None else rows.take("old_log_probs", old_log_probs).detach(),
+        ref_log_probs=None,
+        is_weights=None if is_weights is None else rows.take("is_weights", is_weights).detach(),
+        sequences=None,
+        num_sequences=0,
+    )
+    weights = objective.distillation_weights(student, inputs, config)
+    return rows.put(weights * objective.sampled_divergence(student, teacher))
+
+
+class _ValidRows(NamedTuple):
+    """The valid rows of ``[B, T]`` or ``[N]``, as indices of the flat tensor; takes and puts values there."""
+
+    rows: Tensor
+    shape: torch.Size
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, log_probs: Tensor, mask: Tensor | None) -> _ValidRows:
+        require_tensor("log_probs", log_probs, FLOATING)
+        if log_probs.dim() not in (1, 2):
+            raise ValueError(f"log_probs must have shape [B, T] or [N], got {list(log_probs.shape)}")
+        if mask is None:
+            mask = torch.ones_like(log_probs, dtype=torch.bool)
+        require_tensor("mask", mask, BOOL, log_probs.device)
+        require_shape("mask", mask, [log_probs.shape], "the shape of log_probs")
+        dtype = torch.promote_types(log_probs.dtype, torch.float32)
+        return cls(mask.flatten().nonzero().flatten(), log_probs.shape, dtype)
+
+    def take(self, name: str, values: Tensor) -> Tensor:
+        require_tensor(name, values, FLOATING, self.rows.device)
+        require_shape(name, values, [self.shape], "the shape of log_probs")
+        return values.flatten()[self.rows].to(self.dtype)
+
+    def put(self, values: Tensor) -> Tensor:
+        return values.new_zeros(self.shape.numel()).index_put((self.rows,), values).view(self.shape)
+
+    def sequences(self, sequence_ids: Tensor | None) -> Tensor:
+        """The sequence of each valid row, numbered from 0."""
+        if len(self.shape) == 2:
+            if sequence_ids is not None:
+                raise ValueError(f"sequence_ids is for packed rows: log_probs must be [N], got {list(self.shape)}")
+            return self.rows // self.shape[1]
+        if sequence_ids is None:
+            raise ValueError("sequence_ids is required for packed rows with loss_type='gspo', got None")
+        require_tensor("sequence_ids", sequence_ids, INTEGER, self.rows.device)
+        require_shape("sequence_ids", sequence_ids, [self.shape], "the shape of log_probs")
+        sequences: Tensor = torch.unique(sequence_ids[self.rows], return_inverse=True)[1]
+        return sequences

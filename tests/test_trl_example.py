@@ -1,0 +1,30 @@
+"""The example script and the benchmark of trainers, with a tiny model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("trl", "1.16", reason="the trl integration needs trl >= 1.16")
+
+from benchmarks.trainers import SIDES, Branch, Step, prepare
+from examples import train_trl
+from tests.tiny_trainer import tiny_model, tiny_tokenizer
+
+
+def test_the_example_trains(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train_trl, "load_model", lambda _: (tiny_model(), tiny_tokenizer()))
+    train_trl.main()
+    assert capsys.readouterr().out.count("srpo/sdpo_token_fraction") == 8
+
+
+@pytest.mark.parametrize("branch", ["grpo", "sdpo"])
+def test_both_sides_of_the_benchmark_compute_the_same_loss(branch: Branch, tmp_path: Path) -> None:
+    step = Step(layers=1, vocab=64, hidden=16, length=8)
+    ours, theirs = (prepare(branch, side, step, tmp_path)() for side in SIDES)
+    assert ours == pytest.approx(theirs, rel=1e-4)
+    assert ours != 0.0

@@ -1,0 +1,199 @@
+"""What SRPOTrainer refuses, its preset, its prompts, and heads of transformers models."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("trl", "1.16", reason="the trl integration needs trl >= 1.16")
+
+from transformers import (
+    AutoModelForCausalLM,
+    CohereConfig,
+    Gemma2Config,
+    GPT2Config,
+    GraniteConfig,
+    MixtralConfig,
+    PreTrainedModel,
+)
+from trl import GRPOConfig
+
+from srpo_kernels.integrations.trl import SRPOTrainer, SRPOTrainerConfig
+from srpo_kernels.integrations.trl.head import LogitTransform, add_hidden_output, check_head, logit_transform
+from srpo_kernels.integrations.trl.teacher import teacher_prompt
+from tests.tiny_trainer import ScriptedSRPO, graded, prompts, tiny_model, tiny_tokenizer, tiny_trainer
+
+REFUSED: dict[str, tuple[Any, dict[str, Any]]] = {
+    "use_liger_kernel": (True, {}),
+    "top_entropy_quantile": (0.2, {}),
+    "use_adaptive_entropy": (True, {}),
+    "off_policy_mask_threshold": (0.5, {}),
+    "use_bias_correction_kl": (True, {"beta": 0.1}),
+    "loss_type": ("vespo", {}),
+    "importance_sampling_level": ("sequence", {"loss_type": "sapo"}),
+    "sapo_temperature_pos": (2.0, {"loss_type": "sapo"}),
+    "entropy_coef": (0.1, {"loss_type": "grpo"}),
+    "beta": (0.1, {"method": "sdpo"}),
+    "delta": (1.5, {"loss_type": "cispo", "epsilon_high": 5.0}),
+    "epsilon_high": (0.28, {"loss_type": "cispo"}),
+    "steps_per_generation": (3, {"gradient_accumulation_steps": 2, "num_generations": 2}),
+    "questions_per_batch": (3, {"per_device_train_batch_size": 32}),
+    "method": ("ppo", {}),
+    "teacher_model_kind": ("base", {}),
+    "teacher_update_rate": (0.0, {}),
+    "teacher_template": ("{prompt} {answer}", {}),
+    "distillation_alpha": (1.5, {}),
+    "distillation_mode": ("full_logits", {}),
+    "dw_beta": (-1.0, {}),
+    "temperature": (0.0, {}),
+}
+
+
+def config(**options: Any) -> SRPOTrainerConfig:
+    return SRPOTrainerConfig(**({"output_dir": "unused", "use_cpu": True, "bf16": False} | options))
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_the_loss_cannot_do_is_refused_by_name(name: str) -> None:
+    value, others = REFUSED[name]
+    # cispo's bound is TRL's own, and the library names its own option.
+    match = {"distillation_alpha": "alpha"}.get(name, name)
+    with pytest.raises(ValueError, match=match):
+        config(**({name: value} | others))
+
+
+@pytest.mark.parametrize("loss_type", ["bnpo", "luspo", "vespo", "unknown"])
+def test_a_loss_type_is_refused_with_a_reason(loss_type: str) -> None:
+    with pytest.raises(ValueError, match=r"loss_type must be one of .*: (it|its) "):
+        config(loss_type=loss_type)
+
+
+@pytest.mark.parametrize("template", ["no field", "{prompt}", "{solution}", "{prompt} {solution} {", "{prompt} {}"])
+def test_a_template_must_have_both_fields(template: str) -> None:
+    with pytest.raises(ValueError, match="teacher_template must have the fields"):
+        config(teacher_template=template)
+
+
+@pytest.mark.parametrize("name", ["tools", "rollout_func", "environment_factory", "something_else"])
+def test_arguments_of_the_trainer_are_refused_by_name(name: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=name):
+        SRPOTrainer(tiny_model(), graded, config(output_dir=str(tmp_path)), prompts(), **{name: print})
+
+
+def test_a_config_of_trl_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="args must be an SRPOTrainerConfig, got GRPOConfig"):
+        SRPOTrainer(tiny_model(), graded, GRPOConfig(str(tmp_path), use_cpu=True, bf16=False), prompts())
+
+
+def test_experts_with_an_auxiliary_loss_are_refused(tmp_path: Path) -> None:
+    sizes = {"vocab_size": 47, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "num_local_experts": 2}
+    experts = AutoModelForCausalLM.from_config(MixtralConfig(**sizes, **heads, pad_token_id=0, eos_token_id=1))
+    with pytest.raises(ValueError, match=r"router_aux_loss_coef must be 0\.0"):
+        tiny_trainer(ScriptedSRPO, tmp_path, model=experts)
+    trainer = tiny_trainer(ScriptedSRPO, tmp_path, model=experts, router_aux_loss_coef=0.0)
+    trainer.train()
+
+
+def test_the_defaults_are_the_papers() -> None:
+    preset = config(questions_per_batch=32, per_device_train_batch_size=4)
+    assert preset.learning_rate == 5e-6
+    assert preset.num_generations == 8
+    assert preset.gradient_accumulation_steps * 4 == 32 * 8
+    assert preset.generation_batch_size == 32 * 8
+    assert (preset.method, preset.success_threshold, preset.scale_rewards) == ("srpo", 0.5, "none")
+    assert (preset.teacher_model_kind, preset.teacher_update_rate) == ("ema", 0.05)
+    loss = preset.loss_config()
+    assert (loss.epsilon_low, loss.epsilon_high, loss.divergence, loss.alpha) == (0.2, 0.28, "jsd", 0.5)
+    assert (loss.distillation_is_clip, loss.dw_beta, loss.reduction, loss.loss_type) == (2.0, 1.0, "token", "grpo")
+    with pytest.raises(ValueError, match="questions_per_batch sets gradient_accumulation_steps"):
+        config(questions_per_batch=32, gradient_accumulation_steps=2)
+
+
+def test_every_option_of_the_loss_is_set_or_left_alone_on_purpose() -> None:
+    changed = config(
+        epsilon=0.1,
+        epsilon_high=None,
+        delta=3.0,
+        dual_clip=4.0,
+        beta=0.1,
+        distillation_alpha=0.0,
+        distillation_mode="topk",
+        distillation_topk=7,
+        distillation_add_tail=False,
+        distillation_is_clip=None,
+        dw_beta=0.5,
+        temperature=0.7,
+        loss_type="dr_grpo",
+        importance_sampling_level="sequence",
+    ).loss_config(2.0, 30.0)
+    default = config().loss_config()
+    same = {f.name for f in dataclasses.fields(default) if getattr(changed, f.name) == getattr(default, f.name)}
+    # The last three are not options of TRL, or were not set.
+    assert same == {"kl_type", "log_ratio_clamp", "count_inactive", "entropy_coef"}
+
+
+def test_the_teacher_reads_the_solution_in_the_last_user_message() -> None:
+    chat = [{"role": "system", "content": "s"}, {"role": "user", "content": "{x}"}]
+    shown = teacher_prompt(chat, "{prompt}", "{prompt}|{solution}")
+    assert shown == [{"role": "system", "content": "s"}, {"role": "user", "content": "{x}|{prompt}"}]
+    assert chat[1]["content"] == "{x}"
+    assert teacher_prompt("p", "s", "{{{prompt}}} {solution}") == "{p} s"
+    with pytest.raises(ValueError, match="prompt must end with a user message"):
+        teacher_prompt([{"role": "assistant", "content": "a"}], "s", "{prompt}{solution}")
+    with pytest.raises(ValueError, match="content of type list"):
+        teacher_prompt([{"role": "user", "content": [{"type": "text", "text": "a"}]}], "s", "{prompt}{solution}")
+
+
+SIZES: dict[str, Any] = {"vocab_size": 32, "hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1}
+HEADS: dict[str, Any] = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 4, "pad_token_id": 0}
+MODELS: dict[str, tuple[Any, LogitTransform]] = {
+    "cohere": (CohereConfig(**SIZES, **HEADS, logit_scale=0.25), LogitTransform(0.25, None)),
+    "granite": (GraniteConfig(**SIZES, **HEADS, logits_scaling=8.0), LogitTransform(0.125, None)),
+    "gemma2": (Gemma2Config(**SIZES, **HEADS, final_logit_softcapping=0.5), LogitTransform(1.0, 0.5)),
+    "gpt2": (GPT2Config(vocab_size=32, n_embd=8, n_layer=1, n_head=2), LogitTransform(1.0, None)),
+}
+
+
+def tiny_head(name: str) -> PreTrainedModel:
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(MODELS[name][0])
+    torch.nn.init.normal_(model.get_output_embeddings().weight, std=0.5)
+    add_hidden_output(model)
+    return model
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_logit_transform_is_the_models(name: str) -> None:
+    model = tiny_head(name)
+    transform = logit_transform(model.config)
+    assert transform == MODELS[name][1]
+    check_head(model, transform)
+    check_head(model.bfloat16(), transform)
+
+
+def test_a_head_that_does_something_else_is_refused() -> None:
+    model = tiny_head("gemma2")
+    with pytest.raises(ValueError, match="model must compute its logits from the last hidden states"):
+        check_head(model, LogitTransform(1.0, None))
+    with pytest.raises(ValueError, match="model must compute its logits from the last hidden states"):
+        check_head(model.bfloat16(), LogitTransform(2.0, 0.5))
+
+
+def test_the_forward_without_the_loss_is_what_it_was(tmp_path: Path) -> None:
+    trainer = tiny_trainer(ScriptedSRPO, tmp_path)
+    ids = torch.tensor([tiny_tokenizer()("w1 w2 w3")["input_ids"]])
+    assert torch.equal(trainer.model(ids).logits, tiny_model()(ids).logits)
+
+
+def test_a_transform_of_the_logits_is_in_the_loss(tmp_path: Path) -> None:
+    sizes = SIZES | {"vocab_size": 47}
+    model = AutoModelForCausalLM.from_config(
+        Gemma2Config(**sizes, **HEADS, eos_token_id=1, final_logit_softcapping=0.5)
+    )
+    trainer = tiny_trainer(ScriptedSRPO, tmp_path, model=model)
+    assert trainer.loss_config.softcap == 0.5
+    trainer.train()
