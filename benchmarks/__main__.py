@@ -9,7 +9,6 @@ from benchmarks.memory import peak
 from benchmarks.report import report
 from benchmarks.scaling import scaling
 from benchmarks.speed import speed
-from benchmarks.trainers import trainers
 from benchmarks.wire import wire
 
 if __name__ == "__main__":
@@ -19,7 +18,6 @@ if __name__ == "__main__":
             "accuracy": accuracy,
             "cost": cost,
             "scaling": scaling,
-            "trainers": trainers,
             "report": report,
             "gate": gate,
             "peak": peak,

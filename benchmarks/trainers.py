@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import tyro
 from datasets import Dataset
 from rich.console import Console
 from rich.table import Table
@@ -248,3 +249,7 @@ class _Srpo(_Scripted, SRPOTrainer):
 class _Sdpo(_Scripted, SDPOTrainer):
     def _generate(self, prompt_ids: Any) -> Any:
         return prompt_ids, self._script(len(prompt_ids))
+
+
+if __name__ == "__main__":
+    tyro.cli(trainers, prog="python -m benchmarks.trainers")
