@@ -73,10 +73,22 @@ def micro_batch_loss(
     config: sk.SRPOConfig,
 ) -> sk.SRPOOutput:
     """The loss of a micro-batch, from the model's hidden states and its head."""
-    hidden = model.model(batch.ids).last_hidden_state[:, :-1]
+    hidden = model.model(batch.ids).last_hidden_state
+    return head_loss(hidden, model.lm_head, batch, teacher, normalizers, config)
+
+
+def head_loss(
+    hidden: Tensor,
+    head: nn.Linear,
+    batch: Rollouts,
+    teacher: nn.Module,
+    normalizers: sk.Normalizers | None,
+    config: sk.SRPOConfig,
+) -> sk.SRPOOutput:
+    """The loss of a micro-batch, from hidden states ``[B, T, H]``."""
     return sk.srpo_loss(
-        hidden,
-        model.lm_head.weight,
+        hidden[:, :-1],
+        head.weight,
         batch.ids[:, 1:],
         advantages=batch.advantages,
         mask=batch.mask,
@@ -92,7 +104,10 @@ def micro_batch_loss(
 @torch.no_grad()
 def teacher_states(teacher: nn.Module, batch: Rollouts) -> Tensor:
     """The teacher's states at the routed rollouts alone, ``[B_sdpo, T - 1, H]``."""
-    return teacher.model(batch.teacher_ids[batch.sdpo_mask]).last_hidden_state[:, :-1]
+    routed = batch.teacher_ids[batch.sdpo_mask]
+    # The forward of a sharded teacher is a collective: a rank without a routed rollout takes part in it.
+    ids = routed if len(routed) else batch.teacher_ids[:1]
+    return teacher.model(ids).last_hidden_state[: len(routed), :-1]
 
 
 def global_normalizers(teacher: nn.Module, micro_batches: Sequence[Rollouts], config: sk.SRPOConfig) -> sk.Normalizers:
