@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import product
@@ -13,7 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import reference
@@ -233,30 +235,64 @@ class Step(NamedTuple):
         return worst_error(policy, expected)
 
 
-def steps(world_size: int) -> Iterator[Step]:
+def steps(world_size: int, *, thorough: bool) -> list[Step]:
+    cases = []
     for i, (tied, wrapper) in enumerate([*product([False], UNTIED), *product([True], TIED)]):
-        # Every way to wrap meets two of the three configurations.
-        for accumulation in (1 + i % 3, 1 + (i + 1) % 3):
+        # Every way to wrap meets one of the configurations at least.
+        for accumulation in {1 + i % 3, 1 + (i + thorough) % 3}:
             config = list(CONFIGS.values())[accumulation - 1]
-            yield Step(wrapper, random_split(world_size, accumulation), config, tied=tied)
-    for split in lopsided_splits(world_size):
-        yield from (Step(wrapper, split) for wrapper in ("ddp", "fsdp2", "fsdp2, head beside"))
+            cases.append(Step(wrapper, random_split(world_size, accumulation), config, tied=tied))
+    wrappers = ("ddp", "fsdp2", "fsdp2, head beside") if thorough else ("fsdp2",)
+    cases += [Step(wrapper, split) for wrapper in wrappers for split in lopsided_splits(world_size)]
     split = random_split(world_size, 2)
-    yield from (Step(wrapper, split, frozen_head=True) for wrapper in ("ddp", "fsdp2", "fsdp2, head beside"))
-    yield from (Step(wrapper, split, dtype=torch.float32) for wrapper in ("ddp", "accelerate", "fsdp2"))
+    cases += [Step(wrapper, split, frozen_head=True) for wrapper in wrappers]
+    return cases + [Step(wrapper, split, dtype=torch.float32) for wrapper in wrappers]
 
 
-def errors(rank: int, cases: list[Step]) -> list[float]:
-    world_size = dist.get_world_size()
+def mixed_precision() -> tuple[float, str]:
+    """FSDP in bf16: the error of the gradients, and the message when normalizers pass through its cast."""
+    policy, config, rank = make_policy(), CONFIGS["paper"], dist.get_rank()
+    teacher, rollouts = make_teacher(policy), make_rollouts(COUNT)
+    expected = whole_batch_gradients(copy.deepcopy(policy), teacher, rollouts, config)
+    mine = rollouts.select(slice(rank, None, dist.get_world_size()))
+    normalizers = global_normalizers(teacher, [mine], config)
+    module = WithLoss(policy)
+    fully_shard(module, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32))
+    with pytest.raises(TypeError) as refused:
+        module(mine, teacher, normalizers, config)
+    module.reset_iter_state()
+    out = sk.call_as_forward(module, partial(micro_batch_loss, policy, mine, teacher, normalizers, config))
+    sk.scale_for_gradient_mean(out.loss).backward()
+    return worst_error(policy, expected), str(refused.value)
+
+
+def work(rank: int, cases: list[Step]) -> tuple[list[float], tuple[float, str]]:
     # What a launcher tells accelerate; the process group is there, so nothing listens at the address.
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(dist.get_world_size())}
     os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
-    return [case.error(rank) for case in cases]
+    return [case.error(rank) for case in cases], mixed_precision()
 
 
 @pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_gradients_of_every_parameter_are_those_of_one_process(world_size: int) -> None:
-    cases = list(steps(world_size))
-    for rank, result in enumerate(run_ranks(errors, world_size, cases)):
-        for case, error in zip(cases, result, strict=True):
+    cases = steps(world_size, thorough=world_size > 2)
+    results = run_ranks(work, world_size, cases, timeout_seconds=400)
+    for rank, (errors, (error_in_bf16, message)) in enumerate(results):
+        for case, error in zip(cases, errors, strict=True):
             assert error <= (1e-11 if case.dtype == torch.float64 else 2e-6), (rank, case, error)
+        assert error_in_bf16 < 0.1
+        assert message == "normalizers.dw_log_mean must be float32 or float64, got bfloat16"
+
+
+@pytest.mark.slow
+def test_the_programs_run() -> None:
+    """DDP and accelerate train alike, to the last digit that they show."""
+    shown = {}
+    for name in ("ddp", "fsdp2", "accelerate_loop", "sequence_parallel"):
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m"]
+        program = subprocess.run(
+            [*command, f"examples.distributed.{name}"], capture_output=True, text=True, timeout=200, check=True
+        )
+        shown[name] = [line for line in program.stdout.splitlines() if "loss" in line]
+    assert shown["ddp"] == shown["accelerate_loop"]
+    assert [len(lines) for lines in shown.values()] == [3, 3, 3, 1]
