@@ -55,7 +55,7 @@ def _require_whole(name: str, value: Tensor) -> None:
             "a head that is sharded over the vocabulary goes in as to_local() with its vocab_parallel_group; any "
             "other DTensor needs full_tensor()"
         )
-    if hasattr(value, "ds_numel") and value.numel() != value.ds_numel:
+    if hasattr(value, "ds_shape") and value.shape != value.ds_shape:
         raise ValueError(
             f"{name} must be a whole tensor, got a parameter that ZeRO-3 has partitioned, {list(value.shape)} of "
             f"{list(value.ds_shape)}: it is whole within the forward of the module that owns it (call_as_forward "
