@@ -1,6 +1,7 @@
 """SRPO (arXiv 2604.02288) losses from hidden states and the LM head, without the logits."""
 
 from srpo_kernels.config import SRPOConfig
+from srpo_kernels.data_parallel import call_as_forward, scale_for_gradient_mean
 from srpo_kernels.engine.workspace import release as release_workspace
 from srpo_kernels.functional import srpo_loss, teacher_stats, token_stats
 from srpo_kernels.metrics import summarize_metrics
@@ -19,11 +20,13 @@ __all__ = [
     "SRPOOutput",
     "TeacherStats",
     "TokenStats",
+    "call_as_forward",
     "group_advantages",
     "policy_loss",
     "release_workspace",
     "route_samples",
     "sampled_distillation_loss",
+    "scale_for_gradient_mean",
     "srpo_loss",
     "summarize_metrics",
     "teacher_stats",

@@ -22,18 +22,45 @@ def require_number(name: str, value: object, expected: str, holds: Callable[[flo
         raise ValueError(f"{name} must be a finite number {expected}, got {value!r}")
 
 
+def require_count(name: str, value: object) -> None:
+    """Raise TypeError unless ``value`` is an int, ValueError unless it is at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int >= 1, got {value!r}")
+    if value < 1:
+        raise ValueError(f"{name} must be an int >= 1, got {value!r}")
+
+
 def require_tensor(
     name: str, value: object, dtypes: Sequence[torch.dtype], device: torch.device | None = None
 ) -> Tensor:
-    """Raise TypeError unless ``value`` is a tensor of these dtypes, ValueError unless it is on ``device``."""
+    """Raise TypeError unless ``value`` is a tensor of these dtypes, ValueError unless it is whole and on ``device``."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+    _require_whole(name, value)
     if value.dtype not in dtypes:
         expected = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         raise TypeError(f"{name} must be {expected}, got {str(value.dtype).removeprefix('torch.')}")
     if device is not None and value.device != device:
         raise ValueError(f"{name} must be on the device of the other arguments, {device}, got {value.device}")
     return value
+
+
+def _require_whole(name: str, value: Tensor) -> None:
+    """Raise ValueError for one rank's part of a tensor that FSDP2, tensor parallelism or ZeRO-3 distributes."""
+    # Told by their attributes: importing DTensor costs seconds, and DeepSpeed may not be there.
+    if hasattr(value, "placements"):
+        raise ValueError(
+            f"{name} must be a whole tensor, got a DTensor with placements {value.placements}: parameters that FSDP2 "
+            "shards are whole within the forward of the module that owns them (call_as_forward runs a loss as one); "
+            "a head that is sharded over the vocabulary goes in as to_local() with its vocab_parallel_group; any "
+            "other DTensor needs full_tensor()"
+        )
+    if hasattr(value, "ds_shape") and value.shape != value.ds_shape:
+        raise ValueError(
+            f"{name} must be a whole tensor, got a parameter that ZeRO-3 has partitioned, {list(value.shape)} of "
+            f"{list(value.ds_shape)}: it is whole within the forward of the module that owns it (call_as_forward "
+            "runs a loss as one)"
+        )
 
 
 def require_shape(name: str, value: Tensor, expected: Sequence[Sequence[int]], meaning: str) -> None:

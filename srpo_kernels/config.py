@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
-from srpo_kernels.checks import require_number
+from srpo_kernels.checks import require_count, require_number
 
 LossType = Literal["grpo", "cispo", "gspo", "sapo", "reinforce"]
 KLType = Literal["k1", "k2", "k3"]
@@ -100,9 +100,9 @@ class SRPOConfig:
         for name in ("add_tail", "count_inactive"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be a bool, got {getattr(self, name)!r}")
-        _require_count("topk", self.topk)
+        require_count("topk", self.topk)
         if self.max_length is not None:
-            _require_count("max_length", self.max_length)
+            require_count("max_length", self.max_length)
         self._refuse_contradictions()
         # Ready when it is constructed: a compiler guards on a string it finds, but cannot follow how it is made.
         options = {field.name: getattr(self, field.name) for field in fields(SRPOConfig)}
@@ -170,13 +170,6 @@ def _require_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
         raise TypeError(f"{name} must be one of {choices}, got {value!r}")
     if value not in choices:
         raise ValueError(f"{name} must be one of {choices}, got {value!r}")
-
-
-def _require_count(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int >= 1, got {value!r}")
-    if value < 1:
-        raise ValueError(f"{name} must be an int >= 1, got {value!r}")
 
 
 _Range = tuple[str, Callable[[float], bool]]

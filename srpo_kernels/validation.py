@@ -5,6 +5,7 @@ None reads tensor data: that costs a synchronisation, and the engine does it whe
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
@@ -201,3 +202,5 @@ def check_options(
         raise TypeError(f"normalizers must be a Normalizers or None, got {type(normalizers).__name__}")
     if config.reduction != "token" and normalizers.sequence_count is None:
         raise ValueError(f"normalizers.sequence_count is required when reduction={config.reduction!r}, got None")
+    # FSDP casts the floating arguments of a forward: half of the digits of every weight would be gone.
+    require_tensor("normalizers.dw_log_mean", normalizers.dw_log_mean, (torch.float32, torch.float64))

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from srpo_kernels.config import SRPOConfig
 from srpo_kernels.engine import ops
@@ -63,19 +62,18 @@ def _fake(*arguments: Any) -> tuple[Tensor, ...]:
 def _backward(scale: Callable[[Tensor, Tensor], Tensor]) -> ops.Backward:
     """The backward in which ``scale`` multiplies a gradient by the upstream one."""
 
-    def backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, saved: tuple[Tensor, ...], grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         gradients: list[Tensor | None] = [None] * ctx.num_inputs
         if grad_loss is None:
             return tuple(gradients)
         if grad_loss.numel() != 1:
             raise RuntimeError(f"srpo_loss takes a scalar upstream gradient, got {list(grad_loss.shape)}")
-        for i, (gradient, dtype) in enumerate(zip(ctx.saved_tensors, ctx.dtypes, strict=True)):
+        for i, (gradient, dtype) in enumerate(zip(saved[1:], ctx.dtypes, strict=True)):
             if dtype is not None:
                 gradients[i] = scale(gradient, grad_loss).to(dtype)
         return tuple(gradients)
 
-    once: ops.Backward = once_differentiable(backward)
-    return once
+    return ops.once_differentiable(backward, source=0)
 
 
 def _scale(gradient: Tensor, factor: Tensor) -> Tensor:
@@ -103,7 +101,7 @@ class _FusedLoss(torch.autograd.Function):
         call, _, needs = parse(inputs, LossArguments, LossOptions, Needs)
         ctx.num_inputs = len(inputs)
         ctx.dtypes = [x.dtype if needed else None for x, needed in zip(call[:3], needs, strict=True)]
-        ctx.save_for_backward(*output[3:])
+        ctx.save_for_backward(output[0], *output[3:])
         ctx.mark_non_differentiable(*output[1:])
         # Absent upstream gradients would be zeros in the shape of every output, dW included.
         ctx.set_materialize_grads(False)

@@ -50,6 +50,44 @@ def dense(values: tuple[Tensor | None, ...], like: Tensor) -> tuple[Tensor, ...]
     return tuple(like.new_empty(0) if x is None else x for x in values)
 
 
+class _NotTwice(torch.autograd.Function):
+    """The last tensors as they are, in a graph that leads to the ``sources`` and cannot be followed."""
+
+    @staticmethod
+    def forward(num_sources: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tensors[num_sources:]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> Any:
+        raise RuntimeError("srpo_loss and token_stats cannot be differentiated twice")
+
+
+def once_differentiable(backward: Backward, source: int) -> Backward:
+    """``backward(ctx, saved, *upstream)`` as a backward whose results refuse to be differentiated.
+
+    Of what was saved, ``source`` is an output. PyTorch's own decorator refuses only where the upstream gradient
+    requires a gradient: elsewhere, in a plain ``create_graph`` or under ``torch.func``, a second derivative would
+    silently be 0.
+    """
+
+    def run(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+        # Once: gradient checkpointing computes saved tensors again, and hands each out a single time.
+        saved = ctx.saved_tensors
+        with torch.no_grad():
+            results = backward(ctx, saved, *upstream)
+        if not torch.is_grad_enabled():
+            return results
+        sources = [saved[source], *(x for x in upstream if x is not None)]
+        marked = iter(_NotTwice.apply(len(sources), *sources, *(x for x in results if x is not None)))
+        return tuple(None if x is None else next(marked) for x in results)
+
+    return run
+
+
 def with_autograd(implementation: Implementation) -> Implementation:
     """The dispatcher calls an operator's implementation with autograd switched off; this one needs its own."""
 

@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from srpo_kernels.engine import ops, stats
 from srpo_kernels.engine.arguments import StatsArguments, StatsOptions, parse
@@ -111,14 +110,13 @@ def _fake_gradients(*arguments: Any) -> tuple[Tensor, ...]:
 def _backward(gradients: ops.Implementation) -> ops.Backward:
     """The backward by ``gradients``: ``_gradients``, or the operator for it."""
 
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        leaves, statistics = ctx.saved_tensors[:3], ctx.saved_tensors[3:]
+    def backward(ctx: Any, saved: tuple[Tensor, ...], *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        leaves, statistics = saved[:3], saved[3:]
         results = gradients(*upstream[: len(_DIFFERENTIABLE)], *statistics, *leaves, *ctx.others)
         wanted = [x if needed else None for x, needed in zip(results, ctx.needs, strict=True)]
         return (*wanted, *[None] * len(ctx.others))
 
-    once: ops.Backward = once_differentiable(backward)
-    return once
+    return ops.once_differentiable(backward, source=3)
 
 
 class _TokenStats(torch.autograd.Function):

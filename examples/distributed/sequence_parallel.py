@@ -1,0 +1,57 @@
+"""GSPO with each sequence spread over ranks: ``torchrun --nproc-per-node 2 -m examples.distributed.sequence_parallel``.
+
+A sequence's ratio is the mean of log-ratios on several ranks, which one call of ``srpo_loss`` cannot know. It takes
+``token_stats`` and one differentiable all-reduce.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.nn.functional import all_reduce
+
+import srpo_kernels as sk
+
+
+def gspo_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    target_ids: Tensor,
+    mask: Tensor,
+    advantages: Tensor,
+    old_log_probs: Tensor,
+    group: dist.ProcessGroup | None = None,
+) -> Tensor:
+    """This rank's part of the loss, for its positions ``[B, T / ranks]`` of every sequence; advantages are ``[B]``."""
+    log_probs = sk.token_stats(hidden, weight, target_ids, mask=mask).log_probs
+    log_ratio = (log_probs - old_log_probs).masked_fill(~mask, 0.0).clamp(-20.0, 20.0)
+    # Of each sequence, over all of its ranks. The backward of the sum is a sum of the ranks' gradients.
+    group = dist.group.WORLD if group is None else group
+    sums, lengths = all_reduce(torch.stack([log_ratio.sum(1), mask.sum(1).to(log_ratio)]), group=group)
+    ratio = (sums / lengths.clamp(min=1.0)).exp()
+    loss = -torch.minimum(ratio * advantages, ratio.clamp(0.8, 1.28) * advantages)
+    return (loss * mask.sum(1)).sum() / lengths.sum()
+
+
+def main() -> None:
+    dist.init_process_group("gloo")
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(4, 6 * world_size, 8), torch.randn(33, 8, requires_grad=True)
+    target_ids, mask = torch.randint(0, 33, hidden.shape[:2]), torch.rand(hidden.shape[:2]) < 0.8
+    advantages, old_log_probs = torch.randn(4), -3.5 + torch.randn(hidden.shape[:2])
+    hidden, target_ids, mask, old_log_probs = (
+        x.chunk(world_size, 1)[rank] for x in (hidden, target_ids, mask, old_log_probs)
+    )
+    loss = gspo_loss(hidden, weight, target_ids, mask, advantages, old_log_probs)
+    loss.backward()
+    total = loss.detach()
+    dist.all_reduce(total)
+    if rank == 0:
+        print(f"loss {total:.6f}")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
