@@ -311,7 +311,7 @@ def test_the_programs_run() -> None:
     """DDP and accelerate train alike, to the last digit that they show."""
     shown = {}
     for name in ("ddp", "fsdp2", "accelerate_loop", "sequence_parallel"):
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m"]
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
         program = subprocess.run(
             [*command, f"examples.distributed.{name}"], capture_output=True, text=True, timeout=200, check=True
         )

@@ -39,8 +39,7 @@ def accumulate_gradients(
     return total
 
 
-def main() -> None:
-    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+def train(accelerator: Accelerator) -> None:
     rank, world_size = accelerator.process_index, accelerator.num_processes
     policy, config = make_policy(), sk.SRPOConfig()
     teacher = make_teacher(policy)
@@ -52,6 +51,13 @@ def main() -> None:
         loss = accumulate_gradients(accelerator, model, teacher, micro_batches, config)
         optimizer.step()
         accelerator.print(f"step {step}: loss {accelerator.reduce(loss):.6f}")
+
+
+def main() -> None:
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+    train(accelerator)
+    # DDP is gone before its group: as the last owner of one it can wait for gloo's threads, and they for Python.
+    accelerator.free_memory()
     accelerator.end_training()
 
 

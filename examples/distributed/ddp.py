@@ -1,4 +1,4 @@
-"""DDP with gradient accumulation: ``torchrun --nproc-per-node 2 -m examples.distributed.ddp``."""
+"""DDP with gradient accumulation: ``torchrun --standalone --nproc-per-node 2 -m examples.distributed.ddp``."""
 
 from __future__ import annotations
 
@@ -37,8 +37,7 @@ def accumulate_gradients(
     return total
 
 
-def main() -> None:
-    dist.init_process_group("gloo")
+def train() -> None:
     rank, world_size = dist.get_rank(), dist.get_world_size()
     policy, config = make_policy(), sk.SRPOConfig()
     teacher, ddp = make_teacher(policy), DistributedDataParallel(policy)
@@ -52,6 +51,12 @@ def main() -> None:
         dist.all_reduce(loss)
         if rank == 0:
             print(f"step {step}: loss {loss:.6f}")
+
+
+def main() -> None:
+    dist.init_process_group("gloo")
+    # DDP is gone before its group: as the last owner of one it can wait for gloo's threads, and they for Python.
+    train()
     dist.destroy_process_group()
 
 

@@ -1,4 +1,4 @@
-"""FSDP2 with gradient accumulation: ``torchrun --nproc-per-node 2 -m examples.distributed.fsdp2``."""
+"""FSDP2 with gradient accumulation: ``torchrun --standalone --nproc-per-node 2 -m examples.distributed.fsdp2``."""
 
 from __future__ import annotations
 

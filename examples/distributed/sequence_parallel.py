@@ -1,4 +1,6 @@
-"""GSPO with each sequence spread over ranks: ``torchrun --nproc-per-node 2 -m examples.distributed.sequence_parallel``.
+"""GSPO with each sequence spread over ranks.
+
+``torchrun --standalone --nproc-per-node 2 -m examples.distributed.sequence_parallel``
 
 A sequence's ratio is the mean of log-ratios on several ranks, which one call of ``srpo_loss`` cannot know. It takes
 ``token_stats`` and one differentiable all-reduce.
