@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from dataclasses import asdict
@@ -13,6 +14,8 @@ import torch
 from benchmarks.cases import Case, make_batch
 
 _STATUS = Path("/proc/self/status")
+# glibc otherwise keeps what the batch's preparation has freed, and the step would find it there.
+_RETURN_FREED_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(1 << 20), "MALLOC_TRIM_THRESHOLD_": str(1 << 20)}
 
 
 def peak(case: Case, provider: str, device: str, threads: int) -> None:
@@ -54,7 +57,8 @@ def measure_peak(case: Case, provider: str, device: torch.device, threads: int) 
     command = [sys.executable, "-m", "benchmarks", "peak"]
     command += [f"--{name}={value}" for name, value in _flags(case).items()]
     command += [f"--provider={provider}", f"--device={device.type}", f"--threads={threads}"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
+    environment = os.environ | _RETURN_FREED_MEMORY
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent, env=environment)
     if done.returncode:
         raise RuntimeError(f"measuring the memory of {provider} on {case.name} failed:\n{done.stderr}")
     return int(done.stdout.split()[-1])
