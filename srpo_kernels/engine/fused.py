@@ -192,8 +192,7 @@ class FusedPass:
                 if carried is None:
                     self._accumulate(dlogits, chunk)
                 elif carried.dlogits is not None:
-                    values = carried.chunk.logits
-                    both = Dlogits(values, _join_factors([carried.dlogits, dlogits]))
+                    both = _join(carried.chunk.logits, [carried.dlogits, dlogits])
                     self._accumulate(both, carried.chunk, carried.rescale)
                     carried = None
         stats += [self._policy_stats(self._logits(order.inactive[ids])) for ids in self.plan.inactive_chunks]
@@ -286,10 +285,13 @@ def _concatenate(stats: list[RowStats]) -> tuple[Tensor, Tensor | None]:
     return torch.cat([s.log_probs for s in stats]), torch.cat(entropies) if entropies else None
 
 
-def _join_factors(parts: list[Dlogits]) -> Tensor | None:
-    """The factors of consecutive rows."""
+def _join(logits: Tensor, parts: list[Dlogits]) -> Dlogits:
+    """The dlogits of consecutive rows as one, in the place of their ``logits``: there already, as a rule."""
+    places = logits.split([len(part.values) for part in parts])
+    for place, part in zip(places, parts, strict=True):
+        if place.data_ptr() != part.values.data_ptr():
+            place.copy_(part.values)
     if all(part.factor is None for part in parts):
-        return None
-    return torch.cat(
-        [part.values.new_ones(len(part.values), 1) if part.factor is None else part.factor for part in parts]
-    )
+        return Dlogits(logits, None)
+    factors = [part.values.new_ones(len(part.values), 1) if part.factor is None else part.factor for part in parts]
+    return Dlogits(logits, torch.cat(factors))
