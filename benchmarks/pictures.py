@@ -10,10 +10,12 @@ import matplotlib
 
 matplotlib.use("Agg")
 
+import numpy as np
 import pandas as pd
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 
 from benchmarks.cases import HeadName, Workload
 from benchmarks.scaling import points
@@ -54,7 +56,7 @@ def _bar_panel(panel: Axes, cells: pd.DataFrame, title: str) -> None:
     colours = [_OURS if name.startswith("srpo_kernels") else _PEERS for name in ordered["provider"]]
     drawn = panel.barh(ordered["provider"], ordered["value"], color=colours)
     panel.bar_label(
-        drawn, [f"{value:,.3g}" if value < 100 else f"{value:,.0f}" for value in ordered["value"]], padding=2
+        drawn, [f"{value:.2f}" if value < 100 else f"{value:,.0f}" for value in ordered["value"]], padding=2
     )
     panel.set_title(title, fontsize=9)
     panel.margins(x=0.18)
@@ -108,6 +110,8 @@ def errors(cells: pd.DataFrame, metrics: dict[str, str]) -> Figure:
                     colours = [_OURS if name.startswith("srpo_kernels") else _PEERS for name in marks["provider"]]
                     panel.scatter(marks["median"], heights, c=colours, marker=markers[workload], s=22, label=workload)
                 panel.set_xscale("log")
+                panel.set_xlim(10.0 ** np.floor(np.log10(chosen["median"].min())), None)
+                panel.xaxis.set_minor_formatter(NullFormatter())
                 panel.set_yticks(range(len(providers)), providers)
                 panel.set_title(f"{dtype}: {label}", fontsize=9)
                 panel.grid(alpha=0.25, axis="x")
