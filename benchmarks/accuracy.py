@@ -9,7 +9,6 @@ from typing import Literal
 import torch
 from rich import box
 from rich.table import Table
-from torch import Tensor
 
 import reference
 from benchmarks import tables
@@ -101,15 +100,10 @@ def _errors(result: Result, truth: Result) -> dict[str, float]:
         )
     )
     if result.log_probs is not None and truth.log_probs is not None:
-        errors["log_probs_error"] = _largest_difference(result.log_probs, truth.log_probs)
+        both = (result.log_probs != 0) & (truth.log_probs != 0)
+        if both.any():
+            errors["log_probs_error"] = float((result.log_probs - truth.log_probs)[both].abs().max())
     return errors
-
-
-def _largest_difference(actual: Tensor, expected: Tensor) -> float:
-    """Over the rows that both computed."""
-    both = (actual != 0) & (expected != 0)
-    differences = (actual.to(expected) - expected)[both].abs()
-    return float(differences.max()) if len(differences) else 0.0
 
 
 def _table(case: Case, measurements: list[Measurement]) -> Table:
