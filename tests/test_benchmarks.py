@@ -47,7 +47,7 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Run:
 def test_speed_compares_every_provider_on_every_workload(
     run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pytest.importorskip("trl")
+    pytest.importorskip("trl", reason="TRL is one of the providers that are compared")
     out = tmp_path / "new" / "speed.csv"
     threads = str(torch.get_num_threads())
     workloads = ("policy", "jsd", "forward_kl", "reverse_kl", "routed")
@@ -85,7 +85,7 @@ def test_providers_that_compile_compute_the_same_loss() -> None:
 
 
 def test_accuracy_holds_every_provider_to_the_oracle(run: Run, tmp_path: Path) -> None:
-    pytest.importorskip("trl")
+    pytest.importorskip("trl", reason="TRL is one of the providers that are compared")
     out = tmp_path / "accuracy.csv"
     providers = [name for name in UNCOMPILED if name != "bare"]
     run("accuracy", "--head", "tiny", "--rows", "64", "--device", "cpu", "--providers", *providers, "--out", out)
@@ -100,7 +100,7 @@ def test_accuracy_holds_every_provider_to_the_oracle(run: Run, tmp_path: Path) -
 
 
 def test_scaling_and_report_make_the_documents(run: Run, tmp_path: Path) -> None:
-    pytest.importorskip("trl")
+    pytest.importorskip("trl", reason="TRL is one of the providers that are compared")
     few = ["--providers", "bare", "srpo_kernels", "naive", "trl", "quack", "--device", "cpu"]
     run("speed", "--heads", "tiny", "--rounds", "1", "--no-memory", *few, "--out", tmp_path / "speed.csv")
     # The report shows the heads of the published list.
@@ -206,8 +206,14 @@ def test_what_a_provider_cannot_do_has_its_reason(monkeypatch: pytest.MonkeyPatc
 def test_rounds_rotate_and_quantiles_are_ordered() -> None:
     order: list[str] = []
 
+    nothing = Result(*[torch.zeros(())] * 3, None)
+
     def step(name: str) -> Callable[[], Result]:
-        return lambda: order.append(name)  # type: ignore[return-value]
+        def run() -> Result:
+            order.append(name)
+            return nothing
+
+        return run
 
     steps = {name: step(name) for name in ("naive", "trl", "liger")}
     seconds = interleave(steps, Rounds(3, 60.0), CPU, lambda what: None)

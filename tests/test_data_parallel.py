@@ -23,8 +23,8 @@ import srpo_kernels as sk
 from tests.comparison import largest
 from tests.processes import needs_gloo, run_ranks
 
-pytest.importorskip("transformers")
-pytest.importorskip("accelerate")
+pytest.importorskip("transformers", reason="the wrapped model is one of transformers")
+pytest.importorskip("accelerate", reason="accelerate is one of the wrappers")
 
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
