@@ -26,7 +26,7 @@ _LINES = {"srpo_kernels": _OURS, "naive": "#30638e", "trl": "#edae49", "liger": 
 _SIZE = 3.2
 _LABELS = {"rows": "rows", "vocabulary": "words of the vocabulary", "active": "share of active rows"}
 # A fixed salt keeps an unchanged picture unchanged.
-_STYLE: Any = {"font.size": 9, "svg.hashsalt": "srpo_kernels", "axes.spines.top": False, "axes.spines.right": False}
+STYLE: Any = {"font.size": 9, "svg.hashsalt": "srpo_kernels", "axes.spines.top": False, "axes.spines.right": False}
 
 
 def save(figure: Figure, folder: Path, name: str) -> None:
@@ -39,7 +39,7 @@ def save(figure: Figure, folder: Path, name: str) -> None:
 
 def bars(cells: pd.DataFrame, heads: Sequence[HeadName], workloads: Sequence[Workload], label: str) -> Figure:
     """A panel per head and workload, a bar per provider: columns head, workload, provider, value."""
-    with plt.rc_context(_STYLE):
+    with plt.rc_context(STYLE):
         shape = (len(heads), len(workloads))
         size = (_SIZE * len(workloads), 0.75 * _SIZE * len(heads))
         figure, panels = plt.subplots(*shape, figsize=size, squeeze=False, layout="constrained")
@@ -71,7 +71,7 @@ def growth(cells: pd.DataFrame) -> Figure:
     axes = list(dict.fromkeys(cells["axis"]))
     scales = {"seconds": ("seconds", 1.0), "peak_bytes": ("extra peak MiB", 2.0**20)}
     metrics = [name for name in scales if (cells["metric"] == name).any()]
-    with plt.rc_context(_STYLE):
+    with plt.rc_context(STYLE):
         size = (_SIZE * len(axes), 0.85 * _SIZE * len(metrics))
         figure, panels = plt.subplots(len(metrics), len(axes), figsize=size, squeeze=False, layout="constrained")
         for row, metric in enumerate(metrics):
@@ -96,7 +96,7 @@ def errors(cells: pd.DataFrame, metrics: dict[str, str]) -> Figure:
     dtypes = list(dict.fromkeys(cells["dtype"]))
     providers = list(dict.fromkeys(cells["provider"]))[::-1]
     markers = dict(zip(dict.fromkeys(cells["workload"]), "osv^D", strict=False))
-    with plt.rc_context(_STYLE):
+    with plt.rc_context(STYLE):
         size = (_SIZE * len(metrics), 0.9 * _SIZE * len(dtypes))
         figure, panels = plt.subplots(
             len(dtypes), len(metrics), figsize=size, squeeze=False, sharey=True, layout="constrained"

@@ -51,7 +51,7 @@ class ResultsFile:
     """A CSV file that grows with every case, so that a long run loses nothing and can be resumed."""
 
     def __init__(self, path: Path, device: torch.device, threads: int, *, resume: bool = False) -> None:
-        self._path, self._environment = path, _environment(device, threads)
+        self._path, self._environment = path, environment(device, threads)
         self._cells = read_csv(path) if resume and path.exists() else pd.DataFrame()
 
     def missing(self, cases: Sequence[Case]) -> list[Case]:
@@ -102,7 +102,7 @@ def describe_environment(cells: pd.DataFrame) -> str:
     return f"{where}; {', '.join(packages)}; {str(first['date'])[:10]}, commit {first['commit']}"
 
 
-def _environment(device: torch.device, threads: int) -> dict[str, str | int]:
+def environment(device: torch.device, threads: int) -> dict[str, str | int]:
     """What the numbers depend on beside the code that is measured."""
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -1,0 +1,1 @@
+"""The learning study: GRPO, SDPO and SRPO on a small model that a CPU can train, over seeds."""
