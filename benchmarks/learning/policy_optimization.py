@@ -40,7 +40,7 @@ class Recipe:
     """Problems per step, of both families in turn."""
     group_size: int = 8
     """Replies per problem."""
-    lr: float = 5e-4
+    lr: float = 3e-4
     """Learning rate of AdamW, after a warm-up of 10 steps."""
     ema_rate: float = 0.05
     """How far the teacher's weights go towards the student's after each step."""

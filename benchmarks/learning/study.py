@@ -33,7 +33,7 @@ class Base:
     """Width, a multiple of 32."""
     layers: int = 3
     """Transformer blocks."""
-    steps: int = 900
+    steps: int = 1000
     """Steps of supervised training: so few that much is left to learn."""
     lr: float = 1e-3
     """Its learning rate."""
