@@ -3,7 +3,7 @@
 #   make demo ARGS='--help'          its options
 #   make test, make check            the quick tests; lint, format, types and layers
 #   make test ARGS='-m slow'         the slow tests
-#   make bench                       every benchmark beside every peer, then the tables and pictures: about an hour
+#   make bench                       every benchmark beside every peer, then the tables and pictures: hours on two cores
 #   make report                      the tables and pictures alone, from benchmarks/results
 # PYTHON is the interpreter that makes .venv, 3.11 or newer.
 
@@ -34,8 +34,10 @@ check: $(VENV)/dev.stamp
 
 bench: $(VENV)/dev.stamp
 	$(BIN)/python -m benchmarks speed
+	$(BIN)/python -m benchmarks memory
 	$(BIN)/python -m benchmarks accuracy
 	$(BIN)/python -m benchmarks scaling
+	$(BIN)/python -m benchmarks trainers
 	TRITON_INTERPRET=1 $(BIN)/python -m benchmarks cost --csv benchmarks/results/cost.csv --docs docs/kernels.md
 	$(BIN)/python -m benchmarks report
 

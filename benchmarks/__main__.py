@@ -5,22 +5,24 @@ import tyro
 from benchmarks.accuracy import accuracy
 from benchmarks.costs.command import cost
 from benchmarks.gate import gate
-from benchmarks.memory import peak
+from benchmarks.memory import memory
 from benchmarks.report import report
 from benchmarks.scaling import scaling
 from benchmarks.speed import speed
+from benchmarks.trainers import trainers
 from benchmarks.wire import wire
 
 if __name__ == "__main__":
     tyro.extras.subcommand_cli_from_dict(
         {
             "speed": speed,
+            "memory": memory,
             "accuracy": accuracy,
-            "cost": cost,
             "scaling": scaling,
+            "trainers": trainers,
+            "cost": cost,
             "report": report,
             "gate": gate,
-            "peak": peak,
             "wire": wire,
         },
         prog="python -m benchmarks",

@@ -14,19 +14,17 @@ import reference
 from benchmarks import tables
 from benchmarks.agreement import relative_error
 from benchmarks.cases import DTYPES, Batch, Case, DtypeName, HeadName, Workload, make_batch
-from benchmarks.providers import PROVIDERS, REGISTRY, ProviderName, Result, Unsupported, prepare
+from benchmarks.providers import COMPARED, REGISTRY, ProviderName, Result, Unsupported, prepare
 from benchmarks.results import RESULTS, Measurement, ResultsFile, resolve_device, single
 
 METRICS = ("loss_error", "log_probs_error", "grad_hidden_error", "grad_weight_error")
-
-_COMPARED = tuple(name for name in PROVIDERS if name != "bare")
 
 
 def accuracy(
     head: HeadName = "smollm2-135m",
     workloads: tuple[Workload, ...] = ("policy", "jsd", "forward_kl", "reverse_kl", "routed"),
     dtypes: tuple[DtypeName, ...] = tuple(DTYPES),
-    providers: tuple[ProviderName, ...] = _COMPARED,
+    providers: tuple[ProviderName, ...] = COMPARED,
     rows: int = 256,
     device: Literal["auto", "cpu", "cuda"] = "auto",
     out: Path = RESULTS / "accuracy.csv",
@@ -58,7 +56,7 @@ def accuracy(
             console.print(_table(case, cells))
 
 
-def _measure(case: Case, providers: tuple[ProviderName, ...], device: torch.device) -> Iterator[Measurement]:
+def _measure(case: Case, providers: tuple[ProviderName, ...], device: torch.device) -> Iterator[Measurement[Case]]:
     batch = make_batch(case, device)
     truths = {True: _oracle(batch)}
     if batch.distills:
@@ -106,7 +104,7 @@ def _errors(result: Result, truth: Result) -> dict[str, float]:
     return errors
 
 
-def _table(case: Case, measurements: list[Measurement]) -> Table:
+def _table(case: Case, measurements: list[Measurement[Case]]) -> Table:
     table = Table(title=f"{case.name}: {case.rows} rows", box=box.SIMPLE_HEAD)
     for name in ("provider", "loss", "log-probs (nats)", "dX", "dW", "reason"):
         table.add_column(name)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -80,6 +80,13 @@ class Case:
     @property
     def config(self) -> sk.SRPOConfig:
         return sk.SRPOConfig.from_alpha(_ALPHAS.get(self.workload, 0.5), softcap=self.softcap)
+
+    @property
+    def labels(self) -> dict[str, object]:
+        """What names it in a file."""
+        softcap = "" if self.softcap is None else self.softcap
+        own = {"hidden_size": self.hidden_size, "vocab_size": self.vocabulary, "softcap": softcap}
+        return asdict(self) | own
 
     @property
     def name(self) -> str:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pandas as pd
 
-from benchmarks import pictures
+from benchmarks import pictures, trainers
 from benchmarks.cases import HeadName, Workload
 from benchmarks.documents import markdown_table, replace_marked
 from benchmarks.providers import REGISTRY
@@ -36,7 +37,8 @@ def report(
     """Draw the pictures and write the tables of `docs/benchmarks.md` and of the README from the CSV files.
 
     Args:
-        results: folder with speed.csv, accuracy.csv and scaling.csv.
+        results: folder with speed.csv, accuracy.csv and scaling.csv; where memory.csv or trainers.csv is not there, the
+            command that writes it takes the place of its table.
         document: takes every table, between its markers.
         readme: takes the summary, between its markers.
         figures: folder for the pictures.
@@ -62,11 +64,19 @@ def report(
             "providers": _providers(speed),
             "speed": _speed(speed),
             "memory": _memory(speed),
+            "memory:many-rows": _optional(results, "memory", _many_rows),
             "accuracy": _accuracy(accuracy),
             "scaling": _scaling(scaling),
+            "trainers": _optional(results, "trainers", lambda cells: markdown_table(*trainers.table(cells))),
         },
     )
-    replace_marked(readme, {"performance": _summary(main)})
+    in_trainers = _optional(results, "trainers", trainers.summary)
+    replace_marked(readme, {"performance": f"{_summary(main)}\n\n{in_trainers}"})
+
+
+def _optional(results: Path, name: str, write: Callable[[pd.DataFrame], str]) -> str:
+    path = results / f"{name}.csv"
+    return write(read_csv(path)) if path.exists() else f"Not measured yet: `python -m benchmarks {name}`."
 
 
 def _usual_share(cells: pd.DataFrame) -> pd.DataFrame:
@@ -81,8 +91,8 @@ def _providers(speed: pd.DataFrame) -> str:
 
 
 def _speed(speed: pd.DataFrame) -> str:
-    cells = _by_case(speed, "ratio_to_bare", "{:.2f}", 1.0)
-    seconds = _by_case(speed[speed["provider"].isin(["bare"])], "seconds", "{:.3g}", 1.0)
+    cells = _by_case(speed, "ratio_to_bare", lambda ratio, _: f"{ratio:.2f}")
+    seconds = _by_case(speed[speed["provider"].isin(["bare"])], "seconds", lambda value, _: f"{value:.3g}")
     cells.insert(1, "bare, seconds", seconds["bare"])
     return markdown_table(
         cells.drop(columns="bare"),
@@ -91,16 +101,28 @@ def _speed(speed: pd.DataFrame) -> str:
     ) + _nowhere(speed)
 
 
-def _memory(speed: pd.DataFrame) -> str:
-    cells = _by_case(speed, "peak_bytes", "{:,.0f}", 2.0**20)
-    return markdown_table(cells, "Extra peak memory of one forward and backward in MiB, each in a process of its own.")
+def _memory(cells: pd.DataFrame) -> str:
+    return markdown_table(
+        _by_case(cells, "peak_bytes", _mebibytes),
+        "Extra peak memory of one forward and backward in MiB, each in a process of its own, and as a multiple of this "
+        "library's.",
+    )
+
+
+def _many_rows(memory: pd.DataFrame) -> str:
+    return f"{_memory(memory)}\n\nMeasured on {describe_environment(memory)}."
+
+
+def _mebibytes(size: float, ours: float) -> str:
+    text = f"{size / 2**20:,.0f}"
+    return text if math.isnan(ours) else f"{text} ({size / ours:.1f}×)"
 
 
 def _accuracy(accuracy: pd.DataFrame) -> str:
     parts = []
     for metric, label in _ERRORS.items():
         chosen = accuracy[(accuracy["metric"] == metric) | accuracy["median"].isna()]
-        cells = _by_case(chosen, metric, "{:.1e}", 1.0)
+        cells = _by_case(chosen, metric, lambda error, _: f"{error:.1e}")
         cells = cells.loc[:, ~cells.apply(lambda column: column.isin(["-", ""]).all())]
         parts.append(markdown_table(cells, f"Error of {label}."))
     return "\n\n".join([f"Measured on {describe_environment(accuracy)}.", *parts])
@@ -152,8 +174,11 @@ def _summary(main: pd.DataFrame) -> str:
     )
 
 
-def _by_case(cells: pd.DataFrame, metric: str, form: str, unit: float) -> pd.DataFrame:
-    """A line per case, a column per provider: the number, or the reason why there is none."""
+def _by_case(cells: pd.DataFrame, metric: str, show: Callable[[float, float], str]) -> pd.DataFrame:
+    """A line per case, a column per provider: the number, or the reason why there is none.
+
+    ``show`` is given the number and this library's, which is NaN where it has none and for its own.
+    """
     keys = [name for name in _CASE if name in cells]
     numbers = cells[(cells["metric"] == metric) & cells["median"].notna()]
     providers = [name for name in dict.fromkeys(cells["provider"]) if (numbers["provider"] == name).any()]
@@ -161,11 +186,11 @@ def _by_case(cells: pd.DataFrame, metric: str, form: str, unit: float) -> pd.Dat
     rows = []
     for _, group in cells.groupby(keys, sort=False, dropna=False):
         row = {"case": _case_name(group.iloc[0])}
+        found = group[(group["metric"] == metric) & group["median"].notna()].set_index("provider")["median"]
+        reasons = group[group["reason"] != ""].drop_duplicates("provider").set_index("provider")["reason"]
         for provider in ordered:
-            mine = group[group["provider"] == provider]
-            values = mine[(mine["metric"] == metric) & mine["median"].notna()]["median"]
-            reasons = [reason for reason in mine["reason"] if reason]
-            row[provider] = form.format(values.iloc[0] / unit) if len(values) else reasons[0] if reasons else "-"
+            ours = math.nan if provider == "srpo_kernels" else found.get("srpo_kernels", math.nan)
+            row[provider] = show(found[provider], ours) if provider in found else reasons.get(provider, "-")
         rows.append(row)
     return pd.DataFrame(rows)
 

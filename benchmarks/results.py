@@ -6,16 +6,14 @@ import math
 import platform
 import subprocess
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import NamedTuple
+from typing import Generic, NamedTuple, Protocol, TypeVar
 
 import pandas as pd
 import torch
 
-from benchmarks.cases import Case
 from benchmarks.providers import ProviderName
 from benchmarks.timing import Quantiles
 
@@ -23,12 +21,25 @@ RESULTS = Path(__file__).parent / "results"
 
 _PACKAGES = ("torch", "triton", "trl", "liger-kernel", "cut-cross-entropy", "flash-attn", "quack-kernels")
 _CPU_INFO = Path("/proc/cpuinfo")
+# Of a number in a file.
+_DIGITS = ".6g"
 
 
-class Measurement(NamedTuple):
+class Labelled(Protocol):
+    """Something that is measured."""
+
+    @property
+    def labels(self) -> dict[str, object]:
+        """What names it in a file."""
+
+
+Measured = TypeVar("Measured", bound=Labelled)
+
+
+class Measurement(NamedTuple, Generic[Measured]):
     """One number of a provider on a case, or the ``reason`` why there is none."""
 
-    case: Case
+    case: Measured
     provider: ProviderName
     metric: str
     values: Quantiles | None
@@ -54,19 +65,18 @@ class ResultsFile:
         self._path, self._environment = path, environment(device, threads)
         self._cells = read_csv(path) if resume and path.exists() else pd.DataFrame()
 
-    def missing(self, cases: Sequence[Case]) -> list[Case]:
+    def missing(self, cases: Sequence[Measured]) -> list[Measured]:
         """The cases that the file has no row of."""
         if self._cells.empty:
             return list(cases)
-        names = list(_labels(cases[0]))
-        known = {tuple(map(str, row)) for row in self._cells[names].itertuples(index=False)}
-        return [case for case in cases if tuple(map(str, _labels(case).values())) not in known]
+        known = {_key(row) for row in self._cells[list(cases[0].labels)].itertuples(index=False)}
+        return [case for case in cases if _key(case.labels.values()) not in known]
 
-    def add(self, measurements: Iterable[Measurement]) -> None:
+    def add(self, measurements: Iterable[Measurement[Measured]]) -> None:
         """Append the measurements of a case and write the file."""
         rows = [
             {
-                **_labels(m.case),
+                **m.case.labels,
                 "provider": m.provider,
                 "metric": m.metric,
                 **(Quantiles(math.nan, math.nan, math.nan) if m.values is None else m.values)._asdict(),
@@ -77,14 +87,12 @@ class ResultsFile:
         ]
         self._cells = pd.concat([self._cells, pd.DataFrame(rows)], ignore_index=True)
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._cells.to_csv(self._path, index=False, float_format="%.6g")
+        self._cells.to_csv(self._path, index=False, float_format=f"%{_DIGITS}")
 
 
-def _labels(case: Case) -> dict[str, object]:
-    """What names a case in a file, as it is read back."""
-    softcap = "" if case.softcap is None else f"{case.softcap:g}"
-    own = {"hidden_size": case.hidden_size, "vocab_size": case.vocabulary, "softcap": softcap}
-    return asdict(case) | {"active": float(f"{case.active:.6g}")} | own
+def _key(labels: Iterable[object]) -> tuple[str, ...]:
+    """The same for labels of a case and for those that are read back: whole numbers come back as integers."""
+    return tuple(format(label, _DIGITS) if isinstance(label, float) else str(label) for label in labels)
 
 
 def read_csv(path: Path) -> pd.DataFrame:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -13,9 +13,8 @@ from rich.console import Console
 from benchmarks import tables
 from benchmarks.agreement import TOLERANCES, compare
 from benchmarks.cases import DEFAULT_ACTIVE, HEADS, Case, DtypeName, HeadName, Workload, make_batch
-from benchmarks.memory import measure_peak
+from benchmarks.memory import peaks
 from benchmarks.providers import PROVIDERS, ProviderName, Step, Unsupported, prepare
-from benchmarks.providers.fused import peak_limit
 from benchmarks.results import RESULTS, Measurement, ResultsFile, resolve_device, single
 from benchmarks.timing import Rounds, interleave, quantiles
 
@@ -95,7 +94,7 @@ def speed(
         ]
     console = tables.console()
     file = ResultsFile(out, where, threads, resume=resume)
-    measurements: list[Measurement] = []
+    measurements: list[Measurement[Case]] = []
     for case in file.missing(cases):
         cells = list(measure(case, providers, Rounds(rounds, budget), where, threads, memory, console))
         measurements += cells
@@ -116,7 +115,7 @@ def measure(
     threads: int,
     memory: bool,
     console: Console,
-) -> Iterator[Measurement]:
+) -> Iterator[Measurement[Case]]:
     """Every provider on one case; one that cannot do it gives its reason."""
     with console.status(case.name) as status:
 
@@ -125,7 +124,6 @@ def measure(
 
         progress("making the batch")
         batch = make_batch(case, device)
-        limit = peak_limit(batch)
         steps: dict[ProviderName, Step] = {}
         for name in providers:
             try:
@@ -146,20 +144,5 @@ def measure(
             for quantity, error in errors[name]._asdict().items() if name in errors else ():
                 yield Measurement(case, name, f"{quantity}_difference", single(error))
             if memory and name != "bare":
-                yield from _peaks(case, name, device, threads, limit, progress)
-
-
-def _peaks(
-    case: Case,
-    provider: ProviderName,
-    device: torch.device,
-    threads: int,
-    limit: float,
-    progress: Callable[[str], None],
-) -> Iterator[Measurement]:
-    progress(f"memory, {provider}")
-    bytes_used = measure_peak(case, provider, device, threads)
-    if bytes_used is not None:
-        yield Measurement(case, provider, "peak_bytes", single(bytes_used))
-    if provider == "srpo_kernels" and device.type == "cpu":
-        yield Measurement(case, provider, "peak_limit_bytes", single(limit))
+                progress(f"memory, {name}")
+                yield from peaks(case, name, device, threads)

@@ -35,33 +35,39 @@ def console() -> Console:
     return console
 
 
-def case_table(case: Case, measurements: Sequence[Measurement]) -> Table:
-    """Every provider on one case."""
-    table = Table(
-        title=f"{case.name}: H = {case.hidden_size:,}, V = {case.vocabulary:,}, {case.rows:,} rows",
-        caption="median (p20-p80); differences are from the naive loss",
-        box=box.SIMPLE_HEAD,
-    )
-    table.add_column("provider", no_wrap=True)
-    for name in ("seconds", "x bare", "peak MiB", "limit", "loss", "dX", "dW"):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("reason")
+def case_table(case: Case, measurements: Sequence[Measurement[Case]]) -> Table:
+    """Every provider on one case; without the columns that nothing stands in."""
+    lines: list[dict[str, str]] = []
     for provider in dict.fromkeys(m.provider for m in measurements):
         mine = {m.metric: m for m in measurements if m.provider == provider}
         values = {metric: m.values for metric, m in mine.items()}
-        table.add_row(
-            provider,
-            _spread(values.get("seconds"), ".3g"),
-            _spread(values.get("ratio_to_bare"), ".2f"),
-            _mebibytes(values.get("peak_bytes")),
-            _mebibytes(values.get("peak_limit_bytes")),
-            *(_median(values.get(f"{name}_difference"), ".1e") for name in ("loss", "grad_hidden", "grad_weight")),
-            mine["seconds"].reason,
+        lines.append(
+            {
+                "provider": provider,
+                "seconds": _spread(values.get("seconds"), ".3g"),
+                "x bare": _spread(values.get("ratio_to_bare"), ".2f"),
+                "peak MiB": _mebibytes(values.get("peak_bytes")),
+                "limit": _mebibytes(values.get("peak_limit_bytes")),
+                "loss": _median(values.get("loss_difference"), ".1e"),
+                "dX": _median(values.get("grad_hidden_difference"), ".1e"),
+                "dW": _median(values.get("grad_weight_difference"), ".1e"),
+                "reason": ", ".join(m.reason for m in mine.values() if m.reason),
+            }
         )
+    table = Table(
+        title=f"{case.name}: H = {case.hidden_size:,}, V = {case.vocabulary:,}, {case.rows:,} rows",
+        caption="median (p20-p80); differences of loss, dX and dW are from the naive loss",
+        box=box.SIMPLE_HEAD,
+    )
+    columns = [name for name in lines[0] if any(line[name] not in ("", _MISSING) for line in lines)]
+    for name in columns:
+        table.add_column(name, justify="left" if name in ("provider", "reason") else "right", no_wrap=name != "reason")
+    for line in lines:
+        table.add_row(*(line[name] for name in columns))
     return table
 
 
-def ratio_table(measurements: Sequence[Measurement]) -> Table:
+def ratio_table(measurements: Sequence[Measurement[Case]]) -> Table:
     """Time over bare products: a line per case, a column per provider."""
     ratios = {(m.case, m.provider): m.values for m in measurements if m.metric == "ratio_to_bare"}
     providers = [name for name in dict.fromkeys(key[1] for key in ratios) if name != "bare"]

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 
-from benchmarks.providers import ProviderName, Step
+Name = TypeVar("Name", bound=str)
 
 # Milliseconds that a GPU spends on one provider in one round.
 _GPU_WARM_UP, _GPU_TIME = 5, 50
-_FEWEST_ROUNDS = 3
 
 
 class Quantiles(NamedTuple):
@@ -24,14 +23,15 @@ class Quantiles(NamedTuple):
 
 
 class Rounds(NamedTuple):
-    """How often every provider runs: ``most`` times, fewer once ``budget`` seconds are over, but not below three."""
+    """How often every provider runs: ``most`` times, fewer once ``budget`` seconds are over, but ``fewest`` times."""
 
     most: int
     budget: float
+    fewest: int = 3
 
     def go_on(self, done: int, seconds: float) -> bool:
         """Whether another round begins."""
-        return done < self.most and (done < _FEWEST_ROUNDS or seconds < self.budget)
+        return done < self.most and (done < self.fewest or seconds < self.budget)
 
 
 def quantiles(values: Sequence[float]) -> Quantiles:
@@ -40,14 +40,14 @@ def quantiles(values: Sequence[float]) -> Quantiles:
 
 
 def interleave(
-    steps: Mapping[ProviderName, Step], rounds: Rounds, device: torch.device, progress: Callable[[str], None]
-) -> dict[ProviderName, list[float]]:
+    steps: Mapping[Name, Callable[[], object]], rounds: Rounds, device: torch.device, progress: Callable[[str], None]
+) -> dict[Name, list[float]]:
     """Seconds of each step in each round. Every round runs all of them and starts with another one.
 
     A machine that slows down for a while slows all of them down, so ratios within a round hold.
     """
     names = list(steps)
-    seconds: dict[ProviderName, list[float]] = {name: [] for name in names}
+    seconds: dict[Name, list[float]] = {name: [] for name in names}
     done, start = 0, time.perf_counter()
     while rounds.go_on(done, time.perf_counter() - start):
         first = done % len(names)
@@ -58,7 +58,7 @@ def interleave(
     return seconds
 
 
-def _wall_seconds(step: Step) -> float:
+def _wall_seconds(step: Callable[[], object]) -> float:
     start = time.perf_counter()
     result = step()
     seconds = time.perf_counter() - start
@@ -67,7 +67,7 @@ def _wall_seconds(step: Step) -> float:
     return seconds
 
 
-def _gpu_seconds(step: Step) -> float:
+def _gpu_seconds(step: Callable[[], object]) -> float:
     from triton.testing import do_bench
 
     return float(do_bench(step, warmup=_GPU_WARM_UP, rep=_GPU_TIME, return_mode="median")) / 1e3

@@ -2,41 +2,37 @@
 
 from __future__ import annotations
 
-import multiprocessing
+import math
 import random
 import tempfile
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
+import pandas as pd
 import torch
-import tyro
-from datasets import Dataset
-from rich.console import Console
-from rich.table import Table
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-from trl import GRPOConfig, GRPOTrainer
-from trl.experimental.sdpo import SDPOConfig, SDPOTrainer
 
-from benchmarks.timing import quantiles
-from srpo_kernels.integrations.trl import SRPOTrainer, SRPOTrainerConfig
+from benchmarks import tables
+from benchmarks.agreement import relative_error
+from benchmarks.documents import rich_table
+from benchmarks.processes import fresh_peak
+from benchmarks.results import RESULTS, Measurement, ResultsFile, describe_environment, read_csv
+from benchmarks.timing import Rounds, interleave, quantiles
 
 Branch = Literal["grpo", "sdpo"]
 Side = Literal["srpo_kernels", "trl"]
 SIDES: tuple[Side, Side] = ("srpo_kernels", "trl")
 
-_STATUS = Path("/proc/self/status")
 # Trainers that differ more than rounding explains do not compute the same thing.
 _AGREEMENT = 1e-3
-_TEMPLATE = "{prompt} {solution}"
+_TRAINERS: dict[Branch, str] = {"grpo": "GRPOTrainer", "sdpo": "SDPOTrainer"}
+_CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
-class Step:
-    """What is trained: a Llama of ``layers`` layers with SmolLM2-135M's head, on groups of ``group`` completions."""
+class Sizes:
+    """A Llama of ``layers`` layers with SmolLM2-135M's head, and groups of ``group`` completions."""
 
     layers: int = 4
     """Layers of the model; 30 are SmolLM2-135M."""
@@ -45,211 +41,134 @@ class Step:
     hidden: int = 576
     """Size of the hidden states."""
     groups: int = 2
-    """Prompts of the batch; of every second one no completion is correct, of the others one is."""
+    """Prompts of the batch."""
     group: int = 4
     """Completions per prompt."""
     length: int = 128
     """Longest completion; they are from half to all of it."""
 
-    def completions(self, index: int) -> list[int]:
+
+@dataclass(frozen=True)
+class Step:
+    """What is trained, on groups of which the share ``silent`` has no correct completion and each other one has one."""
+
+    branch: Branch
+    silent: float = 0.0
+    sizes: Sizes = Sizes()
+
+    @property
+    def labels(self) -> dict[str, object]:
+        """What names it in a file."""
+        return {"branch": self.branch, "silent": self.silent, **asdict(self.sizes)}
+
+    def completion(self, index: int) -> list[int]:
         """Token ids of completion ``index``."""
-        draw = random.Random(index)
-        return [draw.randrange(3, self.vocab) for _ in range(draw.randint(self.length // 2, self.length))]
+        draw, sizes = random.Random(index), self.sizes
+        return [draw.randrange(3, sizes.vocab) for _ in range(draw.randint(sizes.length // 2, sizes.length))]
+
+    def reward(self, index: int) -> float:
+        """Of completion ``index``: 1 if it is correct, else 0."""
+        group, member = divmod(index, self.sizes.group)
+        return float(member == 0 and group < self.sizes.groups - round(self.silent * self.sizes.groups))
 
 
 def trainers(
     branches: tuple[Branch, ...] = ("grpo", "sdpo"),
-    step: Step = Step(),
+    silent: tuple[float, ...] = (0.0, 0.5),
+    sizes: Sizes = Sizes(),
     rounds: int = 5,
     threads: int = torch.get_num_threads(),
     memory: bool = True,
+    resume: bool = False,
+    out: Path = RESULTS / "trainers.csv",
 ) -> None:
-    """Time and extra peak memory of a step of SRPOTrainer and of TRL's trainer, in fp32.
+    """Time and extra peak memory of a step of SRPOTrainer and of TRL's trainer, on the CPU in fp32.
 
     A step is what follows generation and scoring: the teacher, the student's forward, the loss and the backward; the
     optimizer is left out, which is the same for both. ``grpo`` is beside `GRPOTrainer`, ``sdpo`` beside
-    `SDPOTrainer` with full logits; both sides take turns and must agree on the loss. Peak memory is of a fresh
-    process.
+    `SDPOTrainer` with full logits; both sides take turns and must agree on the gradient of the head. Peak memory is of
+    a fresh process.
 
     Args:
         branches: what to compare.
-        step: the sizes.
+        silent: shares of groups without a correct completion, which move no weight; the others have one.
+        sizes: of the model and the batch.
         rounds: times that every side runs.
         threads: threads of torch.
         memory: measure peak memory too.
+        resume: keep the steps that are in `out` already and measure the others.
+        out: CSV file to write; without `resume` one that is there is replaced.
     """
     if rounds < 1:
         raise SystemExit(f"rounds must be >= 1, got {rounds}")
     torch.set_num_threads(threads)
-    table = Table("branch", "side", "seconds (p20, median, p80)", "of TRL's time", "extra peak MiB", title=str(step))
-    for branch in branches:
-        with tempfile.TemporaryDirectory() as folder:
-            steps = {side: prepare(branch, side, step, Path(folder)) for side in SIDES}
-            losses = {side: run() for side, run in steps.items()}
-            if abs(losses["srpo_kernels"] - losses["trl"]) > _AGREEMENT * abs(losses["trl"]):
-                raise RuntimeError(f"the trainers do not compute the same loss of {branch}: {losses}")
-            seconds = _take_turns(steps, rounds)
-            del steps
-        ratios = quantiles([a / b for a, b in zip(seconds["srpo_kernels"], seconds["trl"], strict=True)])
-        for side in SIDES:
-            times = ", ".join(f"{value:.2f}" for value in quantiles(seconds[side]))
-            ratio = f"{ratios.median:.2f}" if side == "srpo_kernels" else ""
-            peak = f"{measure_peak(branch, side, step, threads) / 2**20:,.0f}" if memory else ""
-            table.add_row(branch, side, times, ratio, peak)
-    Console(width=120).print(table)
+    console = tables.console()
+    file = ResultsFile(out, _CPU, threads, resume=resume)
+    for step in file.missing([Step(branch, share, sizes) for branch in branches for share in silent]):
+        with console.status(f"{step.branch}, {step.silent:.0%} silent"):
+            file.add(list(_measure(step, rounds, threads, memory)))
+    cells, caption = table(read_csv(out))
+    console.print(rich_table(cells, "a training step", caption))
 
 
-def _take_turns(steps: dict[Side, Callable[[], float]], rounds: int) -> dict[Side, list[float]]:
-    seconds: dict[Side, list[float]] = {side: [] for side in SIDES}
-    for index in range(rounds):
-        for side in SIDES if index % 2 else SIDES[::-1]:
-            start = time.perf_counter()
-            steps[side]()
-            seconds[side].append(time.perf_counter() - start)
-    return seconds
+def _measure(step: Step, rounds: int, threads: int, memory: bool) -> Iterator[Measurement[Step]]:
+    # The other sub-commands do without TRL.
+    from benchmarks.trl_steps import measure_peak, prepare
 
-
-def measure_peak(branch: Branch, side: Side, step: Step, threads: int) -> int:
-    """Extra peak bytes of one step, in a process of its own: highest resident set less that before the step."""
-    context = multiprocessing.get_context("spawn")
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_peak, args=(branch, side, step, threads, sender))
-    process.start()
-    # Nobody else holds the sending end: a process that dies ends the wait.
-    sender.close()
-    peak: int = receiver.recv()
-    process.join()
-    return peak
-
-
-def _peak(branch: Branch, side: Side, step: Step, threads: int, sender: Any) -> None:
-    torch.set_num_threads(threads)
     with tempfile.TemporaryDirectory() as folder:
-        # Imports, thread pools and workspaces that do not grow with the sizes are there before.
-        prepare(branch, side, Step(layers=1, vocab=64, hidden=16, length=8), Path(folder))()
-        run = prepare(branch, side, step, Path(folder))
-        before = _resident_bytes("VmRSS")
-        run()
-        sender.send(_resident_bytes("VmHWM") - before)
+        steps = {side: prepare(side, step, Path(folder)) for side in SIDES}
+        error = relative_error(*(steps[side]() for side in SIDES))
+        if not error < _AGREEMENT:
+            raise RuntimeError(f"the trainers do not compute the same gradient of {step}: {error:.1e} apart")
+        seconds = interleave(steps, Rounds(rounds, math.inf), _CPU, lambda what: None)
+        # The processes that measure memory need the room.
+        del steps
+    for side in SIDES:
+        yield Measurement(step, side, "seconds", quantiles(seconds[side]))
+        if memory:
+            yield from fresh_peak(step, side, measure_peak, side, step, threads)
 
 
-def _resident_bytes(field: str) -> int:
-    """A field of this process's status; the kernel gives KiB."""
-    lines = dict(line.split(":", 1) for line in _STATUS.read_text().splitlines())
-    return int(lines[field].split()[0]) * 1024
+def table(cells: pd.DataFrame) -> tuple[pd.DataFrame, str]:
+    """The numbers of ``trainers.csv``, a line per step, and what they are."""
+    lines = []
+    for step, medians in _by_step(cells):
+        line = {
+            "trainer": f"{_TRAINERS[step['branch']]}, {step['groups']} × {step['group']} completions",
+            "groups without a correct one": f"{step['silent']:.0%}",
+        }
+        for metric, label, unit, form in (("seconds", "seconds", 1.0, ".2f"), ("peak_bytes", "MiB", 2.0**20, ",.0f")):
+            if metric in medians:
+                ours, theirs = (medians[metric][side] / unit for side in SIDES)
+                line |= {f"its {label}": f"{theirs:{form}}"}
+                line |= {f"SRPOTrainer's {label}": f"{ours:{form}} ({ours / theirs:.2f}×)"}
+        lines.append(line)
+    first = cells.iloc[0]
+    caption = (
+        "One training step after generation, without the optimizer, and its extra peak memory: a Llama of "
+        f"{first['layers']} layers, {first['hidden']:,} × {first['vocab']:,}, completions of {first['length'] // 2} to "
+        f"{first['length']} tokens, fp32, medians. Measured on {describe_environment(cells)}."
+    )
+    return pd.DataFrame(lines), caption
 
 
-def prepare(branch: Branch, side: Side, step: Step, folder: Path) -> Callable[[], float]:
-    """A step of one side: fills the gradients anew and returns the loss."""
-    options: dict[str, Any] = {
-        "output_dir": str(folder),
-        "per_device_train_batch_size": step.groups * step.group,
-        "num_generations": step.group,
-        "max_completion_length": step.length,
-        "use_cpu": True,
-        "bf16": False,
-        "report_to": "none",
-        "gradient_checkpointing": False,
-    }
-    if side == "srpo_kernels":
-        # TRL's mean over sequences with equal weights, for the trainer that has no other.
-        as_trl: dict[str, Any] = {"loss_type": "grpo", "dw_beta": 0.0} if branch == "sdpo" else {}
-        as_trl |= {"teacher_model_kind": "live", "teacher_template": _TEMPLATE}
-        config = SRPOTrainerConfig(method=branch, **options, **as_trl)
-        return _srpo_step(_trainer(_Srpo, config, step))
-    if branch == "grpo":
-        return _trl_step(_trainer(_Grpo, GRPOConfig(epsilon_high=0.28, scale_rewards="none", **options), step))
-    teacher = {"teacher_model_kind": "live", "reprompt_template": _TEMPLATE}
-    full = {"distillation_mode": "full_logits", "distillation_alpha": 0.5}
-    solution = {"solution_template": "{successful_previous_attempt}"}
-    return _trl_step(_trainer(_Sdpo, SDPOConfig(**options, **teacher, **full, **solution), step))
+def summary(cells: pd.DataFrame) -> str:
+    """In a sentence, what a step takes as multiples of TRL's."""
+    parts = []
+    for step, medians in _by_step(cells):
+        ratios = (f"{values['srpo_kernels'] / values['trl']:.2f}" for values in medians.values())
+        where = "every group has a correct completion"
+        if step["silent"]:
+            where = f"{step['silent']:.0%} of the groups have no correct completion"
+        parts.append(f"{' / '.join(ratios)} beside `{_TRAINERS[step['branch']]}` where {where}")
+    return (
+        "A whole training step of `SRPOTrainer` after generation, as a multiple of the time / extra peak memory of "
+        f"TRL's: {'; '.join(parts)}."
+    )
 
 
-def _trainer(cls: Any, config: Any, step: Step) -> Any:
-    torch.manual_seed(0)
-    # Logits of a standard deviation of 2: distributions that differ, as those of a trained model do.
-    scale = {"initializer_range": 2.0 * step.hidden**-0.5, "tie_word_embeddings": True}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2} | scale
-    sizes = {"hidden_size": step.hidden, "intermediate_size": 8 * step.hidden // 3, "num_hidden_layers": step.layers}
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=step.vocab, **sizes, **heads, pad_token_id=0, eos_token_id=1))
-    cls.step = step
-    trainer = cls(model, _reward(step), config, _prompts(step), processing_class=_tokenizer(step.vocab))
-    trainer.current_gradient_accumulation_steps = 1
-    trainer.model.train()
-    return trainer
-
-
-def _tokenizer(vocab: int) -> Any:
-    words = ["<pad>", "<eos>", "<unk>", *(f"w{index}" for index in range(3, vocab))]
-    tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    special = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>"}
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, padding_side="left", **special)
-
-
-def _prompts(step: Step) -> Any:
-    texts = [
-        " ".join(f"w{3 + (7 * row + word) % (step.vocab - 3)}" for word in range(32)) for row in range(step.groups)
-    ]
-    return Dataset.from_dict({"prompt": texts})
-
-
-def _reward(step: Step) -> Any:
-    def correct(completion_ids: list[list[int]], **_: Any) -> list[float]:
-        return [float(index % (2 * step.group) == 0) for index in range(len(completion_ids))]
-
-    return correct
-
-
-def _examples(trainer: Any) -> list[dict[str, Any]]:
-    return [row for row in trainer.train_dataset for _ in range(trainer.num_generations)]
-
-
-def _srpo_step(trainer: Any) -> Callable[[], float]:
-    batch = trainer._generate_and_score_completions(_examples(trainer))
-
-    def run() -> float:
-        trainer._prepare_step([batch])
-        return _backward(trainer, trainer._compute_loss(trainer.model, batch))
-
-    return run
-
-
-def _trl_step(trainer: Any) -> Callable[[], float]:
-    score = getattr(trainer, "_prepare_training_batch", None) or trainer._generate_and_score_completions
-    batch = score(_examples(trainer))
-    return lambda: _backward(trainer, trainer.compute_loss(trainer.model, batch))
-
-
-def _backward(trainer: Any, loss: Any) -> float:
-    trainer.model.zero_grad(set_to_none=True)
-    loss.backward()
-    return float(loss.detach())
-
-
-class _Scripted:
-    """Completions of a script in place of generated ones."""
-
-    step: Step
-
-    def _script(self, count: int) -> list[list[int]]:
-        return [self.step.completions(index) for index in range(count)]
-
-
-class _Grpo(_Scripted, GRPOTrainer):
-    def _generate_single_turn(self, prompt_ids: Any, *_: Any, **__: Any) -> Any:
-        return self._script(len(prompt_ids)), None
-
-
-class _Srpo(_Scripted, SRPOTrainer):
-    def _generate_single_turn(self, prompt_ids: Any, *_: Any, **__: Any) -> Any:
-        return self._script(len(prompt_ids)), None
-
-
-class _Sdpo(_Scripted, SDPOTrainer):
-    def _generate(self, prompt_ids: Any) -> Any:
-        return prompt_ids, self._script(len(prompt_ids))
-
-
-if __name__ == "__main__":
-    tyro.cli(trainers, prog="python -m benchmarks.trainers")
+def _by_step(cells: pd.DataFrame) -> Iterator[tuple[pd.Series, dict[str, pd.Series]]]:
+    """The labels of every step, and the medians of each metric that both sides have."""
+    for _, group in cells.groupby(list(Step("grpo").labels), sort=False):
+        medians = group.pivot(index="provider", columns="metric", values="median").dropna(axis="columns")
+        yield group.iloc[0], {metric: medians[metric] for metric in ("seconds", "peak_bytes") if metric in medians}

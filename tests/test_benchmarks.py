@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import runpy
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,12 +19,14 @@ pytest.importorskip("rich")
 from benchmarks.agreement import compare
 from benchmarks.cases import DEFAULT_ACTIVE, DTYPES, Case, make_batch
 from benchmarks.memory import measure_peak
+from benchmarks.processes import in_fresh_process
 from benchmarks.providers import PROVIDERS, ProviderName, Result, Unsupported, cross_entropies, naive, prepare
 from benchmarks.report import report
-from benchmarks.results import read_csv
+from benchmarks.results import Measurement, ResultsFile, read_csv, single
 from benchmarks.scaling import exponents
 from benchmarks.speed import published
 from benchmarks.timing import Rounds, interleave, quantiles
+from benchmarks.trainers import SIDES, Step, table
 
 ROUTED = Case("tiny", "routed", 1_024)
 CPU = torch.device("cpu")
@@ -112,7 +115,7 @@ def test_scaling_and_report_make_the_documents(run: Run, tmp_path: Path) -> None
     run("scaling", "--head", "tiny", *sweep, *options, "--out", tmp_path / "scaling.csv")
 
     document, readme = tmp_path / "benchmarks.md", tmp_path / "README.md"
-    markers = ("providers", "speed", "memory", "accuracy", "scaling")
+    markers = ("providers", "speed", "memory", "memory:many-rows", "accuracy", "scaling", "trainers")
     document.write_text("".join(f"<!-- {name} -->\n<!-- /{name} -->\n" for name in markers))
     readme.write_text("before\n<!-- performance -->\nold\n<!-- /performance -->\nafter\n")
     report(tmp_path, document, readme, tmp_path / "figures")
@@ -120,6 +123,8 @@ def test_scaling_and_report_make_the_documents(run: Run, tmp_path: Path) -> None
     assert "Without a number here: `quack` (needs a GPU)." in text
     assert "| rows | seconds |" in text
     assert "Error of dW." in text
+    for name in ("memory", "trainers"):
+        assert f"Not measured yet: `python -m benchmarks {name}`." in text
     summary = readme.read_text()
     assert summary.startswith("before\n")
     assert "old" not in summary
@@ -127,6 +132,64 @@ def test_scaling_and_report_make_the_documents(run: Run, tmp_path: Path) -> None
     for name in ("speed", "scaling", "accuracy"):
         assert (tmp_path / "figures" / f"{name}.png").stat().st_size > 10_000
         assert "</svg>" in (tmp_path / "figures" / f"{name}.svg").read_text()
+
+    case = Case("tiny", "jsd", 64)
+    memory = ResultsFile(tmp_path / "memory.csv", CPU, threads=1)
+    memory.add(
+        [
+            Measurement(case, "srpo_kernels", "peak_bytes", single(3 * 2**20)),
+            Measurement(case, "trl", "peak_bytes", single(6 * 2**20)),
+            Measurement(case, "naive", "peak_bytes", None, "killed"),
+        ]
+    )
+    steps = ResultsFile(tmp_path / "trainers.csv", CPU, threads=1)
+    for silent in (0.0, 0.5):
+        values = {"seconds": (1.0, 2.0), "peak_bytes": (3 * 2.0**20, 4 * 2.0**20)}
+        steps.add(
+            Measurement(Step("grpo", silent), side, metric, single(value))
+            for metric, pair in values.items()
+            for side, value in zip(SIDES, pair, strict=True)
+        )
+    report(tmp_path, document, readme, tmp_path / "figures")
+    text = document.read_text()
+    assert "| tiny (32 × 500), 64 rows, jsd, float32 | 3 | 6 (2.0×) |" in text
+    assert "| GRPOTrainer, 2 × 4 completions | 50% | 2.00 | 1.00 (0.50×) | 4 | 3 (0.75×) |" in text
+    assert "0.50 / 0.75 beside `GRPOTrainer` where 50% of the groups have no correct completion" in readme.read_text()
+
+
+def test_memory_alone(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "memory.csv"
+    providers = ["--providers", "srpo_kernels", "quack"]
+    options = ["--head", "tiny", "--rows", "64", "--workloads", "jsd", "--device", "cpu", *providers, "--out", out]
+    run("memory", *options)
+    printed = capsys.readouterr().out
+    assert "peak MiB" in printed
+    assert "seconds" not in printed
+    cells = read_csv(out).set_index(["provider", "metric"])
+    assert cells.loc[("srpo_kernels", "peak_limit_bytes"), "median"] > 0
+    assert cells.loc[("quack", "peak_bytes"), "reason"] == "needs a GPU"
+    first = out.read_text()
+    run("memory", *options, "--resume")
+    assert out.read_text() == first
+
+
+def test_a_provider_that_is_killed_for_want_of_memory_has_that_as_its_reason() -> None:
+    with pytest.raises(Unsupported, match=r"killed: needs more than the machine's \d+ GiB"):
+        in_fresh_process(signal.raise_signal, signal.SIGKILL)
+
+
+def test_trainers_take_turns(run: Run, tmp_path: Path) -> None:
+    pytest.importorskip("trl", "1.16", reason="TRL's trainers are what ours is compared with")
+    out = tmp_path / "trainers.csv"
+    sizes = ["--sizes.layers", "1", "--sizes.vocab", "64", "--sizes.hidden", "16", "--sizes.length", "8"]
+    options = [*sizes, "--branches", "grpo", "--rounds", "1", "--no-memory", "--threads", "1", "--out", out]
+    run("trainers", *options, "--silent", "0")
+    run("trainers", *options, "--silent", "0", "0.5", "--resume")
+    cells = read_csv(out)
+    assert cells.groupby("silent").size().to_dict() == {0.0: 2, 0.5: 2}
+    assert (cells["median"] > 0).all()
+    lines, _ = table(cells)
+    assert lines["groups without a correct one"].tolist() == ["0%", "50%"]
 
 
 def test_a_run_that_was_stopped_is_resumed(run: Run, tmp_path: Path) -> None:
@@ -155,12 +218,12 @@ def test_exponents_are_those_of_a_power_law() -> None:
     assert fit["exponent"] == pytest.approx(1.5)
 
 
-@pytest.mark.parametrize("command", ["", "speed", "accuracy", "scaling", "report", "cost"])
+@pytest.mark.parametrize("command", ["", "speed", "memory", "accuracy", "scaling", "trainers", "report", "cost"])
 def test_help_reads_well(command: str, run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
         run(*filter(None, [command]), "--help")
     printed = capsys.readouterr().out
-    expected = ["speed", "accuracy", "cost", "scaling", "report"] if not command else ["--"]
+    expected = ["speed", "memory", "accuracy", "cost", "scaling", "trainers", "report"] if not command else ["--"]
     assert all(word in printed for word in expected)
 
 
@@ -220,13 +283,14 @@ def test_rounds_rotate_and_quantiles_are_ordered() -> None:
     assert order == ["naive", "trl", "liger", "trl", "liger", "naive", "liger", "naive", "trl"]
     assert [len(times) for times in seconds.values()] == [3, 3, 3]
     assert len(interleave({"trl": step("trl")}, Rounds(9, 0.0), CPU, lambda what: None)["trl"]) == 3
+    assert len(interleave({"trl": step("trl")}, Rounds(9, 0.0, fewest=1), CPU, lambda what: None)["trl"]) == 1
     assert quantiles([4.0, 1.0, 2.0, 3.0, 5.0, 6.0]) == pytest.approx((2.0, 3.5, 5.0))
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the resident set is read from /proc")
 def test_peak_memory_counts_what_a_step_holds() -> None:
     case = Case("smollm2-135m", "policy", 32, vocab_size=40_000)
-    peak = measure_peak(case, "bare", CPU, threads=1)
+    peak = in_fresh_process(measure_peak, case, "bare", CPU, 1)
     # Bare products have their logits before the step begins.
     gradients = 4 * 576 * (32 + 40_000)
     assert peak is not None

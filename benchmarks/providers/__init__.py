@@ -26,6 +26,8 @@ ProviderName = Literal[
 ]
 PROVIDERS: tuple[ProviderName, ...] = get_args(ProviderName)
 OURS: tuple[ProviderName, ...] = ("srpo_kernels", "srpo_kernels-triton")
+# All that compute a loss.
+COMPARED: tuple[ProviderName, ...] = tuple(name for name in PROVIDERS if name != "bare")
 
 
 class Result(NamedTuple):

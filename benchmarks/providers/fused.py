@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from functools import partial
 
+import torch
 from torch import Tensor
 
 import srpo_kernels as sk
-from benchmarks.cases import Batch
+from benchmarks.cases import DTYPES, Batch, Case
 from benchmarks.providers import Step, autograd_step
 from srpo_kernels import rows_torch
 from srpo_kernels.engine.gemm import accumulation_dtype
@@ -34,13 +35,15 @@ def prepare(batch: Batch, backend: str = "torch") -> Step:
     return autograd_step(partial(loss, backend=backend), batch)
 
 
-def peak_limit(batch: Batch) -> float:
-    """Bytes beside the inputs that a call may hold at a time: the default workspace and dW, plus 5 %.
+def peak_limit(case: Case) -> float:
+    """Bytes beside the inputs that a call on a CPU may hold at a time: the default workspace and dW, plus 5 %.
 
     The same for any number of rows.
     """
-    dtype = accumulation_dtype(batch.weight)
-    memory = RowMemory.of(batch.weight, dtype, rows_torch)
-    models = 2 if batch.distills else 1
+    # Its pages are never touched.
+    weight = torch.empty(case.vocabulary, case.hidden_size, dtype=DTYPES[case.dtype])
+    dtype = accumulation_dtype(weight)
+    memory = RowMemory.of(weight, dtype, rows_torch)
+    models = 1 if case.workload == "policy" else 2
     rows = models * memory.capacity(models, None) + memory.scratch.blocks * memory.scratch.rows
-    return 1.05 * dtype.itemsize * (rows * len(batch.weight) + batch.weight.numel())
+    return 1.05 * dtype.itemsize * (rows * len(weight) + weight.numel())

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
+import psutil
 import torch
 from torch import Tensor
 
 import srpo_kernels as sk
 from benchmarks.cases import Batch
-from benchmarks.memory import available_bytes
 from benchmarks.providers import Step, Unsupported, autograd_step
 
-# What autograd keeps of the logits at the peak, in fp32 buffers of their size: a policy loss, and a divergence.
-_POLICY_BUFFERS = 4
-_DISTILLATION_BUFFERS = 12
+
+class Buffers(NamedTuple):
+    """What is alive of the logits at the peak, in fp32 buffers of their size, rounded up."""
+
+    policy: int
+    distillation: int
+
+
+_EAGER = Buffers(4, 12)
 
 
 def clipped_policy_loss(log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, config: sk.SRPOConfig) -> Tensor:
@@ -55,13 +62,18 @@ def prepare(batch: Batch) -> Step:
     return autograd_step(loss, batch)
 
 
-def require_memory(batch: Batch) -> None:
+def require_memory(batch: Batch, buffers: Buffers = _EAGER) -> None:
     """Raise Unsupported where full logits and what autograd keeps of them do not fit."""
     logits = 4 * batch.target_ids.numel() * len(batch.weight)
-    needed = logits * (_DISTILLATION_BUFFERS if batch.distills else _POLICY_BUFFERS)
+    needed = logits * (buffers.distillation if batch.distills else buffers.policy)
     available = available_bytes(batch.hidden.device)
     if needed > available:
         raise Unsupported(f"needs about {needed / 2**30:.0f} GiB, {available / 2**30:.0f} GiB are free")
+
+
+def available_bytes(device: torch.device) -> int:
+    """Free memory of the device."""
+    return int(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else int(psutil.virtual_memory().available)
 
 
 def divergence(log_p: Tensor, log_q: Tensor, config: sk.SRPOConfig) -> Tensor:
