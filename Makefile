@@ -5,6 +5,7 @@
 #   make test ARGS='-m slow'         the slow tests
 #   make bench                       every benchmark beside every peer, then the tables and pictures: hours on two cores
 #   make report                      the tables and pictures alone, from benchmarks/results
+#   make learning                    the learning study: about an hour on two cores, goes on where it was stopped
 # PYTHON is the interpreter that makes .venv, 3.11 or newer.
 
 PYTHON ?= python3
@@ -18,7 +19,7 @@ INPUTS := pyproject.toml constraints.txt
 # The demo's model is a file of a package: no hub is asked for one, unless HF_HUB_OFFLINE=0.
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test check bench report clean
+.PHONY: demo test check bench report learning clean
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/python -m examples.train_smollm2 $(ARGS)
@@ -43,6 +44,10 @@ bench: $(VENV)/dev.stamp
 
 report: $(VENV)/dev.stamp
 	$(BIN)/python -m benchmarks report
+
+learning: $(VENV)/dev.stamp
+	$(BIN)/python -m benchmarks.learning study $(ARGS)
+	$(BIN)/python -m benchmarks.learning draw
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
