@@ -116,3 +116,20 @@ def test_differences_are_those_of_pairs():
     assert mean == pytest.approx(0.1 + 0.01 * 0.1 * 2)
     assert low < mean < high and high - low < 0.01
     assert p < 1e-6
+
+
+def test_a_pretrained_model_is_trained_with_each_method_once(tmp_path, monkeypatch):
+    pytest.importorskip("trl", "1.16", reason="the trl integration needs trl >= 1.16")
+    from benchmarks.learning import pretrained as module
+    from tests.tiny_trainer import tiny_model, tiny_tokenizer
+
+    monkeypatch.setattr(module, "load_model", lambda _: (tiny_model(), tiny_tokenizer()))
+    out = tmp_path / "learning_pretrained.csv"
+    module.pretrained(methods=("grpo",), steps=2, questions=2, threads=1, out=out)
+    first = pd.read_csv(out)
+    module.pretrained(methods=("grpo", "srpo"), steps=2, questions=2, threads=1, out=out)
+    cells = pd.read_csv(out)
+    assert list(zip(cells["method"], cells["step"], strict=True)) == [(m, s) for m in ("grpo", "srpo") for s in (1, 2)]
+    pd.testing.assert_frame_equal(cells.head(2), first)
+    for name in ("reward", "reply_length", "sdpo_tokens", "active_tokens", "seconds"):
+        assert cells[name].notna().all(), name
