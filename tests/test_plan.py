@@ -182,19 +182,3 @@ def test_the_last_distillation_chunk_shares_its_products_with_policy_rows_that_f
     assert plan_of(rows, gspo, [30], workspace_rows=60).shared_policy_rows == 0
     only_policy = RowOrder(torch.arange(0), torch.arange(30), torch.arange(0))
     assert plan_of(only_policy, SRPOConfig(), workspace_rows=10_000).shared_policy_rows == 0
-
-
-def test_dlogits_in_a_buffer_of_their_own_share_no_product() -> None:
-    rows = RowOrder(torch.arange(20), torch.arange(30), torch.arange(0))
-    memory = RowMemory(1000, 4, Scratch(0, 0), CPU, copy_itemsize=2)
-    plan = make_plan(
-        rows,
-        None,
-        SRPOConfig(),
-        memory=memory,
-        vocab_size=1000,
-        workspace_bytes=1 << 30,
-        gradients=2,
-        log_mean_known=False,
-    )
-    assert plan.shared_policy_rows == 0

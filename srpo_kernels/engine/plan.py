@@ -158,7 +158,7 @@ class Plan:
 
     ``policy_segments`` are lists of chunks whose objective is evaluated together. A segment of several chunks, which
     only gspo has, computes its log-probs first and its logits once more. ``shared_policy_rows`` is the length of the
-    first segment where it shares its products with the last distillation chunk, else 0. ``student_products`` and
+    first segment where its logits are beside those of the last distillation chunk, else 0. ``student_products`` and
     ``teacher_products`` count rows times products, in units of ``H * V`` multiply-adds: 3 per active policy row, 4 per
     distillation row.
     """
@@ -213,21 +213,16 @@ def make_plan(
         distillation_chunks,
         segments,
         row_chunks(inactive, policy_rows),
-        _shared_policy_rows(distillation_chunks, segments, memory, policy_rows),
+        _shared_policy_rows(distillation_chunks, segments, policy_rows),
         teacher_first,
         (len(order.policy) + distilled) * (1 + gradients) + (repeated if gradients else 0) + inactive,
         distilled * (1 + teacher_first),
     )
 
 
-def _shared_policy_rows(
-    distillation_chunks: list[slice], segments: list[list[slice]], memory: RowMemory, capacity: int
-) -> int:
-    """Rows of the first policy segment if they fit beside the last distillation chunk, else 0.
-
-    Its dlogits must be where its logits were: only then are they one matrix with the distillation rows'.
-    """
-    if memory.copy_itemsize or not distillation_chunks or not segments or len(segments[0]) > 1:
+def _shared_policy_rows(distillation_chunks: list[slice], segments: list[list[slice]], capacity: int) -> int:
+    """Rows of the first policy segment if they fit beside the last distillation chunk, else 0."""
+    if not distillation_chunks or not segments or len(segments[0]) > 1:
         return 0
     rows = _length(segments[0][0])
     return rows if 2 * _length(distillation_chunks[-1]) + rows <= capacity else 0
