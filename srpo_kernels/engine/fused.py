@@ -97,7 +97,7 @@ class FusedPass:
         if self.plan.distillation_chunks:
             distilled, carried = self._distill()
             loss = loss + distilled
-        if self.plan.policy_segments or self.plan.inactive_chunks:
+        if self.plan.policy_segments or self.plan.inactive_chunks or self.batch.inputs.group is not None:
             loss = loss + self._policy(carried)
         self.grad_head.finish()
         order = self.plan.order
@@ -171,30 +171,31 @@ class FusedPass:
     def _policy(self, carried: _Carried | None) -> Tensor:
         order = self.plan.order
         stats: list[RowStats] = []
-        for segment in self.plan.policy_segments:
-            segment_stats = [self._policy_stats(self._logits(order.policy[ids])) for ids in segment[:-1]]
-            last = segment[-1]
-            chunk = self._logits(order.policy[last]) if carried is None else carried.policy
-            last_stats = self._policy_stats(chunk) if carried is None else carried.stats()
-            segment_stats.append(last_stats)
+        # A rank without a policy row takes part where sequences have others elsewhere.
+        for segment in self.plan.policy_segments or [[]]:
+            segment_stats = []
+            for ids in segment:
+                chunk = self._logits(order.policy[ids]) if carried is None else carried.policy
+                chunk_stats = self._policy_stats(chunk) if carried is None else carried.stats()
+                segment_stats.append(chunk_stats)
             stats += segment_stats
             if not any(self.needs):
                 carried = None
                 continue
-            rows = order.policy[segment[0].start : last.stop]
+            rows = torch.cat([order.policy[:0], *(order.policy[ids] for ids in segment)])
             grad_log_probs, grad_entropy = self._policy_gradients(segment_stats, rows)
             # The last chunk's logits are still in the buffer; those of the earlier ones are computed again.
             for ids in reversed(segment):
-                if ids is not last:
+                if ids is not segment[-1]:
                     chunk = self._logits(order.policy[ids])
-                    last_stats = self._policy_stats(chunk)
+                    chunk_stats = self._policy_stats(chunk)
                 local = slice(ids.start - segment[0].start, ids.stop - segment[0].start)
                 dlogits = self.passes.log_prob_gradient_(
                     chunk.logits,
-                    last_stats,
+                    chunk_stats,
                     self.policy_spec,
                     ids=self.batch.target_ids[chunk.rows, None],
-                    log_probs=last_stats.log_probs[:, None],
+                    log_probs=chunk_stats.log_probs[:, None],
                     grad_log_probs=grad_log_probs[local, None],
                     grad_entropy=None if grad_entropy is None else grad_entropy[local],
                     dtype=self.operand_dtype,
@@ -209,7 +210,7 @@ class FusedPass:
 
         active = len(order.policy)
         rows = torch.cat([order.policy, order.inactive]) if self.plan.inactive_chunks else order.policy
-        log_probs, entropy = _concatenate(stats)
+        log_probs, entropy = self._concatenate(stats)
         self.log_probs[rows] = log_probs
         inputs = self.batch.inputs.select(rows)
         terms = objective.policy_terms(log_probs, entropy, inputs, self.config)
@@ -238,7 +239,7 @@ class FusedPass:
 
     def _policy_gradients(self, stats: list[RowStats], rows: Tensor) -> tuple[Tensor, Tensor | None]:
         """Gradients of the rows' share of the loss with respect to their log-probs and entropies."""
-        log_probs, entropy = _concatenate(stats)
+        log_probs, entropy = self._concatenate(stats)
         variables = [log_probs.requires_grad_()]
         if entropy is not None:
             variables.append(entropy.requires_grad_())
@@ -246,6 +247,12 @@ class FusedPass:
             loss = objective.policy_terms(log_probs, entropy, self.batch.inputs.select(rows), self.config).loss
             grad_log_probs, *grad_entropy = torch.autograd.grad(loss, variables, self.batch.factors[rows])
         return grad_log_probs, grad_entropy[0] if grad_entropy else None
+
+    def _concatenate(self, stats: list[RowStats]) -> tuple[Tensor, Tensor | None]:
+        """The log-probs and, where they were computed, the entropies of consecutive chunks: none, maybe."""
+        entropies = [s.entropy for s in stats if s.entropy is not None]
+        log_probs = torch.cat([self.log_probs[:0], *(s.log_probs for s in stats)])
+        return log_probs, torch.cat(entropies) if entropies else None
 
     def _teacher_entropies(self) -> Tensor:
         entropies = []
@@ -292,12 +299,6 @@ class FusedPass:
 
     def _count(self, name: str, value: Tensor | int) -> None:
         self.metrics[name] = self.metrics[name] + (value.sum() if isinstance(value, Tensor) else value)
-
-
-def _concatenate(stats: list[RowStats]) -> tuple[Tensor, Tensor | None]:
-    """The log-probs and, where they were computed, the entropies of consecutive chunks."""
-    entropies = [s.entropy for s in stats if s.entropy is not None]
-    return torch.cat([s.log_probs for s in stats]), torch.cat(entropies) if entropies else None
 
 
 def _join(logits: Tensor, parts: list[Dlogits]) -> Dlogits:

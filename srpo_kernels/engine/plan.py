@@ -12,8 +12,10 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from srpo_kernels.config import SRPOConfig
+from srpo_kernels.distributed import sum_ranks
 from srpo_kernels.engine import gemm
 from srpo_kernels.engine.vocabulary import Vocabulary
 from srpo_kernels.engine.workspace import row_stride
@@ -45,11 +47,13 @@ def order_rows(
     sequences: Tensor | None,
     num_sequences: int,
     config: SRPOConfig,
+    group: ProcessGroup | None = None,
 ) -> RowOrder:
     """Sort rows into distillation, active policy, inactive policy and masked ones.
 
     ``valid`` and ``routed`` are bool ``[N]``, ``advantages`` ``[N]``, ``sequences`` int64 ``[N]`` (for gspo, which is
-    active by the sequence: a token with advantage 0 still moves the sequence's ratio).
+    active by the sequence: a token with advantage 0 still moves the sequence's ratio). ``group`` has the ranks with
+    other rows of the sequences.
     """
     policy = valid & ~routed
     moves = advantages != 0
@@ -57,7 +61,7 @@ def order_rows(
         moves = torch.ones_like(moves)
     elif config.loss_type == "gspo" and sequences is not None:
         moving = torch.zeros(num_sequences, dtype=torch.int64, device=valid.device)
-        moves = moving.index_add_(0, sequences, (policy & moves).long())[sequences] > 0
+        moves = sum_ranks(moving.index_add_(0, sequences, (policy & moves).long()), group)[sequences] > 0
     kind = torch.full_like(advantages, 3, dtype=torch.int64)
     kind[policy] = 2
     kind[policy & moves] = 1

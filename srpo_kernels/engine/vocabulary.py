@@ -138,4 +138,6 @@ def _replicated(call: LossArguments | StatsArguments, options: LossOptions | Sta
         if isinstance(x, Tensor)
     ]
     wanted = [name for name, need in needs._asdict().items() if need]
-    return f"{', '.join(tensors)}; {options._replace(vocab_parallel_group=None)}; gradients of {wanted}"
+    # Each rank has its own peers in any other group.
+    common = {name: x for name, x in options._asdict().items() if not name.endswith("_group")}
+    return f"{', '.join(tensors)}; {common}; gradients of {wanted}"
