@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -48,7 +49,10 @@ def steps(draw: st.DrawFn, ranks: int) -> Step:
     def assign(count: int, cells: int) -> Tensor:
         return torch.tensor(draw(st.lists(st.integers(0, cells - 1), min_size=count, max_size=count)), dtype=torch.long)
 
-    config, accumulation = draw(configs()), draw(st.integers(1, 3))
+    config, accumulation, in_pieces = draw(configs()), draw(st.integers(1, 3)), draw(st.booleans())
+    if in_pieces and draw(st.booleans()):
+        # Only a sequence with an advantage moves: one rank's rows may have none of it.
+        config = replace(config, loss_type="gspo", kl_coef=0.0, entropy_coef=0.0)
     shards = draw(st.sampled_from([n for n in (1, 2, 4) if ranks % n == 0]))
     replicas = ranks // shards
     rows, vocab_size = draw(st.sampled_from([(7, 5), (3, 4), (29,), (5,)])), draw(st.sampled_from([33, 7, 129]))
@@ -61,7 +65,6 @@ def steps(draw: st.DrawFn, ranks: int) -> Step:
         sequences = torch.unique(inputs["sequence_ids"], return_inverse=True)[1]
         count = len(torch.unique(inputs["sequence_ids"][inputs["mask"]]))
 
-    in_pieces = draw(st.booleans())
     micro_batch = assign(len(sequences), accumulation)[sequences]
     replica = assign(len(sequences), replicas)[sequences]
     if in_pieces and packed:
