@@ -18,7 +18,7 @@ import reference
 from srpo_kernels import Normalizers, SRPOConfig, srpo_loss, teacher_stats
 from tests.comparison import Results, assert_same, run_loss
 from tests.processes import needs_gloo, run_ranks
-from tests.strategies import SHARED, Inputs, configs, loss_inputs, take, transform_of
+from tests.strategies import SHARED, Inputs, configs, loss_inputs, take, transform_of, workspaces
 from tests.test_vocab_parallel import assembled, shard_of
 
 pytestmark = needs_gloo
@@ -40,6 +40,7 @@ class Step(NamedTuple):
     parts: list[list[Part]]
     # Sequences are in pieces: how many they are, which no piece can count.
     sequence_count: int | None
+    workspace_bytes: int | None
 
 
 @st.composite
@@ -78,7 +79,7 @@ def steps(draw: st.DrawFn, ranks: int) -> Step:
             parts.append([part_of(inputs, (micro_batch == i) & (replica == here)) for i in range(accumulation)])
     bounds = draw(st.sets(st.integers(1, vocab_size - 1), min_size=shards - 1, max_size=shards - 1))
     sizes = [stop - start for start, stop in pairwise([0, *sorted(bounds), vocab_size])]
-    return Step(inputs, config, sizes, parts, count if in_pieces else None)
+    return Step(inputs, config, sizes, parts, count if in_pieces else None, draw(workspaces(vocab_size)))
 
 
 def part_of(inputs: Inputs, chosen: Tensor, columns: slice | None = None) -> Part:
@@ -121,6 +122,7 @@ def run_steps(rank: int, cases: list[Step]) -> list[list[Results]]:
             "vocab_parallel_group": vocabulary if shards > 1 else None,
             "sequence_parallel_group": None if step.sequence_count is None else data,
             "config": step.config,
+            "workspace_bytes": step.workspace_bytes,
         }
         results.append([run_loss(srpo_loss, part, **options) for part in parts])
     return results

@@ -38,7 +38,9 @@ def prepare_loss(
     vocabulary: Vocabulary,
 ) -> tuple[Batch, Plan]:
     """Flatten a batch and lay out how it runs. Raises ValueError for values that ``srpo_loss`` refuses."""
-    group = None if options.sequence_parallel_group is None else group_of(options.sequence_parallel_group)
+    group = None
+    if options.sequence_parallel_group is not None and (config.loss_type == "gspo" or config.reduction == "sequence"):
+        group = group_of(options.sequence_parallel_group)
     dtype = accumulation_dtype(call.hidden, call.weight)
     memory = RowMemory.of(call.weight, dtype, passes, vocabulary)
     check_workspace(options.workspace_bytes, memory.floor(1 if call.sdpo_mask is None else 2))

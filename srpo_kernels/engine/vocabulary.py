@@ -138,6 +138,6 @@ def _replicated(call: LossArguments | StatsArguments, options: LossOptions | Sta
         if isinstance(x, Tensor)
     ]
     wanted = [name for name, need in needs._asdict().items() if need]
-    # Each rank has its own peers in any other group.
-    common = {name: x for name, x in options._asdict().items() if not name.endswith("_group")}
+    # Each rank has its own peers in another group.
+    common = {name: x is not None if name.endswith("_group") else x for name, x in options._asdict().items()}
     return f"{', '.join(tensors)}; {common}; gradients of {wanted}"
