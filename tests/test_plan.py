@@ -182,3 +182,21 @@ def test_the_last_distillation_chunk_shares_its_products_with_policy_rows_that_f
     assert plan_of(rows, gspo, [30], workspace_rows=60).shared_policy_rows == 0
     only_policy = RowOrder(torch.arange(0), torch.arange(30), torch.arange(0))
     assert plan_of(only_policy, SRPOConfig(), workspace_rows=10_000).shared_policy_rows == 0
+
+
+@pytest.mark.parametrize(("distilled", "policy", "shared"), [(600, 848, 848), (600, 849, 0), (1024, 1, 0)])
+def test_an_accelerator_shares_within_the_rows_of_both_models_of_a_chunk(
+    distilled: int, policy: int, shared: int
+) -> None:
+    plan = make_plan(
+        RowOrder(torch.arange(distilled), torch.arange(policy), torch.arange(0)),
+        None,
+        SRPOConfig(),
+        memory=RowMemory(1000, 4, SCRATCH, torch.device("meta"), copy_itemsize=2),
+        vocab_size=1000,
+        workspace_bytes=None,
+        gradients=2,
+        log_mean_known=False,
+    )
+    assert plan.shared_policy_rows == shared
+    assert plan.buffer_rows <= 2 * 1024

@@ -211,13 +211,15 @@ def make_plan(
     distilled = len(order.distillation)
     distillation_chunks = row_chunks(distilled, distillation_rows)
     teacher_first = bool(distilled) and not log_mean_known and weights_need_teacher_first(config, vocab_size)
+    # Where nothing else is asked for, as many as both models' of a full chunk.
+    together = policy_rows if workspace_bytes is not None else max(policy_rows, 2 * distillation_rows)
     repeated = sum(_length(chunk) for segment in segments for chunk in segment[:-1])
     return Plan(
         order,
         distillation_chunks,
         segments,
         row_chunks(inactive, policy_rows),
-        _shared_policy_rows(distillation_chunks, segments, policy_rows),
+        _shared_policy_rows(distillation_chunks, segments, together),
         teacher_first,
         (len(order.policy) + distilled) * (1 + gradients) + (repeated if gradients else 0) + inactive,
         distilled * (1 + teacher_first),
