@@ -41,7 +41,7 @@ def distillation_numbers(mode: str, divergence: str, topk: int) -> list[int]:
     if mode == "topk":
         return [_SUMS + 2 * topk, _SUMS + topk]
     if mode == "sampled":
-        return [_SUMS, _SUMS]
+        return [2 * _SUMS]
     return [2 * _SUMS, 2] if divergence == "jsd" else [2 * _SUMS]
 
 
@@ -55,14 +55,19 @@ def loss_traffic(
     topk: int = 100,
     itemsize: int = 4,
     gradient: bool = True,
+    shared: bool = False,
 ) -> Traffic:
-    """A call of ``srpo_loss`` with chunks of so many rows, forward and backward."""
+    """A call of ``srpo_loss`` with chunks of so many rows, forward and backward.
+
+    ``shared``: the workspace holds the first policy chunk beside the last distillation chunk.
+    """
     numbers = distillation_numbers(mode, divergence, topk)
     exchanges = [rows * _SUMS for rows in policy_chunks]
     exchanges += [rows * k for rows in distillation_chunks for k in numbers]
     rows = sum(policy_chunks) + sum(distillation_chunks)
     reduced = rows * hidden_size * itemsize if gradient else 0
-    return Traffic(1 + len(exchanges), OPENING_BYTES + itemsize * sum(exchanges), int(reduced > 0), reduced)
+    gathers = 1 + len(exchanges) - shared
+    return Traffic(gathers, OPENING_BYTES + itemsize * sum(exchanges), int(reduced > 0), reduced)
 
 
 class Layout(NamedTuple):

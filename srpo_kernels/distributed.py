@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -26,6 +28,38 @@ def gather_numbers(numbers: list[int], group: dist.ProcessGroup) -> list[list[in
     device = None if on_host else torch.accelerator.current_accelerator()
     rows: list[list[int]] = gather_ranks(torch.tensor(numbers, device=device), group).tolist()
     return rows
+
+
+def gather_rows(values: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """The ``values`` ``[n]`` of all ranks one after the other, of which each may have another number: two gathers."""
+    counts = [count for (count,) in gather_numbers([len(values)], group)]
+    padded = values.new_zeros(max(counts))
+    padded[: len(values)] = values
+    return torch.cat([row[:count] for row, count in zip(gather_ranks(padded, group), counts, strict=True)])
+
+
+class _SumRanks(torch.autograd.Function):
+    """A sum over ranks is the adjoint of itself."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return gather_ranks(values, group).sum(0)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return gather_ranks(grad.contiguous(), ctx.group).sum(0), None
+
+
+def sum_ranks(values: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """The sum over all ranks, the same to the last bit on each; ``values`` as they are without a group.
+
+    One gather, and one in the backward: every rank's loss may depend on every rank's values.
+    """
+    if group is None:
+        return values
+    summed: Tensor = _SumRanks.apply(values, group)
+    return summed
 
 
 def sum_ranks_(values: Tensor, group: dist.ProcessGroup) -> None:

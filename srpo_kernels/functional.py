@@ -34,6 +34,7 @@ def srpo_loss(
     sequence_ids: Tensor | None = None,
     normalizers: Normalizers | None = None,
     vocab_parallel_group: ProcessGroup | None = None,
+    sequence_parallel_group: ProcessGroup | None = None,
     config: SRPOConfig = _DEFAULT_CONFIG,
     backend: str = "auto",
     workspace_bytes: int | None = None,
@@ -73,6 +74,11 @@ def srpo_loss(
             metrics are the same to the last bit on every rank; ``hidden`` gets the whole gradient, a shard its own. On
             the wire, per row and rank: 5 numbers of a policy row, up to 12 of a fully distilled one, and H of dX; see
             docs/vocabulary_parallel.md. None: ``weight`` is the whole head.
+        sequence_parallel_group: the process group whose ranks have other rows of the same sequences: what ``gspo`` and
+            ``reduction="sequence"`` take over a sequence is then over its rows on all of them. A sequence is known by
+            its ``sequence_ids``, or by its place in ``[B, T]``; ranks may have any number of its rows. All ranks make
+            the call, one without a row too, with the same options; it needs ``normalizers``, whose ``sequence_count``
+            counts a sequence once. Other losses exchange nothing. None: every sequence is whole in this call.
         config: every option of the loss.
         backend: ``"auto"`` (triton on a GPU, torch elsewhere), ``"torch"`` or ``"triton"``.
         workspace_bytes: bound of the logits that are alive at a time, of both models together.
@@ -89,6 +95,7 @@ def srpo_loss(
     """
     validation.check_group(vocab_parallel_group)
     with refused_together(vocab_parallel_group):
+        validation.check_group(sequence_parallel_group, "sequence_parallel_group")
         validation.check_backend(backend)
         validation.check_config(config)
         validation.check_head(hidden, weight, bias)
@@ -103,7 +110,7 @@ def srpo_loss(
             is_weights=is_weights,
             sequence_ids=sequence_ids,
         )
-        validation.check_options(config, target_ids, ref_log_probs, sequence_ids, normalizers)
+        validation.check_options(config, target_ids, ref_log_probs, sequence_ids, normalizers, sequence_parallel_group)
         validation.check_teacher(teacher_hidden, teacher_weight, teacher_bias, weight, bias, sdpo_mask)
         dtype = accumulation_dtype(hidden, weight)
         backend = backends.resolve_backend(backend, hidden.device, dtype)
@@ -128,9 +135,9 @@ def srpo_loss(
         dw_log_mean=None if normalizers is None else normalizers.dw_log_mean,
         sequence_count=None if normalizers is None else normalizers.sequence_count,
     )
-    loss, log_probs, metrics = loss_op.fused_loss(
-        call, LossOptions(config.encode(), backend, workspace_bytes, name_of(vocab_parallel_group))
-    )
+    groups = name_of(vocab_parallel_group), name_of(sequence_parallel_group)
+    options = LossOptions(config.encode(), backend, workspace_bytes, *groups)
+    loss, log_probs, metrics = loss_op.fused_loss(call, options)
     return SRPOOutput(loss, dict(zip(METRICS, metrics.unbind(), strict=True)), log_probs)
 
 

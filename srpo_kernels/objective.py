@@ -11,8 +11,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from srpo_kernels.config import SRPOConfig
+from srpo_kernels.distributed import sum_ranks
 
 _IS_LOG_RATIO_CLAMP = 20.0
 _SAPO_TAU_POSITIVE = 1.0
@@ -22,7 +24,8 @@ _SAPO_TAU_NEGATIVE = 1.05
 class RowInputs(NamedTuple):
     """What the caller says of each row: ``[n]`` each, None where not given. None carries gradient.
 
-    ``sequences`` numbers the sequence of each row, from 0 to ``num_sequences - 1``.
+    ``sequences`` numbers the sequence of each row, from 0 to ``num_sequences - 1``; ``group`` has the ranks with other
+    rows of the same sequences, None where there are none.
     """
 
     advantages: Tensor
@@ -31,11 +34,11 @@ class RowInputs(NamedTuple):
     is_weights: Tensor | None
     sequences: Tensor | None
     num_sequences: int
+    group: ProcessGroup | None = None
 
     def select(self, rows: Tensor) -> RowInputs:
         """The inputs of some rows."""
-        *vectors, num_sequences = self
-        return RowInputs._make([*(None if x is None else x[rows] for x in vectors), num_sequences])
+        return RowInputs._make(x[rows] if isinstance(x, Tensor) else x for x in self)
 
 
 class PolicyTerms(NamedTuple):
@@ -106,11 +109,12 @@ def _policy_loss(log_probs: Tensor, ratio: Tensor, advantages: Tensor, config: S
 
 
 def _sequence_mean(values: Tensor, inputs: RowInputs) -> Tensor:
-    """Each row's value replaced by the mean over the rows of its sequence."""
+    """Each row's value replaced by the mean over the rows of its sequence, those of other ranks among them."""
     assert inputs.sequences is not None
-    sums = values.new_zeros(inputs.num_sequences).index_add(0, inputs.sequences, values)
-    counts = torch.bincount(inputs.sequences, minlength=inputs.num_sequences)
-    return (sums / counts.clamp_min(1))[inputs.sequences]
+    both = torch.stack([values, torch.ones_like(values)])
+    sums = both.new_zeros(2, inputs.num_sequences).index_add(1, inputs.sequences, both)
+    totals, counts = sum_ranks(sums, inputs.group).unbind()
+    return (totals / counts.clamp_min(1.0))[inputs.sequences]
 
 
 def _ref_kl(log_probs: Tensor, ref_log_probs: Tensor, kl_type: str) -> Tensor:

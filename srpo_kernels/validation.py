@@ -35,11 +35,11 @@ def check_config(config: object) -> None:
         raise TypeError(f"config must be an SRPOConfig, got {type(config).__name__}")
 
 
-def check_group(group: object) -> None:
+def check_group(group: object, name: str = "vocab_parallel_group") -> None:
     """None, or a process group that this process belongs to."""
     if group is not None and not isinstance(group, ProcessGroup):
         raise TypeError(
-            "vocab_parallel_group must be a torch.distributed.ProcessGroup that this process is in, or None, "
+            f"{name} must be a torch.distributed.ProcessGroup that this process is in, or None, "
             f"got {type(group).__name__}"
         )
 
@@ -185,7 +185,7 @@ def check_loss_rows(
 
 def check_options(
     config: SRPOConfig, target_ids: Tensor, ref_log_probs: Tensor | None, sequence_ids: Tensor | None,
-    normalizers: object,
+    normalizers: object, sequence_parallel_group: ProcessGroup | None,
 ) -> None:  # fmt: skip
     """What the configuration needs from the other arguments."""
     if config.kl_coef != 0.0 and ref_log_probs is None:
@@ -197,6 +197,8 @@ def check_options(
             f"loss_type={config.loss_type!r} and reduction={config.reduction!r}, got None"
         )
     if normalizers is None:
+        if sequence_parallel_group is not None:
+            raise ValueError("normalizers is required with sequence_parallel_group: a call sees a part of the batch")
         return
     if not isinstance(normalizers, Normalizers):
         raise TypeError(f"normalizers must be a Normalizers or None, got {type(normalizers).__name__}")

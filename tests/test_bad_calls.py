@@ -86,6 +86,7 @@ BAD_LOSS_CALLS: list[BadCall] = [
     ("a workspace below one row", {"workspace_bytes": 1000}, ValueError, "workspace_bytes.*at least.*got 1000"),
     ("a negative workspace", {"workspace_bytes": -1}, ValueError, "workspace_bytes.*at least.*got -1"),
     ("vocabulary shards", {"vocab_parallel_group": "world"}, TypeError, "vocab_parallel_group must be.*got str"),
+    ("sequences in pieces", {"sequence_parallel_group": 1}, TypeError, "sequence_parallel_group must be.*got int"),
     (
         "a KL term without ref_log_probs",
         {"config": SRPOConfig(kl_coef=0.1), "ref_log_probs": None},

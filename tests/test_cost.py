@@ -21,12 +21,16 @@ import pandas as pd
 from benchmarks.costs import CASES, CaseName, ProviderName
 from benchmarks.costs.measure import KernelCost, PerRow, StepCost, measure
 from benchmarks.costs.sheet import Sheet
-from benchmarks.costs.steps import make_batch, prepare
+from benchmarks.costs.steps import bf16_products, make_batch, prepare
 from benchmarks.costs.tiles import measure_tiles
 from benchmarks.documents import replace_marked
 from benchmarks.interpreted import interpreting
 from benchmarks.meters import OperatorMeter
 from benchmarks.providers import naive
+from srpo_kernels import SRPOConfig, srpo_loss
+from tests.comparison import assert_same, run_loss
+from tests.meters import ProductMeter
+from tests.strategies import cast, loss_inputs, workspace_floor
 
 pytestmark = pytest.mark.skipif(not interpreting(), reason="kernels are compiled here: needs TRITON_INTERPRET=1")
 
@@ -106,6 +110,22 @@ def test_the_step_with_bf16_products_is_the_step_in_fp32_but_for_rounding(case: 
             results.append([x.float() for x in step()[:3]])
     for expected, actual in zip(*results, strict=True):
         assert (actual - expected).norm() < 0.05 * expected.norm()
+
+
+@pytest.mark.parametrize("dw_beta", [0.0, 1.0])
+def test_bf16_rows_of_both_branches_share_logits_and_go_apart(dw_beta: float) -> None:
+    """Their dlogits are no part of one buffer: the gradients are those of chunks that share nothing."""
+    inputs = cast(loss_inputs(0, (6, 7), teacher_size=5), torch.bfloat16)
+    results, products = [], []
+    # Two rows of both models, with a copy of one of them.
+    for workspace_bytes in (None, 3 * workspace_floor(33, 4, 2)):
+        with bf16_products(), ProductMeter() as meter:
+            results.append(
+                run_loss(srpo_loss, inputs, config=SRPOConfig(dw_beta=dw_beta), workspace_bytes=workspace_bytes)
+            )
+        products.append(meter.multiply_adds)
+    assert products[0] == products[1]
+    assert_same(*results, tolerance=2**-7)
 
 
 def test_liger_computes_what_the_sheet_says_it_does() -> None:

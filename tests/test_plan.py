@@ -184,17 +184,19 @@ def test_the_last_distillation_chunk_shares_its_products_with_policy_rows_that_f
     assert plan_of(only_policy, SRPOConfig(), workspace_rows=10_000).shared_policy_rows == 0
 
 
-def test_dlogits_in_a_buffer_of_their_own_share_no_product() -> None:
-    rows = RowOrder(torch.arange(20), torch.arange(30), torch.arange(0))
-    memory = RowMemory(1000, 4, Scratch(0, 0), CPU, copy_itemsize=2)
+@pytest.mark.parametrize(("distilled", "policy", "shared"), [(600, 848, 848), (600, 849, 0), (1024, 1, 0)])
+def test_an_accelerator_shares_within_the_rows_of_both_models_of_a_chunk(
+    distilled: int, policy: int, shared: int
+) -> None:
     plan = make_plan(
-        rows,
+        RowOrder(torch.arange(distilled), torch.arange(policy), torch.arange(0)),
         None,
         SRPOConfig(),
-        memory=memory,
+        memory=RowMemory(1000, 4, SCRATCH, torch.device("meta"), copy_itemsize=2),
         vocab_size=1000,
-        workspace_bytes=1 << 30,
+        workspace_bytes=None,
         gradients=2,
         log_mean_known=False,
     )
-    assert plan.shared_policy_rows == 0
+    assert plan.shared_policy_rows == shared
+    assert plan.buffer_rows <= 2 * 1024

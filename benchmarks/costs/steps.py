@@ -84,10 +84,16 @@ def _fused(case: CaseName, rows: int, vocab_size: int) -> Iterator[tuple[Step, B
 
 @contextmanager
 def _fused_bf16(case: CaseName, rows: int, vocab_size: int) -> Iterator[tuple[Step, Batch]]:
-    """As on a GPU: operands of products, dlogits among them, in bf16; logits and everything else in fp32."""
     batch = make_batch(case, rows, vocab_size, torch.bfloat16)
-    with patch.object(gemm, "operand_dtype", lambda weight, dtype: weight.dtype), _WideningProducts():
+    with bf16_products():
         yield autograd_step(partial(fused.loss, backend="triton"), batch), batch
+
+
+@contextmanager
+def bf16_products() -> Iterator[None]:
+    """As on a GPU: operands of products, dlogits among them, in bf16; logits and everything else in fp32."""
+    with patch.object(gemm, "operand_dtype", lambda weight, dtype: weight.dtype), _WideningProducts():
+        yield
 
 
 class _WideningProducts(TorchDispatchMode):
@@ -97,6 +103,10 @@ class _WideningProducts(TorchDispatchMode):
         kwargs = kwargs or {}
         if func == torch.ops.aten.mm.dtype_out:
             return torch.mm(args[0].float(), args[1].float(), out=kwargs["out"])
+        if func == torch.ops.aten.addmm.dtype_out:
+            return torch.addmm(args[0], args[1].float(), args[2].float(), out=kwargs["out"])
+        if func == torch.ops.aten.addmm_.default:
+            return args[0].addmm_(args[1].float(), args[2].float(), **kwargs)
         return func(*args, **kwargs)
 
 

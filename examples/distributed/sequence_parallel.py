@@ -2,8 +2,8 @@
 
 ``torchrun --standalone --nproc-per-node 2 -m examples.distributed.sequence_parallel``
 
-A sequence's ratio is the mean of log-ratios on several ranks, which one call of ``srpo_loss`` cannot know. It takes
-``token_stats`` and one differentiable all-reduce.
+A sequence's ratio is the mean of log-ratios on several ranks, which one call of ``srpo_loss`` cannot know without
+``sequence_parallel_group``.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.nn.functional import all_reduce
 
 import srpo_kernels as sk
 
@@ -25,15 +24,23 @@ def gspo_loss(
     old_log_probs: Tensor,
     group: dist.ProcessGroup | None = None,
 ) -> Tensor:
-    """This rank's part of the loss, for its positions ``[B, T / ranks]`` of every sequence; advantages are ``[B]``."""
-    log_probs = sk.token_stats(hidden, weight, target_ids, mask=mask).log_probs
-    log_ratio = (log_probs - old_log_probs).masked_fill(~mask, 0.0).clamp(-20.0, 20.0)
-    # Of each sequence, over all of its ranks. The backward of the sum is a sum of the ranks' gradients.
+    """This rank's part of the loss, for its positions ``[B, T_rank]`` of every sequence; advantages are ``[B]``."""
     group = dist.group.WORLD if group is None else group
-    sums, lengths = all_reduce(torch.stack([log_ratio.sum(1), mask.sum(1).to(log_ratio)]), group=group)
-    ratio = (sums / lengths.clamp(min=1.0)).exp()
-    loss = -torch.minimum(ratio * advantages, ratio.clamp(0.8, 1.28) * advantages)
-    return (loss * mask.sum(1)).sum() / lengths.sum()
+    norms = sk.Normalizers.from_batch(mask, None, None, dw_beta=0.0).all_reduce(group)
+    # Every rank has counted every sequence.
+    norms = norms._replace(sequence_count=torch.tensor(len(mask)))
+    out = sk.srpo_loss(
+        hidden,
+        weight,
+        target_ids,
+        advantages=advantages,
+        mask=mask,
+        old_log_probs=old_log_probs,
+        normalizers=norms,
+        sequence_parallel_group=group,
+        config=sk.SRPOConfig(loss_type="gspo"),
+    )
+    return out.loss
 
 
 def main() -> None:

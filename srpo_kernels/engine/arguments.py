@@ -34,12 +34,13 @@ class LossArguments(NamedTuple):
 
 
 class LossOptions(NamedTuple):
-    """The options of a call of ``srpo_loss``; ``config`` is an ``SRPOConfig``, encoded, the group is a name."""
+    """The options of a call of ``srpo_loss``; ``config`` is an ``SRPOConfig``, encoded, groups are names."""
 
     config: str
     backend: str
     workspace_bytes: int | None
     vocab_parallel_group: str | None = None
+    sequence_parallel_group: str | None = None
 
 
 class StatsArguments(NamedTuple):

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from srpo_kernels import objective
 from srpo_kernels.config import SRPOConfig
+from srpo_kernels.engine.sharded import row_stats_later
 from srpo_kernels.rows import Dlogits, RowPasses, RowSpec
 
 
@@ -63,8 +64,9 @@ def _full(
 def _sampled(
     passes: RowPasses, z: Tensor, y: Tensor, target_ids: Tensor, spec: RowSpec, dtype: torch.dtype
 ) -> DistilledChunk:
-    student = passes.row_stats(z, spec, target_ids=target_ids)
+    student_stats = row_stats_later(passes, z, spec, target_ids=target_ids)
     teacher = passes.row_stats(y, spec, target_ids=target_ids, entropy=True)
+    student = student_stats()
     assert teacher.entropy is not None
     with torch.enable_grad():
         log_probs = student.log_probs.detach().requires_grad_()

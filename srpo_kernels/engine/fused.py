@@ -2,13 +2,15 @@
 
 Per chunk: logits by one product, the row pass, the objective on vectors (its autograd gives the coefficients), dlogits
 in the same buffer, then dX and dW by one product each. Distillation rows come first: their entropy weights are divided
-by their mean once it is known, before any policy row is added. The last of them share their products with the first
-policy rows where the workspace holds both: few large products are faster than many small ones.
+by their mean once it is known, before any policy row is added. The last of them share their products, and between
+shards of the vocabulary an exchange, with the first policy rows where the workspace holds both: few large ones are
+faster than many small ones.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -21,6 +23,7 @@ from srpo_kernels.engine import gemm, workspace
 from srpo_kernels.engine.batch import Batch, FusedResult, Head, Needs
 from srpo_kernels.engine.distillation import distill_chunk
 from srpo_kernels.engine.plan import Plan
+from srpo_kernels.engine.sharded import row_stats_later
 from srpo_kernels.engine.vocabulary import Vocabulary
 from srpo_kernels.rows import Dlogits, RowPasses, RowSpec, RowStats
 from srpo_kernels.types import METRICS
@@ -33,19 +36,21 @@ class _Chunk(NamedTuple):
     hidden: Tensor
     logits: Tensor
 
-    def tail(self, length: int) -> _Chunk:
-        """The last rows."""
-        return _Chunk(*(x[len(x) - length :] for x in self))
+    def split(self, length: int) -> tuple[_Chunk, _Chunk]:
+        """The first rows and the others."""
+        return _Chunk(*(x[:length] for x in self)), _Chunk(*(x[length:] for x in self))
 
 
 class _Carried(NamedTuple):
-    """A chunk of which the distillation rows are done and the policy rows are not.
+    """A chunk of which the distillation rows are done and the ``policy`` rows are not; ``stats`` has theirs.
 
-    ``dlogits`` are the distillation rows', None where no gradient is wanted; ``rescale`` brings what was accumulated
-    before to scale.
+    ``dlogits`` are the distillation rows', None where they are accumulated already or no gradient is wanted;
+    ``rescale`` brings what was accumulated before to scale.
     """
 
     chunk: _Chunk
+    policy: _Chunk
+    stats: Callable[[], RowStats]
     dlogits: Dlogits | None
     rescale: Tensor | None
 
@@ -92,7 +97,7 @@ class FusedPass:
         if self.plan.distillation_chunks:
             distilled, carried = self._distill()
             loss = loss + distilled
-        if self.plan.policy_segments or self.plan.inactive_chunks:
+        if self.plan.policy_segments or self.plan.inactive_chunks or self.batch.inputs.group is not None:
             loss = loss + self._policy(carried)
         self.grad_head.finish()
         order = self.plan.order
@@ -120,9 +125,12 @@ class FusedPass:
             rows = order[ids]
             shared = self.plan.shared_policy_rows if ids.stop == len(order) else 0
             chunk = self._logits(torch.cat([rows, self.plan.order.policy[:shared]]))
+            own, policy = chunk.split(len(rows))
+            if shared:
+                policy_stats = self._policy_stats_later(policy)
             distilled = distill_chunk(
                 self.passes,
-                chunk.logits[: len(rows)],
+                own.logits,
                 self._teacher_logits(rows, offset=len(chunk.rows)),
                 self.batch.target_ids[rows],
                 self.distillation_spec,
@@ -141,10 +149,12 @@ class FusedPass:
                 dlogits = distilled.gradient_(upstream)
                 if rescale is not None and self.grad_hidden is not None:
                     self.grad_hidden[order[: ids.start]] *= rescale
+                # Dlogits that are not where their logits were are no matrix with others'.
+                if not shared or self.operand_dtype != self.dtype:
+                    self._accumulate(dlogits, own, rescale)
+                    dlogits = None
             if shared:
-                carried = _Carried(chunk, dlogits, rescale)
-            elif dlogits is not None:
-                self._accumulate(dlogits, chunk, rescale)
+                carried = _Carried(chunk, policy, policy_stats, dlogits, rescale)
 
         log_probs, teacher_entropy, divergence, token_loss = map(torch.cat, zip(*parts, strict=True))
         self.log_probs[order] = log_probs
@@ -161,45 +171,46 @@ class FusedPass:
     def _policy(self, carried: _Carried | None) -> Tensor:
         order = self.plan.order
         stats: list[RowStats] = []
-        for segment in self.plan.policy_segments:
-            segment_stats = [self._policy_stats(self._logits(order.policy[ids])) for ids in segment[:-1]]
-            last = segment[-1]
-            chunk = self._logits(order.policy[last]) if carried is None else carried.chunk.tail(last.stop - last.start)
-            last_stats = self._policy_stats(chunk)
-            segment_stats.append(last_stats)
+        # A rank without a policy row takes part where sequences have others elsewhere.
+        for segment in self.plan.policy_segments or [[]]:
+            segment_stats = []
+            for ids in segment:
+                chunk = self._logits(order.policy[ids]) if carried is None else carried.policy
+                chunk_stats = self._policy_stats(chunk) if carried is None else carried.stats()
+                segment_stats.append(chunk_stats)
             stats += segment_stats
             if not any(self.needs):
                 carried = None
                 continue
-            rows = order.policy[segment[0].start : last.stop]
+            rows = torch.cat([order.policy[:0], *(order.policy[ids] for ids in segment)])
             grad_log_probs, grad_entropy = self._policy_gradients(segment_stats, rows)
             # The last chunk's logits are still in the buffer; those of the earlier ones are computed again.
             for ids in reversed(segment):
-                if ids is not last:
+                if ids is not segment[-1]:
                     chunk = self._logits(order.policy[ids])
-                    last_stats = self._policy_stats(chunk)
+                    chunk_stats = self._policy_stats(chunk)
                 local = slice(ids.start - segment[0].start, ids.stop - segment[0].start)
                 dlogits = self.passes.log_prob_gradient_(
                     chunk.logits,
-                    last_stats,
+                    chunk_stats,
                     self.policy_spec,
                     ids=self.batch.target_ids[chunk.rows, None],
-                    log_probs=last_stats.log_probs[:, None],
+                    log_probs=chunk_stats.log_probs[:, None],
                     grad_log_probs=grad_log_probs[local, None],
                     grad_entropy=None if grad_entropy is None else grad_entropy[local],
                     dtype=self.operand_dtype,
                 )
-                if carried is None:
+                if carried is None or carried.dlogits is None:
                     self._accumulate(dlogits, chunk)
-                elif carried.dlogits is not None:
+                else:
                     both = _join(carried.chunk.logits, [carried.dlogits, dlogits])
                     self._accumulate(both, carried.chunk, carried.rescale)
-                    carried = None
+                carried = None
         stats += [self._policy_stats(self._logits(order.inactive[ids])) for ids in self.plan.inactive_chunks]
 
         active = len(order.policy)
         rows = torch.cat([order.policy, order.inactive]) if self.plan.inactive_chunks else order.policy
-        log_probs, entropy = _concatenate(stats)
+        log_probs, entropy = self._concatenate(stats)
         self.log_probs[rows] = log_probs
         inputs = self.batch.inputs.select(rows)
         terms = objective.policy_terms(log_probs, entropy, inputs, self.config)
@@ -221,9 +232,14 @@ class FusedPass:
         entropy, target_ids = self.config.entropy_coef != 0.0, self.batch.target_ids[chunk.rows]
         return self.passes.row_stats(chunk.logits, self.policy_spec, target_ids=target_ids, entropy=entropy)
 
+    def _policy_stats_later(self, chunk: _Chunk) -> Callable[[], RowStats]:
+        """In the exchange of the distillation rows beside them."""
+        entropy, target_ids = self.config.entropy_coef != 0.0, self.batch.target_ids[chunk.rows]
+        return row_stats_later(self.passes, chunk.logits, self.policy_spec, target_ids=target_ids, entropy=entropy)
+
     def _policy_gradients(self, stats: list[RowStats], rows: Tensor) -> tuple[Tensor, Tensor | None]:
         """Gradients of the rows' share of the loss with respect to their log-probs and entropies."""
-        log_probs, entropy = _concatenate(stats)
+        log_probs, entropy = self._concatenate(stats)
         variables = [log_probs.requires_grad_()]
         if entropy is not None:
             variables.append(entropy.requires_grad_())
@@ -231,6 +247,12 @@ class FusedPass:
             loss = objective.policy_terms(log_probs, entropy, self.batch.inputs.select(rows), self.config).loss
             grad_log_probs, *grad_entropy = torch.autograd.grad(loss, variables, self.batch.factors[rows])
         return grad_log_probs, grad_entropy[0] if grad_entropy else None
+
+    def _concatenate(self, stats: list[RowStats]) -> tuple[Tensor, Tensor | None]:
+        """The log-probs and, where they were computed, the entropies of consecutive chunks: none, maybe."""
+        entropies = [s.entropy for s in stats if s.entropy is not None]
+        log_probs = torch.cat([self.log_probs[:0], *(s.log_probs for s in stats)])
+        return log_probs, torch.cat(entropies) if entropies else None
 
     def _teacher_entropies(self) -> Tensor:
         entropies = []
@@ -277,12 +299,6 @@ class FusedPass:
 
     def _count(self, name: str, value: Tensor | int) -> None:
         self.metrics[name] = self.metrics[name] + (value.sum() if isinstance(value, Tensor) else value)
-
-
-def _concatenate(stats: list[RowStats]) -> tuple[Tensor, Tensor | None]:
-    """The log-probs and, where they were computed, the entropies of consecutive chunks."""
-    entropies = [s.entropy for s in stats if s.entropy is not None]
-    return torch.cat([s.log_probs for s in stats]), torch.cat(entropies) if entropies else None
 
 
 def _join(logits: Tensor, parts: list[Dlogits]) -> Dlogits:

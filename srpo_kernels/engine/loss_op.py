@@ -36,7 +36,7 @@ def _forward(*arguments: Any) -> tuple[Tensor, ...]:
     with torch.autocast(call.hidden.device.type, enabled=False):
         vocabulary = agree(call, options, needs)
         passes = row_passes(options.backend, vocabulary)
-        batch, plan = prepare_loss(call, config, options.workspace_bytes, needs, passes, vocabulary)
+        batch, plan = prepare_loss(call, config, options, needs, passes, vocabulary)
         result = FusedPass(batch, plan, config, needs, passes, vocabulary).run()
     grad_hidden = None if result.grad_hidden is None else result.grad_hidden.view(call.hidden.shape)
     return (
@@ -119,7 +119,8 @@ _operator = torch.library.custom_op(
         "Tensor? sdpo_mask, Tensor? teacher_hidden, Tensor? teacher_weight, Tensor? teacher_bias, "
         "Tensor? old_log_probs, Tensor? ref_log_probs, Tensor? is_weights, Tensor? sequence_ids, "
         "Tensor? token_count, Tensor? dw_log_mean, Tensor? sequence_count, "
-        f"str config, str backend, SymInt? workspace_bytes, str? vocab_parallel_group, {ops.NEEDS}) "
+        "str config, str backend, SymInt? workspace_bytes, str? vocab_parallel_group, str? sequence_parallel_group, "
+        f"{ops.NEEDS}) "
         f"-> (Tensor loss, Tensor log_probs, Tensor metrics, {ops.GRADIENTS})"
     ),
 )

@@ -12,8 +12,10 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from srpo_kernels.config import SRPOConfig
+from srpo_kernels.distributed import sum_ranks
 from srpo_kernels.engine import gemm
 from srpo_kernels.engine.vocabulary import Vocabulary
 from srpo_kernels.engine.workspace import row_stride
@@ -45,11 +47,13 @@ def order_rows(
     sequences: Tensor | None,
     num_sequences: int,
     config: SRPOConfig,
+    group: ProcessGroup | None = None,
 ) -> RowOrder:
     """Sort rows into distillation, active policy, inactive policy and masked ones.
 
     ``valid`` and ``routed`` are bool ``[N]``, ``advantages`` ``[N]``, ``sequences`` int64 ``[N]`` (for gspo, which is
-    active by the sequence: a token with advantage 0 still moves the sequence's ratio).
+    active by the sequence: a token with advantage 0 still moves the sequence's ratio). ``group`` has the ranks with
+    other rows of the sequences.
     """
     policy = valid & ~routed
     moves = advantages != 0
@@ -57,7 +61,7 @@ def order_rows(
         moves = torch.ones_like(moves)
     elif config.loss_type == "gspo" and sequences is not None:
         moving = torch.zeros(num_sequences, dtype=torch.int64, device=valid.device)
-        moves = moving.index_add_(0, sequences, (policy & moves).long())[sequences] > 0
+        moves = sum_ranks(moving.index_add_(0, sequences, (policy & moves).long()), group)[sequences] > 0
     kind = torch.full_like(advantages, 3, dtype=torch.int64)
     kind[policy] = 2
     kind[policy & moves] = 1
@@ -158,7 +162,7 @@ class Plan:
 
     ``policy_segments`` are lists of chunks whose objective is evaluated together. A segment of several chunks, which
     only gspo has, computes its log-probs first and its logits once more. ``shared_policy_rows`` is the length of the
-    first segment where it shares its products with the last distillation chunk, else 0. ``student_products`` and
+    first segment where its logits are beside those of the last distillation chunk, else 0. ``student_products`` and
     ``teacher_products`` count rows times products, in units of ``H * V`` multiply-adds: 3 per active policy row, 4 per
     distillation row.
     """
@@ -207,27 +211,24 @@ def make_plan(
     distilled = len(order.distillation)
     distillation_chunks = row_chunks(distilled, distillation_rows)
     teacher_first = bool(distilled) and not log_mean_known and weights_need_teacher_first(config, vocab_size)
+    # Where nothing else is asked for, as many as both models' of a full chunk.
+    together = policy_rows if workspace_bytes is not None else max(policy_rows, 2 * distillation_rows)
     repeated = sum(_length(chunk) for segment in segments for chunk in segment[:-1])
     return Plan(
         order,
         distillation_chunks,
         segments,
         row_chunks(inactive, policy_rows),
-        _shared_policy_rows(distillation_chunks, segments, memory, policy_rows),
+        _shared_policy_rows(distillation_chunks, segments, together),
         teacher_first,
         (len(order.policy) + distilled) * (1 + gradients) + (repeated if gradients else 0) + inactive,
         distilled * (1 + teacher_first),
     )
 
 
-def _shared_policy_rows(
-    distillation_chunks: list[slice], segments: list[list[slice]], memory: RowMemory, capacity: int
-) -> int:
-    """Rows of the first policy segment if they fit beside the last distillation chunk, else 0.
-
-    Its dlogits must be where its logits were: only then are they one matrix with the distillation rows'.
-    """
-    if memory.copy_itemsize or not distillation_chunks or not segments or len(segments[0]) > 1:
+def _shared_policy_rows(distillation_chunks: list[slice], segments: list[list[slice]], capacity: int) -> int:
+    """Rows of the first policy segment if they fit beside the last distillation chunk, else 0."""
+    if not distillation_chunks or not segments or len(segments[0]) > 1:
         return 0
     rows = _length(segments[0][0])
     return rows if 2 * _length(distillation_chunks[-1]) + rows <= capacity else 0

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from srpo_kernels.config import SRPOConfig
-from srpo_kernels.engine.arguments import LossArguments, StatsArguments, StatsOptions
+from srpo_kernels.distributed import gather_rows, group_of, sum_ranks
+from srpo_kernels.engine.arguments import LossArguments, LossOptions, StatsArguments, StatsOptions
 from srpo_kernels.engine.batch import Batch, Head, Needs
 from srpo_kernels.engine.gemm import accumulation_dtype
 from srpo_kernels.engine.plan import Plan, RowMemory, make_plan, order_rows
@@ -30,15 +32,18 @@ def flat_rows(states: Tensor) -> Tensor:
 def prepare_loss(
     call: LossArguments,
     config: SRPOConfig,
-    workspace_bytes: int | None,
+    options: LossOptions,
     needs: Needs,
     passes: RowPasses,
     vocabulary: Vocabulary,
 ) -> tuple[Batch, Plan]:
     """Flatten a batch and lay out how it runs. Raises ValueError for values that ``srpo_loss`` refuses."""
+    group = None
+    if options.sequence_parallel_group is not None and (config.loss_type == "gspo" or config.reduction == "sequence"):
+        group = group_of(options.sequence_parallel_group)
     dtype = accumulation_dtype(call.hidden, call.weight)
     memory = RowMemory.of(call.weight, dtype, passes, vocabulary)
-    check_workspace(workspace_bytes, memory.floor(1 if call.sdpo_mask is None else 2))
+    check_workspace(options.workspace_bytes, memory.floor(1 if call.sdpo_mask is None else 2))
     shape, device = call.target_ids.shape, call.target_ids.device
     targets = call.target_ids.reshape(-1)
     valid = torch.ones_like(targets, dtype=torch.bool) if call.mask is None else call.mask.reshape(-1)
@@ -58,7 +63,7 @@ def prepare_loss(
     if call.teacher_hidden is not None and call.sdpo_mask is not None:
         teacher_rows = _teacher_rows(call.teacher_hidden, call.sdpo_mask, call.target_ids)
 
-    sequences, num_sequences = _number_sequences(call.target_ids, call.sequence_ids, valid, config)
+    sequences, num_sequences = _number_sequences(call.target_ids, call.sequence_ids, valid, config, group)
     batch = Batch(
         hidden=flat_rows(call.hidden),
         head=Head(call.weight, call.bias),
@@ -70,24 +75,28 @@ def prepare_loss(
             _flat(call.is_weights, dtype),
             sequences,
             num_sequences,
+            group,
         ),
-        factors=_factors(valid, sequences, num_sequences, call, config, dtype),
+        factors=_factors(valid, sequences, num_sequences, call, config, dtype, group),
         log_mean=_log_mean(call.dw_log_mean, config, dtype, device),
         teacher_hidden=None if call.teacher_hidden is None else flat_rows(call.teacher_hidden),
         teacher_rows=teacher_rows,
         teacher_head=_teacher_head(call),
     )
-    order = order_rows(valid, routed, advantages, sequences, num_sequences, config)
+    order = order_rows(valid, routed, advantages, sequences, num_sequences, config, group)
     lengths = None
     if config.loss_type == "gspo" and sequences is not None:
         lengths = torch.bincount(sequences[order.policy], minlength=num_sequences).tolist()
+        if group is not None:
+            # Ranks need each other's sums at one time: all rows are one segment, like those of one long sequence.
+            lengths = [sum(lengths)]
     plan = make_plan(
         order,
         lengths,
         config,
         memory=memory,
         vocab_size=vocabulary.size,
-        workspace_bytes=workspace_bytes,
+        workspace_bytes=options.workspace_bytes,
         gradients=int(needs.hidden) + int(needs.weight),
         log_mean_known=batch.log_mean is not None,
     )
@@ -197,15 +206,23 @@ def _teacher_rows(teacher_hidden: Tensor, sdpo_mask: Tensor, target_ids: Tensor)
 
 
 def _number_sequences(
-    target_ids: Tensor, sequence_ids: Tensor | None, valid: Tensor, config: SRPOConfig
+    target_ids: Tensor, sequence_ids: Tensor | None, valid: Tensor, config: SRPOConfig, group: ProcessGroup | None
 ) -> tuple[Tensor | None, int]:
-    """The sequence of every row, numbered from 0, and how many there are, at least 1; None where it is not needed."""
+    """The sequence of every row, numbered from 0, and how many there are, at least 1; None where it is not needed.
+
+    The numbers are the same on all ranks of ``group``.
+    """
     if config.loss_type != "gspo" and config.reduction == "token":
         return None, 0
     if sequence_ids is None:
         count, length = target_ids.shape
-        return torch.arange(count, device=target_ids.device).repeat_interleave(length), max(count, 1)
-    known, numbers = torch.unique(sequence_ids[valid], return_inverse=True)
+        sequence_ids = torch.arange(count, device=target_ids.device).repeat_interleave(length)
+        if group is None:
+            return sequence_ids, max(count, 1)
+    known, numbers = torch.unique(sequence_ids[valid].long(), return_inverse=True)
+    if group is not None:
+        own, known = known, torch.unique(gather_rows(known, group))
+        numbers = torch.searchsorted(known, own)[numbers]
     return torch.zeros_like(sequence_ids, dtype=torch.int64).masked_scatter(valid, numbers), max(len(known), 1)
 
 
@@ -216,6 +233,7 @@ def _factors(
     call: LossArguments,
     config: SRPOConfig,
     dtype: torch.dtype,
+    group: ProcessGroup | None,
 ) -> Tensor:
     """Each row's share of the loss, ``[N]``: one over the reduction's denominator."""
     ones = torch.ones_like(valid, dtype=dtype)
@@ -228,7 +246,7 @@ def _factors(
     count = count.clamp_min(1.0)
     if config.reduction == "constant" and config.max_length is not None:
         return ones / (count * config.max_length)
-    lengths = torch.bincount(sequences[valid], minlength=num_sequences).to(ones).clamp_min(1.0)
+    lengths = sum_ranks(torch.bincount(sequences[valid], minlength=num_sequences), group).to(ones).clamp_min(1.0)
     return 1.0 / (count * lengths[sequences])
 
 

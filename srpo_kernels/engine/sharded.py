@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -16,7 +19,7 @@ class ShardedPasses:
     """``RowPasses`` on this rank's logits ``[n, V_r]``: each statistic is the whole row's, the same on all ranks.
 
     ``target_ids`` and supports are ids of the whole vocabulary. A pass of statistics gathers its sums once, jsd a
-    second time; a gradient's pass needs nobody.
+    second time, and takes along what waits; a gradient's pass needs nobody.
     """
 
     def __init__(self, slices: SlicePasses, vocabulary: Vocabulary) -> None:
@@ -51,6 +54,15 @@ class ShardedPasses:
             complement = _merge(gathered[..., :5], slope)
             units = gathered[..., 5:].amax(0)
         return finish_support(complement, units, support_ids, spec, slope, entropy=entropy)
+
+    def row_stats_later(
+        self, logits: Tensor, spec: RowSpec, *, target_ids: Tensor, entropy: bool
+    ) -> Callable[[], RowStats]:
+        """No exchange: the sums wait for the next pass's."""
+        slope, targets = self.slices.slope(spec), target_ids - self.vocabulary.first_id
+        (sums,) = self.slices.model_sums(logits, None, spec, target_ids=targets)
+        gathered = self.vocabulary.gather_later(torch.stack(sums, dim=1))
+        return lambda: finish_row(_merge(gathered(), slope), slope, entropy=entropy)
 
     def _choose(
         self, complement: ModelSums, units: Tensor, ids: Tensor, topk: int, slope: float
@@ -170,6 +182,15 @@ def row_passes(backend: str, vocabulary: Vocabulary) -> RowPasses:
     if vocabulary.group is None:
         return backends.row_passes(backend)
     return ShardedPasses(backends.slice_passes(backend), vocabulary)
+
+
+def row_stats_later(
+    passes: RowPasses, logits: Tensor, spec: RowSpec, *, target_ids: Tensor, entropy: bool = False
+) -> Callable[[], RowStats]:
+    """``passes.row_stats`` without a support, for after the next pass of statistics: shards exchange both at once."""
+    if isinstance(passes, ShardedPasses):
+        return passes.row_stats_later(logits, spec, target_ids=target_ids, entropy=entropy)
+    return partial(passes.row_stats, logits, spec, target_ids=target_ids, entropy=entropy)
 
 
 def _merge(sums: Tensor, slope: float) -> ModelSums:

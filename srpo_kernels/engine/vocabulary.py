@@ -8,10 +8,10 @@ some ranks would have to ask again, and those would wait for the others.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,16 +26,19 @@ from srpo_kernels.sums import ModelSums, merge
 _SHARDED = ("weight", "bias", "teacher_weight", "teacher_bias")
 
 
-class Vocabulary(NamedTuple):
+@dataclass(frozen=True)
+class Vocabulary:
     """``size`` ids, of which this process's head has those from ``first_id`` on; ``group`` has the other shards.
 
-    ``largest`` is the size of the largest shard: what all ranks lay their chunks out by.
+    ``largest`` is the size of the largest shard: what all ranks lay their chunks out by. ``waiting`` are values for the
+    next exchange, and where what is gathered of them goes.
     """
 
     size: int
     first_id: int
     largest: int
     group: ProcessGroup | None
+    waiting: list[tuple[Tensor, list[Tensor]]] = field(default_factory=list)
 
     @classmethod
     def whole(cls, size: int) -> Vocabulary:
@@ -43,11 +46,23 @@ class Vocabulary(NamedTuple):
         return cls(size, 0, size, None)
 
     def gather(self, values: Tensor) -> Tensor:
-        """Every shard's ``values`` in rank order, ``[shards, *values.shape]``."""
+        """Every shard's ``values`` in rank order, ``[shards, *values.shape]``: one exchange, with all that waits."""
         # Rows are the same on all ranks: where there are none, nobody waits.
         if self.group is None or not values.numel():
             return values.unsqueeze(0)
-        return gather_ranks(values, self.group)
+        arrived: list[Tensor] = []
+        sent = [*self.waiting, (values, arrived)]
+        self.waiting.clear()
+        gathered = gather_ranks(torch.cat([part.flatten() for part, _ in sent]), self.group)
+        for (part, goal), received in zip(sent, gathered.split([part.numel() for part, _ in sent], dim=1), strict=True):
+            goal.append(received.view(-1, *part.shape))
+        return arrived.pop()
+
+    def gather_later(self, values: Tensor) -> Callable[[], Tensor]:
+        """``gather`` within the next exchange: call what is returned after it, once."""
+        arrived: list[Tensor] = []
+        self.waiting.append((values, arrived))
+        return arrived.pop
 
     def combine(self, parts: list[ModelSums], slope: float) -> list[ModelSums]:
         """The sums of whole rows, of one or both models, from this shard's."""
@@ -123,4 +138,6 @@ def _replicated(call: LossArguments | StatsArguments, options: LossOptions | Sta
         if isinstance(x, Tensor)
     ]
     wanted = [name for name, need in needs._asdict().items() if need]
-    return f"{', '.join(tensors)}; {options._replace(vocab_parallel_group=None)}; gradients of {wanted}"
+    # Each rank has its own peers in another group.
+    common = {name: x is not None if name.endswith("_group") else x for name, x in options._asdict().items()}
+    return f"{', '.join(tensors)}; {common}; gradients of {wanted}"
