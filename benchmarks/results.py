@@ -106,7 +106,8 @@ def describe_environment(cells: pd.DataFrame) -> str:
     """In words, what the rows of a CSV were measured on."""
     first = cells.iloc[0]
     packages = [f"{name} {first[name]}" for name in ("python", *_PACKAGES) if first[name] not in ("", "-")]
-    where = f"{first['threads']} threads of an {first['device']}" if first["accelerator"] == "cpu" else first["device"]
+    threads = "1 thread" if first["threads"] == 1 else f"{first['threads']} threads"
+    where = f"{threads} of an {first['device']}" if first["accelerator"] == "cpu" else first["device"]
     return f"{where}; {', '.join(packages)}; {str(first['date'])[:10]}, commit {first['commit']}"
 
 

@@ -153,7 +153,7 @@ def _by_time(panel: Axes, cells: pd.DataFrame) -> None:
     for method, own in cells.groupby("method", sort=False):
         runs = [np.interp(grid, run["train_seconds"], run["accuracy"]) for _, run in own.groupby("seed")]
         _line(panel, grid, pd.Series([_interval(column) for column in np.transpose(runs)]), str(method))
-    panel.set(xlabel="seconds of training on one thread", title="the same against wall-clock")
+    panel.set(xlabel="seconds of training, processor time of one thread", title="the same against time")
     panel.grid(alpha=0.25)
 
 
