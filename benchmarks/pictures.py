@@ -83,6 +83,9 @@ def growth(cells: pd.DataFrame) -> Figure:
                     colour = _LINES.get(str(provider), _PEERS)
                     panel.loglog(line["x"], line["median"] / unit, "o-", label=provider, color=colour, markersize=3)
                 panel.set_xlabel(_LABELS[axis])
+                ticks = sorted(chosen["x"].unique())
+                panel.set_xticks(ticks, [f"{x:,g}" for x in ticks], fontsize=7)
+                panel.xaxis.set_minor_formatter(NullFormatter())
                 panel.grid(alpha=0.25)
                 if column == 0:
                     panel.set_ylabel(label)
