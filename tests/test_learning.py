@@ -9,8 +9,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-pytest.importorskip("transformers")
-pytest.importorskip("scipy")
+pytest.importorskip("transformers", reason="the study's model is one of transformers")
+pytest.importorskip("scipy", reason="the study's intervals and tests are scipy's")
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -119,7 +119,7 @@ def test_differences_are_those_of_pairs():
 
 
 def test_a_pretrained_model_is_trained_with_each_method_once(tmp_path, monkeypatch):
-    pytest.importorskip("trl", "1.16", reason="the trl integration needs trl >= 1.16")
+    pytest.importorskip("trl", "1.16", reason="the pretrained model is trained by TRL's trainer")
     from benchmarks.learning import pretrained as module
     from tests.tiny_trainer import tiny_model, tiny_tokenizer
 
