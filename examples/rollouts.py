@@ -35,6 +35,11 @@ def load_model(path: Path | None) -> tuple[PreTrainedModel, PreTrainedTokenizerB
     folder, gguf = (path.parent, path.name) if path.suffix == ".gguf" else (path, None)
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=gguf)
     model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf, dtype=torch.float32)
+    if gguf is not None:
+        # As it is read it counts as quantized, which trainers refuse; its weights are fp32 by now.
+        plain = type(model)(model.config)
+        plain.load_state_dict(model.state_dict())
+        model = plain
     return model.eval(), tokenizer
 
 

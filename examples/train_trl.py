@@ -19,10 +19,7 @@ def correct(completions: list[list[dict[str, str]]], problem: list[int], **_: An
 
 
 def main() -> None:
-    loaded, tokenizer = load_model(None)
-    # Read from a GGUF file it counts as quantized, which a Trainer refuses; its weights are fp32 by now.
-    model = type(loaded)(loaded.config)
-    model.load_state_dict(loaded.state_dict())
+    model, tokenizer = load_model(None)
     rows = [{"prompt": [{"role": "user", "content": p.question}], "problem": i} for i, p in enumerate(PROBLEMS)]
     config = SRPOTrainerConfig(
         "runs/trl",

@@ -81,10 +81,7 @@ def _train(
     seed: int,
     path: Path | None,
 ) -> list[dict[str, Any]]:
-    loaded, tokenizer = load_model(path)
-    # Read from a GGUF file it counts as quantized, which a Trainer refuses; its weights are fp32 by now.
-    model = type(loaded)(loaded.config)
-    model.load_state_dict(loaded.state_dict())
+    model, tokenizer = load_model(path)
     drawn = list(problems(tasks, steps * questions, seed))
 
     def correct(completions: list[list[dict[str, str]]], problem: list[int], **_: Any) -> list[float]:
