@@ -108,3 +108,19 @@ def response_hidden(
     )
     hidden: Tensor = outputs.last_hidden_state
     return hidden[:, prompt_ids.shape[1] - 1 : -1]
+
+
+@torch.no_grad()
+def hidden_behind(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, questions: dict[int, str], rollouts: Rollouts
+) -> Tensor:
+    """Last hidden states of replies behind other questions than were asked, ``[B, T, H]``.
+
+    ``questions`` has the question by the row of the reply; other rows are 0. Nothing carries gradient.
+    """
+    hidden = torch.zeros(*rollouts.response_ids.shape, model.config.hidden_size)
+    rows = list(questions)
+    if rows:
+        prompts = encode_chats(tokenizer, list(questions.values()))
+        hidden[rows] = response_hidden(model, *prompts, rollouts.response_ids[rows], rollouts.mask[rows])
+    return hidden

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 import srpo_kernels as sk
 from examples.compare import compare_with_naive
 from examples.report import RunLog
-from examples.rollouts import Rollouts, encode_chats, load_model, response_hidden, sample_rollouts
+from examples.rollouts import hidden_behind, load_model, response_hidden, sample_rollouts
 from examples.tasks import Problem, TaskName, problems
 
 Method = Literal["srpo", "grpo", "sdpo"]
@@ -86,26 +86,6 @@ def teacher_question(question: str, solution: str) -> str:
 
 
 @torch.no_grad()
-def teacher_hidden(
-    teacher: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    questions: list[str],
-    rollouts: Rollouts,
-    sdpo_mask: Tensor,
-    teacher_index: Tensor,
-) -> Tensor:
-    """The student's own tokens behind a prompt that shows a correct sibling: ``[B, T, H]``, 0 where not routed."""
-    hidden = torch.zeros(*rollouts.response_ids.shape, teacher.config.hidden_size)
-    rows = sdpo_mask.nonzero().squeeze(1).tolist()
-    if rows:
-        shown = [teacher_question(questions[row], rollouts.replies[teacher_index[row]]) for row in rows]
-        hidden[rows] = response_hidden(
-            teacher, *encode_chats(tokenizer, shown), rollouts.response_ids[rows], rollouts.mask[rows]
-        )
-    return hidden
-
-
-@torch.no_grad()
 def update_average(teacher: PreTrainedModel, model: PreTrainedModel, rate: float) -> None:
     """Move the teacher's weights towards the student's."""
     for average, parameter in zip(teacher.parameters(), model.parameters(), strict=True):
@@ -149,8 +129,11 @@ def train(
             advantages = torch.zeros_like(advantages)
 
         with log.phase("teacher"):
-            questions = [problem.question for problem in asked]
-            guided = teacher_hidden(teacher, tokenizer, questions, rollouts, sdpo_mask, routing.teacher_index)
+            shown = {
+                row: teacher_question(asked[row].question, rollouts.replies[routing.teacher_index[row]])
+                for row in sdpo_mask.nonzero().squeeze(1).tolist()
+            }
+            guided = hidden_behind(teacher, tokenizer, shown, rollouts)
             # The batch's token count and mean weight: with them, the losses of its parts add up to its own.
             stats = sk.teacher_stats(
                 guided,

@@ -8,6 +8,7 @@ import dataclasses
 import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrai
 import srpo_kernels as sk
 from examples import train_smollm2 as demo
 from examples.report import RunLog, token_shares
-from examples.rollouts import Rollouts, encode_chats, response_hidden, response_mask, sample_rollouts
+from examples.rollouts import Rollouts, encode_chats, hidden_behind, response_hidden, response_mask, sample_rollouts
 from examples.tasks import SETTINGS, Problem, TaskName, problems
 
 EOS = "~"
@@ -148,32 +149,31 @@ def test_student_rows_predict_the_reply_as_an_unpadded_forward_does(model: PreTr
     assert all(p.grad.isfinite().all() for p in model.parameters())
 
 
-def test_teacher_rows_predict_the_same_tokens_behind_the_teacher_prompt(
+def test_rows_behind_other_questions_predict_the_same_tokens(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, rollouts: Rollouts
 ) -> None:
-    questions = ["Short"] * 8 + ["A longer question"] * 8
-    teacher_index = torch.tensor([4] * 8 + [12] * 8)
-    routed = torch.tensor([True, True, False, False] * 4)
-    hidden = demo.teacher_hidden(model, tokenizer, questions, rollouts, routed, teacher_index)
-    assert not hidden.requires_grad and not hidden[~routed].any()
+    questions = {0: "Other", 1: "Quite another question", 13: "Other"}
+    hidden = hidden_behind(model, tokenizer, questions, rollouts)
+    others = [row for row in range(16) if row not in questions]
+    assert not hidden.requires_grad and not hidden[others].any()
     log_probs = sk.token_stats(hidden, model.lm_head.weight, rollouts.response_ids, mask=rollouts.mask).log_probs
-    for row in routed.nonzero().squeeze(1).tolist():
-        shown = demo.teacher_question(questions[row], rollouts.replies[teacher_index[row]])
-        prompt = tokenizer(shown + "\nAnswer: ").input_ids
+    for row, question in questions.items():
+        prompt = tokenizer(question + "\nAnswer: ").input_ids
         response = rollouts.response_ids[row][rollouts.mask[row]].tolist()
         torch.testing.assert_close(log_probs[row, : len(response)], plain_log_probs(model, prompt, response))
 
 
+def test_no_question_needs_no_forward(tokenizer: PreTrainedTokenizerFast, rollouts: Rollouts) -> None:
+    config_alone = SimpleNamespace(config=SimpleNamespace(hidden_size=32))
+    hidden = hidden_behind(config_alone, tokenizer, {}, rollouts)
+    assert hidden.shape == (*rollouts.response_ids.shape, 32) and not hidden.any()
+
+
 def test_a_teacher_with_the_students_prompt_and_weights_does_not_diverge(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerFast,
-    rollouts: Rollouts,
-    monkeypatch: pytest.MonkeyPatch,
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, rollouts: Rollouts
 ) -> None:
-    questions = ["Short"] * 8 + ["A longer question"] * 8
     routed = torch.tensor([False, True] * 8)
-    monkeypatch.setattr(demo, "teacher_question", lambda question, solution: question)
-    teacher = demo.teacher_hidden(model, tokenizer, questions, rollouts, routed, torch.zeros(16, dtype=torch.long))
+    asked = {row: "Short" if row < 8 else "A longer question" for row in range(1, 16, 2)}
     out = sk.srpo_loss(
         response_hidden(model, *rollouts[:4]),
         model.lm_head.weight,
@@ -181,7 +181,7 @@ def test_a_teacher_with_the_students_prompt_and_weights_does_not_diverge(
         advantages=torch.zeros(16),
         mask=rollouts.mask,
         sdpo_mask=routed,
-        teacher_hidden=teacher,
+        teacher_hidden=hidden_behind(model, tokenizer, asked, rollouts),
         config=sk.SRPOConfig(),
     )
     assert out.metrics["sdpo_tokens"] == rollouts.mask[routed].sum()
@@ -204,6 +204,18 @@ def test_the_loop_trains(model: PreTrainedModel, tokenizer: PreTrainedTokenizerF
     assert all(row["dw_weight_mean"] == pytest.approx(1) for row in rows)
     with (options.output / "metrics.csv").open() as file:
         assert [float(row["sdpo_loss"]) for row in csv.DictReader(file)] == [row["sdpo_loss"] for row in rows]
+
+
+def test_the_teacher_is_shown_correct_replies_to_the_question(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, options: demo.Options, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown = []
+    plain = demo.teacher_question
+    monkeypatch.setattr(demo, "teacher_question", lambda *pair: shown.append(pair) or plain(*pair))
+    rows = train(model, tokenizer, dataclasses.replace(options, prompts=1, steps=1))
+    assert rows[0]["sdpo_token_fraction"] > 0
+    first = next(odd_problems())
+    assert shown and all(question == first.question and first.reward(reply) == 1 for question, reply in shown)
 
 
 @pytest.mark.parametrize("method", ["grpo", "sdpo"])

@@ -15,7 +15,7 @@ from torch import Tensor
 import srpo_kernels as sk
 from benchmarks.learning.base import accuracy, held_out_problems, make_tokenizer
 from benchmarks.learning.tasks import MAX_REPLY, Family, Problem, draw, with_solution
-from examples.rollouts import Rollouts, encode_chats, response_hidden, sample_rollouts
+from examples.rollouts import Rollouts, hidden_behind, response_hidden, sample_rollouts
 
 Method = Literal["grpo", "sdpo", "srpo", "srpo-unweighted", "mixing"]
 
@@ -133,7 +133,11 @@ def _step(
     sdpo_mask = distilled.get(method, routing.sdpo_mask)
     group_advantages = sk.group_advantages(rewards, group_ids)
     advantages = torch.zeros_like(group_advantages) if method == "sdpo" else group_advantages
-    guided = _teacher_hidden(teacher, tokenizer, asked, rollouts, sdpo_mask, routing.teacher_index)
+    shown = {
+        row: with_solution(asked[row].question, rollouts.replies[routing.teacher_index[row]])
+        for row in sdpo_mask.nonzero().squeeze(1).tolist()
+    }
+    guided = hidden_behind(teacher, tokenizer, shown, rollouts)
     metrics = _update(model, teacher, optimizer, method, _Batch(rollouts, advantages, sdpo_mask, guided), recipe)
     return {
         "reward": rewards.mean().item(),
@@ -142,25 +146,6 @@ def _step(
         "mixed_groups": (group_advantages.view(recipe.prompts, -1) != 0).any(1).float().mean().item(),
         **metrics,
     }
-
-
-@torch.no_grad()
-def _teacher_hidden(
-    teacher: Any,
-    tokenizer: Any,
-    asked: list[Problem],
-    rollouts: Rollouts,
-    sdpo_mask: Tensor,
-    teacher_index: Tensor,
-) -> Tensor:
-    """The rollouts' own tokens behind a question that shows a correct sibling; 0 where not distilled."""
-    hidden = torch.zeros(*rollouts.response_ids.shape, teacher.config.hidden_size)
-    rows = sdpo_mask.nonzero().squeeze(1).tolist()
-    if rows:
-        shown = [with_solution(asked[row].question, rollouts.replies[teacher_index[row]]) for row in rows]
-        prompts = encode_chats(tokenizer, shown)
-        hidden[rows] = response_hidden(teacher, *prompts, rollouts.response_ids[rows], rollouts.mask[rows])
-    return hidden
 
 
 def _update(
