@@ -91,8 +91,16 @@ class ResultsFile:
 
 
 def _key(labels: Iterable[object]) -> tuple[str, ...]:
-    """The same for labels of a case and for those that are read back: whole numbers come back as integers."""
-    return tuple(format(label, _DIGITS) if isinstance(label, float) else str(label) for label in labels)
+    """The same for labels of a case and for those that are read back, as integers, floats or text."""
+    return tuple(map(_plain, labels))
+
+
+def _plain(label: object) -> str:
+    text = str(label)
+    try:
+        return format(float(text), _DIGITS)
+    except ValueError:
+        return text
 
 
 def read_csv(path: Path) -> pd.DataFrame:
@@ -108,7 +116,10 @@ def describe_environment(cells: pd.DataFrame) -> str:
     packages = [f"{name} {first[name]}" for name in ("python", *_PACKAGES) if first[name] not in ("", "-")]
     threads = "1 thread" if first["threads"] == 1 else f"{first['threads']} threads"
     where = f"{threads} of an {first['device']}" if first["accelerator"] == "cpu" else first["device"]
-    return f"{where}; {', '.join(packages)}; {str(first['date'])[:10]}, commit {first['commit']}"
+    days = sorted({str(date)[:10] for date in cells["date"]})
+    commits = list(dict.fromkeys(map(str, cells["commit"])))
+    when = f"{' to '.join(dict.fromkeys((days[0], days[-1])))}, commit{'s' * (len(commits) > 1)} {', '.join(commits)}"
+    return f"{where}; {', '.join(packages)}; {when}"
 
 
 def environment(device: torch.device, threads: int) -> dict[str, str | int]:

@@ -36,9 +36,9 @@ def prepare(batch: Batch, backend: str = "torch") -> Step:
 
 
 def peak_limit(case: Case) -> float:
-    """Bytes beside the inputs that a call on a CPU may hold at a time: the default workspace and dW, plus 5 %.
+    """Bytes beside the inputs that a call on a CPU may hold at a time, plus 5 %; the same for any number of rows.
 
-    The same for any number of rows.
+    They are the default workspace and dW, which is summed in the accumulation dtype and handed over in the weight's.
     """
     # Its pages are never touched.
     weight = torch.empty(case.vocabulary, case.hidden_size, dtype=DTYPES[case.dtype])
@@ -46,4 +46,5 @@ def peak_limit(case: Case) -> float:
     memory = RowMemory.of(weight, dtype, rows_torch)
     models = 1 if case.workload == "policy" else 2
     rows = models * memory.capacity(models, None) + memory.scratch.blocks * memory.scratch.rows
-    return 1.05 * dtype.itemsize * (rows * len(weight) + weight.numel())
+    sums = dtype.itemsize * (rows * len(weight) + weight.numel())
+    return 1.05 * (sums + (weight.nbytes if weight.dtype != dtype else 0))
