@@ -8,20 +8,24 @@ import zlib
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 pytest.importorskip("transformers", reason="the study's model is one of transformers")
 pytest.importorskip("scipy", reason="the study's intervals and tests are scipy's")
 
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy import stats
 
-from benchmarks.learning import policy_optimization
+from benchmarks.learning import policy_optimization, pretrained_analysis
 from benchmarks.learning import study as study_module
-from benchmarks.learning.analysis import differences, draw, stage_scores
+from benchmarks.learning.analysis import differences, stage_scores
 from benchmarks.learning.base import make_model, make_tokenizer
+from benchmarks.learning.drawing import draw
 from benchmarks.learning.policy_optimization import Recipe
 from benchmarks.learning.tasks import CHARACTERS, MAX_REPLY, with_solution
 from benchmarks.learning.tasks import draw as draw_problem
+from benchmarks.results import environment
 
 FAMILIES = ("sum", "split")
 METHODS = study_module.METHODS
@@ -89,11 +93,32 @@ def test_a_study_is_resumed_and_drawn(tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match="other settings"):
         study_module.study(seeds=2, **settings | {"recipe": Recipe(steps=3)})
     document = tmp_path / "learning.md"
-    document.write_text("<!-- stages -->\n<!-- /stages -->\n<!-- differences -->\n<!-- /differences -->\n")
-    draw(out, document, tmp_path)
+    document.write_text("".join(f"<!-- {m} -->\n<!-- /{m} -->\n" for m in ("stages", "differences", "pretrained")))
+    with pytest.raises(SystemExit, match="learning pretrained"):
+        draw(out, tmp_path / "none.csv", document, tmp_path)
+    pretrained_steps().to_csv(tmp_path / "pretrained.csv", index=False)
+    draw(out, tmp_path / "pretrained.csv", document, tmp_path)
     text = document.read_text()
-    assert "`srpo`" in text and "p = " in text
-    assert (tmp_path / "learning.png").exists()
+    assert "`srpo`" in text and "p = " in text and "9 steps, one run a method" in text
+    assert (tmp_path / "learning.png").exists() and (tmp_path / "learning_pretrained.svg").exists()
+
+
+def pretrained_steps() -> pd.DataFrame:
+    """Nine steps of two methods; srpo is 0.2 ahead in the last three, give or take 0.1."""
+    steps = np.arange(1, 10)
+    grpo = {"method": "grpo", "step": steps, "reward": 0.5, "sdpo_tokens": 0.0, "teacher_entropy": np.nan}
+    lead = np.repeat([0.0, 0.2], [6, 3]) + np.tile([-0.1, 0.0, 0.1], 3)
+    srpo = grpo | {"method": "srpo", "reward": 0.5 + lead, "sdpo_tokens": 0.4, "teacher_entropy": 0.1 * steps}
+    cells = pd.concat(map(pd.DataFrame, (grpo, srpo)), ignore_index=True)
+    return cells.assign(seed=0, reply_length=7.0, seconds=2.5, **environment(torch.device("cpu"), 1))
+
+
+def test_a_pretrained_models_methods_are_compared_on_the_same_steps():
+    grpo, srpo = (line.split(" | ") for line in pretrained_analysis.table(pretrained_steps()).splitlines()[-2:])
+    half = 0.1 * stats.t.ppf(0.975, 2) / 3**0.5
+    assert srpo[1:3] == [f"50.0 ± {100 * half:.1f}", f"70.0 ± {100 * half:.1f}"] and srpo[3].startswith("+6.7 ± ")
+    assert srpo[4:] == ["40%", "0.20, 0.80", "7.0, 7.0", "2.5 |"]
+    assert grpo[1:] == ["50.0 ± 0.0", "50.0 ± 0.0", "-", "0%", "-, -", "7.0, 7.0", "2.5 |"]
 
 
 def test_differences_are_those_of_pairs():

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import tyro
 
-from benchmarks.learning.analysis import draw
+from benchmarks.learning.drawing import draw
 from benchmarks.learning.pretrained import pretrained
 from benchmarks.learning.study import study
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,15 +10,14 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from scipy import stats
 
-from benchmarks.documents import markdown_table, replace_marked
+from benchmarks.documents import markdown_table
 from benchmarks.learning.policy_optimization import MEANINGS
-from benchmarks.pictures import STYLE, save
-from benchmarks.results import RESULTS, describe_environment
+from benchmarks.pictures import STYLE
+from benchmarks.results import describe_environment
 
-_ROOT = Path(__file__).parent.parent.parent
 # Shares of the run, of which a stage is the mean.
 _STAGES = {"early": (0.0, 0.2), "middle": (0.4, 0.6), "end": (0.8, 1.0)}
-_COLOURS = dict(zip(MEANINGS, ("#30638e", "#edae49", "#d1495b", "#4f772d", "#8d6a9f"), strict=True))
+COLOURS = dict(zip(MEANINGS, ("#30638e", "#edae49", "#d1495b", "#4f772d", "#8d6a9f"), strict=True))
 _OURS = "srpo"
 _PANELS = {
     "accuracy": "held-out accuracy, avg@k",
@@ -30,33 +28,12 @@ _PANELS = {
 }
 
 
-def draw(
-    results: Path = RESULTS / "learning.csv",
-    document: Path = _ROOT / "docs" / "learning.md",
-    figures: Path = _ROOT / "docs" / "figures",
-) -> None:
-    """Draw the curves and write the tables of `docs/learning.md` from the study's CSV file.
-
-    Args:
-        results: what `study` wrote.
-        document: takes the tables, between its markers.
-        figures: folder for the picture.
-    """
-    if not results.exists():
-        raise SystemExit(f"{results} is not there: run `python -m benchmarks.learning study` first")
-    cells = pd.read_csv(results)
-    cells = cells[cells["method"].isin(_complete(cells))]
-    passed = cells.groupby(["method", "seed"])[["step", "train_seconds"]].diff()
-    cells["seconds_per_step"] = passed["train_seconds"] / passed["step"]
-    save(_curves(cells), figures, "learning")
-    scores = stage_scores(cells)
-    replace_marked(document, {"stages": _stage_table(scores, cells), "differences": _difference_table(scores)})
-
-
-def _complete(cells: pd.DataFrame) -> list[str]:
-    """Methods with every seed that any method has."""
+def complete(cells: pd.DataFrame) -> pd.DataFrame:
+    """Runs of the methods that have every seed that any method has, with their ``seconds_per_step``."""
     seeds = cells.groupby("method")["seed"].nunique()
-    return [name for name in MEANINGS if seeds.get(name, 0) == seeds.max()]
+    cells = cells[cells["method"].isin([name for name in MEANINGS if seeds.get(name, 0) == seeds.max()])]
+    passed = cells.groupby(["method", "seed"])[["step", "train_seconds"]].diff()
+    return cells.assign(seconds_per_step=passed["train_seconds"] / passed["step"])
 
 
 def stage_scores(cells: pd.DataFrame) -> pd.DataFrame:
@@ -85,13 +62,14 @@ def differences(scores: pd.DataFrame, stage: str, other: str) -> tuple[float, fl
     return float((table[_OURS] - table[other]).mean()), float(low), float(high), float(test.pvalue)
 
 
-def _stage_table(scores: pd.DataFrame, cells: pd.DataFrame) -> str:
+def stage_table(scores: pd.DataFrame, cells: pd.DataFrame) -> str:
+    """Every method's stages, means over seeds with their intervals, as Markdown."""
     rows = []
     for method, own in scores.groupby("method", sort=False):
         seconds = cells.loc[cells["method"] == method, "seconds_per_step"].median()
         row = {"method": f"`{method}`", "what it is": MEANINGS[method]}
         for stage in (*_STAGES, "highest", "same_time"):
-            mean, half = _interval(own[stage])
+            mean, half = interval(own[stage])
             row[stage.replace("_", " ")] = f"{100 * mean:.1f} ± {100 * half:.1f}"
         rows.append(row | {"seconds per step": f"{seconds:.2f}"})
     base = 100 * cells.loc[cells["step"] == 0, "accuracy"].mean()
@@ -105,7 +83,8 @@ def _stage_table(scores: pd.DataFrame, cells: pd.DataFrame) -> str:
     )
 
 
-def _difference_table(scores: pd.DataFrame) -> str:
+def difference_table(scores: pd.DataFrame) -> str:
+    """srpo's lead over every other method, as Markdown."""
     others = [name for name in scores["method"].unique() if name != _OURS]
     rows = []
     for other in others:
@@ -121,7 +100,7 @@ def _difference_table(scores: pd.DataFrame) -> str:
     )
 
 
-def _interval(values: Any) -> tuple[float, float]:
+def interval(values: Any) -> tuple[float, float]:
     """Mean and half of the 95 % interval of Student's t."""
     values = np.asarray(values, dtype=float)
     if len(values) < 2:
@@ -129,7 +108,8 @@ def _interval(values: Any) -> tuple[float, float]:
     return float(values.mean()), float(stats.t.ppf(0.975, len(values) - 1) * stats.sem(values))
 
 
-def _curves(cells: pd.DataFrame) -> Any:
+def curves(cells: pd.DataFrame) -> Any:
+    """Means over seeds with their intervals, against steps, and accuracy against time too."""
     with plt.rc_context(STYLE):
         figure, panels = plt.subplots(2, 3, figsize=(11, 6), layout="constrained")
         flat = panels.flat
@@ -138,7 +118,7 @@ def _curves(cells: pd.DataFrame) -> Any:
             # GRPO has no teacher.
             shown = cells.dropna(subset=name) if name in cells else cells.iloc[:0]
             for method, own in shown.groupby("method", sort=False):
-                band = own.groupby("step")[name].apply(_interval)
+                band = own.groupby("step")[name].apply(interval)
                 _line(panel, band.index.to_numpy(), band, str(method))
             panel.set(xlabel="step", title=label)
             panel.grid(alpha=0.25)
@@ -152,12 +132,12 @@ def _by_time(panel: Axes, cells: pd.DataFrame) -> None:
     grid = np.linspace(0, cells.groupby(["method", "seed"])["train_seconds"].max().min(), 30)
     for method, own in cells.groupby("method", sort=False):
         runs = [np.interp(grid, run["train_seconds"], run["accuracy"]) for _, run in own.groupby("seed")]
-        _line(panel, grid, pd.Series([_interval(column) for column in np.transpose(runs)]), str(method))
+        _line(panel, grid, pd.Series([interval(column) for column in np.transpose(runs)]), str(method))
     panel.set(xlabel="seconds of training, processor time of one thread", title="the same against time")
     panel.grid(alpha=0.25)
 
 
 def _line(panel: Axes, x: Any, band: pd.Series, method: str) -> None:
     mean, half = np.array(band.tolist()).T
-    panel.plot(x, mean, color=_COLOURS[method], label=method)  # type: ignore[index]
-    panel.fill_between(x, mean - half, mean + half, color=_COLOURS[method], alpha=0.15, linewidth=0)  # type: ignore[index]
+    panel.plot(x, mean, color=COLOURS[method], label=method)  # type: ignore[index]
+    panel.fill_between(x, mean - half, mean + half, color=COLOURS[method], alpha=0.15, linewidth=0)  # type: ignore[index]
