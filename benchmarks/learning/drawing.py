@@ -28,17 +28,18 @@ def draw(
         document: takes the tables, between its markers.
         figures: folder for the pictures.
     """
-    for name, path in (("study", study), ("pretrained", pretrained)):
-        if not path.exists():
-            raise SystemExit(f"{path} is not there: run `python -m benchmarks.learning {name}` first")
+    if not study.exists():
+        raise SystemExit(f"{study} is not there: run `python -m benchmarks.learning study` first")
     runs = analysis.complete(pd.read_csv(study))
     scores = analysis.stage_scores(runs)
-    steps = pd.read_csv(pretrained)
     tables = {
         "stages": analysis.stage_table(scores, runs),
         "differences": analysis.difference_table(scores),
-        "pretrained": pretrained_analysis.table(steps),
+        "pretrained": "Not measured yet: `python -m benchmarks.learning pretrained`.",
     }
+    if pretrained.exists():
+        steps = pd.read_csv(pretrained)
+        tables["pretrained"] = pretrained_analysis.table(steps)
+        save(pretrained_analysis.curves(steps), figures, "learning_pretrained")
     replace_marked(document, tables)
     save(analysis.curves(runs), figures, "learning")
-    save(pretrained_analysis.curves(steps), figures, "learning_pretrained")
