@@ -56,7 +56,7 @@ def table(cells: pd.DataFrame) -> str:
             thirds = (last,) if name == "sdpo_tokens" else (first, last)
             means = [run.loc[third, name].mean() for third in thirds]
             row[label] = ", ".join("-" if pd.isna(mean) else f"{mean:{form}}" for mean in means)
-        rows.append(row | {"seconds per step": f"{run['seconds'].median():.1f}"})
+        rows.append(row)
     return markdown_table(
         pd.DataFrame(rows),
         f"{steps} steps, one run a method: correct replies in percent with 95 % intervals over the steps, which are of "
