@@ -106,15 +106,18 @@ def test_a_study_is_resumed_and_drawn(tmp_path, monkeypatch):
 def pretrained_steps() -> pd.DataFrame:
     """Nine steps of two methods; srpo is 0.2 ahead in the last three, give or take 0.1."""
     steps = np.arange(1, 10)
-    grpo = {"method": "grpo", "step": steps, "reward": 0.5, "sdpo_tokens": 0.0, "teacher_entropy": np.nan}
+    grpo = {"method": "grpo", "step": steps, "reward": 0.5, "sdpo_tokens": 0.0, "teacher_entropy": 0.0}
     lead = np.repeat([0.0, 0.2], [6, 3]) + np.tile([-0.1, 0.0, 0.1], 3)
     srpo = grpo | {"method": "srpo", "reward": 0.5 + lead, "sdpo_tokens": 0.4, "teacher_entropy": 0.1 * steps}
     cells = pd.concat(map(pd.DataFrame, (grpo, srpo)), ignore_index=True)
     return cells.assign(seed=0, reply_length=7.0, seconds=2.5, **environment(torch.device("cpu"), 1))
 
 
-def test_a_pretrained_models_methods_are_compared_on_the_same_steps():
-    grpo, srpo = (line.split(" | ") for line in pretrained_analysis.table(pretrained_steps()).splitlines()[-2:])
+def test_a_pretrained_models_methods_are_compared_on_the_same_steps(tmp_path):
+    path = tmp_path / "pretrained.csv"
+    pretrained_steps().to_csv(path, index=False)
+    lines = pretrained_analysis.table(pretrained_analysis.read(path)).splitlines()
+    grpo, srpo = (line.split(" | ") for line in lines[-2:])
     half = 0.1 * stats.t.ppf(0.975, 2) / 3**0.5
     assert srpo[1:3] == [f"50.0 ± {100 * half:.1f}", f"70.0 ± {100 * half:.1f}"] and srpo[3].startswith("+6.7 ± ")
     assert srpo[4:] == ["40%", "0.20, 0.80", "7.0, 7.0 |"]

@@ -38,7 +38,7 @@ def draw(
         "pretrained": "Not measured yet: `python -m benchmarks.learning pretrained`.",
     }
     if pretrained.exists():
-        steps = pd.read_csv(pretrained)
+        steps = pretrained_analysis.read(pretrained)
         tables["pretrained"] = pretrained_analysis.table(steps)
         save(pretrained_analysis.curves(steps), figures, "learning_pretrained")
     replace_marked(document, tables)

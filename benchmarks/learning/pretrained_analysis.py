@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -19,6 +20,12 @@ _PANELS = {
     "teacher_entropy": "teacher entropy, nats",
     "reply_length": "reply length, tokens",
 }
+
+
+def read(path: Path) -> pd.DataFrame:
+    """The runs; a step that distils nothing has no teacher, whose entropy the trainer's log has as 0."""
+    cells = pd.read_csv(path)
+    return cells.assign(teacher_entropy=cells["teacher_entropy"].where(cells["sdpo_tokens"] > 0))
 
 
 def curves(cells: pd.DataFrame) -> Any:
