@@ -32,8 +32,11 @@ STYLE: Any = {"font.size": 9, "svg.hashsalt": "srpo_kernels", "axes.spines.top":
 def save(figure: Figure, folder: Path, name: str) -> None:
     """Write ``name.png`` and ``name.svg``."""
     folder.mkdir(parents=True, exist_ok=True)
-    figure.savefig(folder / f"{name}.png", dpi=150, bbox_inches="tight", facecolor="white", metadata={"Software": None})
-    figure.savefig(folder / f"{name}.svg", bbox_inches="tight", facecolor="white", metadata={"Date": None})
+    # The salt counts when the file is written.
+    with plt.rc_context(STYLE):
+        for suffix, metadata in (("png", {"Software": None}), ("svg", {"Date": None})):
+            path = folder / f"{name}.{suffix}"
+            figure.savefig(path, dpi=150, bbox_inches="tight", facecolor="white", metadata=metadata)
     plt.close(figure)
 
 

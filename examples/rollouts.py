@@ -111,7 +111,7 @@ def response_hidden(
 
 
 @torch.no_grad()
-def hidden_behind(
+def reprompted_hidden(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, questions: dict[int, str], rollouts: Rollouts
 ) -> Tensor:
     """Last hidden states of replies behind other questions than were asked, ``[B, T, H]``.

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 import srpo_kernels as sk
 from examples.compare import compare_with_naive
 from examples.report import RunLog
-from examples.rollouts import hidden_behind, load_model, response_hidden, sample_rollouts
+from examples.rollouts import load_model, reprompted_hidden, response_hidden, sample_rollouts
 from examples.tasks import Problem, TaskName, problems
 
 Method = Literal["srpo", "grpo", "sdpo"]
@@ -133,7 +133,7 @@ def train(
                 row: teacher_question(asked[row].question, rollouts.replies[routing.teacher_index[row]])
                 for row in sdpo_mask.nonzero().squeeze(1).tolist()
             }
-            guided = hidden_behind(teacher, tokenizer, shown, rollouts)
+            guided = reprompted_hidden(teacher, tokenizer, shown, rollouts)
             # The batch's token count and mean weight: with them, the losses of its parts add up to its own.
             stats = sk.teacher_stats(
                 guided,

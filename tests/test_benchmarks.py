@@ -16,6 +16,7 @@ import torch
 pytest.importorskip("tyro")
 pytest.importorskip("rich")
 
+from benchmarks import pictures
 from benchmarks.agreement import compare
 from benchmarks.cases import DEFAULT_ACTIVE, DTYPES, Case, make_batch
 from benchmarks.memory import measure_peak
@@ -210,6 +211,14 @@ def test_a_run_that_was_stopped_is_resumed(run: Run, tmp_path: Path) -> None:
 def test_a_report_without_results_says_what_to_run(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="run `python -m benchmarks speed` first"):
         report(tmp_path, tmp_path / "a.md", tmp_path / "b.md", tmp_path)
+
+
+def test_an_unchanged_picture_is_an_unchanged_file(tmp_path: Path) -> None:
+    cells = pd.DataFrame({"head": "tiny", "workload": "jsd", "provider": ["srpo_kernels", "trl"], "value": [1.0, 2.0]})
+    for folder in ("first", "second"):
+        pictures.save(pictures.bars(cells, ["tiny"], ["jsd"], "ratio"), tmp_path / folder, "picture")
+    for name in ("picture.png", "picture.svg"):
+        assert (tmp_path / "first" / name).read_bytes() == (tmp_path / "second" / name).read_bytes()
 
 
 def test_exponents_are_those_of_a_power_law() -> None:

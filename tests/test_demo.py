@@ -21,7 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrai
 import srpo_kernels as sk
 from examples import train_smollm2 as demo
 from examples.report import RunLog, token_shares
-from examples.rollouts import Rollouts, encode_chats, hidden_behind, response_hidden, response_mask, sample_rollouts
+from examples.rollouts import Rollouts, encode_chats, reprompted_hidden, response_hidden, response_mask, sample_rollouts
 from examples.tasks import SETTINGS, Problem, TaskName, problems
 
 EOS = "~"
@@ -153,7 +153,7 @@ def test_rows_behind_other_questions_predict_the_same_tokens(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, rollouts: Rollouts
 ) -> None:
     questions = {0: "Other", 1: "Quite another question", 13: "Other"}
-    hidden = hidden_behind(model, tokenizer, questions, rollouts)
+    hidden = reprompted_hidden(model, tokenizer, questions, rollouts)
     others = [row for row in range(16) if row not in questions]
     assert not hidden.requires_grad and not hidden[others].any()
     log_probs = sk.token_stats(hidden, model.lm_head.weight, rollouts.response_ids, mask=rollouts.mask).log_probs
@@ -165,7 +165,7 @@ def test_rows_behind_other_questions_predict_the_same_tokens(
 
 def test_no_question_needs_no_forward(tokenizer: PreTrainedTokenizerFast, rollouts: Rollouts) -> None:
     config_alone = SimpleNamespace(config=SimpleNamespace(hidden_size=32))
-    hidden = hidden_behind(config_alone, tokenizer, {}, rollouts)
+    hidden = reprompted_hidden(config_alone, tokenizer, {}, rollouts)
     assert hidden.shape == (*rollouts.response_ids.shape, 32) and not hidden.any()
 
 
@@ -181,7 +181,7 @@ def test_a_teacher_with_the_students_prompt_and_weights_does_not_diverge(
         advantages=torch.zeros(16),
         mask=rollouts.mask,
         sdpo_mask=routed,
-        teacher_hidden=hidden_behind(model, tokenizer, asked, rollouts),
+        teacher_hidden=reprompted_hidden(model, tokenizer, asked, rollouts),
         config=sk.SRPOConfig(),
     )
     assert out.metrics["sdpo_tokens"] == rollouts.mask[routed].sum()

@@ -15,7 +15,7 @@ from torch import Tensor
 import srpo_kernels as sk
 from benchmarks.learning.base import accuracy, held_out_problems, make_tokenizer
 from benchmarks.learning.tasks import MAX_REPLY, Family, Problem, draw, with_solution
-from examples.rollouts import Rollouts, hidden_behind, response_hidden, sample_rollouts
+from examples.rollouts import Rollouts, reprompted_hidden, response_hidden, sample_rollouts
 
 Method = Literal["grpo", "sdpo", "srpo", "srpo-unweighted", "mixing"]
 
@@ -137,7 +137,7 @@ def _step(
         row: with_solution(asked[row].question, rollouts.replies[routing.teacher_index[row]])
         for row in sdpo_mask.nonzero().squeeze(1).tolist()
     }
-    guided = hidden_behind(teacher, tokenizer, shown, rollouts)
+    guided = reprompted_hidden(teacher, tokenizer, shown, rollouts)
     metrics = _update(model, teacher, optimizer, method, _Batch(rollouts, advantages, sdpo_mask, guided), recipe)
     return {
         "reward": rewards.mean().item(),

@@ -33,7 +33,7 @@ _LOGGED = {
 def pretrained(
     methods: tuple[TrainerMethod, ...] = get_args(TrainerMethod),
     steps: int = 40,
-    questions: int = 6,
+    questions: int = 4,
     tasks: tuple[TaskName, ...] = ("products", "chain_sum", "lcm"),
     lr: float = 1e-5,
     threads: int = torch.get_num_threads(),
