@@ -36,7 +36,8 @@ def load_model(path: Path | None) -> tuple[PreTrainedModel, PreTrainedTokenizerB
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=gguf)
     model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf, dtype=torch.float32)
     if gguf is not None:
-        # As it is read it counts as quantized, which trainers refuse; its weights are fp32 by now.
+        # As it is read it counts as quantized, which trainers refuse, and so would a saved copy; its weights are fp32.
+        del model.config.quantization_config
         plain = type(model)(model.config)
         plain.load_state_dict(model.state_dict())
         model = plain
