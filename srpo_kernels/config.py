@@ -6,6 +6,7 @@ import functools
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from enum import Enum
 from typing import Any, Literal, get_args
 
 from srpo_kernels.checks import require_count, require_number
@@ -143,6 +144,33 @@ class SRPOConfig:
         require_number("alpha", alpha, *_RANGES["alpha"])
         divergence: Divergence = "forward_kl" if alpha == 0 else "reverse_kl" if alpha == 1 else "jsd"
         return cls(divergence=divergence, alpha=alpha, **options)
+
+
+class Unset(Enum):
+    """The type of ``UNSET``, the default of a keyword in whose place a ``config`` can stand."""
+
+    UNSET = "SRPOConfig's default"
+
+
+UNSET = Unset.UNSET
+
+
+def resolve_options(config: SRPOConfig | None, **keywords: Any) -> dict[str, Any]:
+    """The options that ``keywords`` names, checked: ``config``'s, or for want of one those given and the defaults.
+
+    Raises TypeError for a ``config`` of another type, ValueError for one beside a keyword.
+    """
+    given = {name: value for name, value in keywords.items() if value is not UNSET}
+    if config is None:
+        options = {name: given[name] if name in given else getattr(SRPOConfig, name) for name in keywords}
+        for name, value in options.items():
+            require_option(name, value)
+        return options
+    if not isinstance(config, SRPOConfig):
+        raise TypeError(f"config must be an SRPOConfig or None, got {type(config).__name__}")
+    if given:
+        raise ValueError(f"config must stand alone, got it beside {given}: config has these options too")
+    return {name: getattr(config, name) for name in keywords}
 
 
 def require_option(name: str, value: Any) -> None:

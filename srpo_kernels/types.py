@@ -9,7 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from srpo_kernels.checks import BOOL, FLOATING, INTEGER, require_number, require_shape, require_tensor
+from srpo_kernels.checks import BOOL, FLOATING, INTEGER, require_shape, require_tensor
+from srpo_kernels.config import UNSET, SRPOConfig, Unset, resolve_options
 from srpo_kernels.distributed import gather_ranks
 
 METRICS = (
@@ -100,8 +101,10 @@ class Normalizers(NamedTuple):
         mask: Tensor,
         sdpo_mask: Tensor | None,
         teacher_entropy: Tensor | None,
-        dw_beta: float,
+        dw_beta: float | Unset = UNSET,
         sequence_ids: Tensor | None = None,
+        *,
+        config: SRPOConfig | None = None,
     ) -> Normalizers:
         """The normalizers of one micro-batch.
 
@@ -111,18 +114,23 @@ class Normalizers(NamedTuple):
             teacher_entropy: ``mask``'s shape, or the routed entries of its first dimension alone, in order:
                 ``[B_sdpo, T]`` (packed: ``[N_sdpo]``). Read at valid distillation tokens only; may be None
                 when there are none, or ``dw_beta`` is 0.
-            dw_beta: strength of the entropy-aware weight (per nat); >= 0.
+            dw_beta: strength of the entropy-aware weight (per nat); >= 0. Unset: ``config.dw_beta``.
             sequence_ids: ``[N]``, integers: the sequence of a packed row. None: ``sequence_count`` is None. A
                 sequence must lie in one micro-batch as a whole.
+            config: the loss's options, in place of ``dw_beta``. The entropies are those of its logits where
+                ``teacher_stats`` got the same ``config``.
 
         Returns:
             int64 counts and the fp64 log-mean (fp32 on a device without fp64).
 
         Raises:
             TypeError: an argument of the wrong type or dtype.
-            ValueError: a wrong shape, device or value, or no ``teacher_entropy`` where it is needed.
+            ValueError: a wrong shape, device or value, no ``teacher_entropy`` where it is needed, or not one of
+                ``dw_beta`` and ``config``.
         """
-        require_number("dw_beta", dw_beta, ">= 0", lambda value: value >= 0)
+        if config is None and dw_beta is UNSET:
+            raise ValueError("dw_beta or config is required, got neither")
+        dw_beta = float(resolve_options(config, dw_beta=dw_beta)["dw_beta"])
         require_tensor("mask", mask, BOOL)
         if mask.dim() not in (1, 2):
             raise ValueError(f"mask must have shape [B, T] or [N], got {list(mask.shape)}")

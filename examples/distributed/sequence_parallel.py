@@ -26,7 +26,8 @@ def gspo_loss(
 ) -> Tensor:
     """This rank's part of the loss, for its positions ``[B, T_rank]`` of every sequence; advantages are ``[B]``."""
     group = dist.group.WORLD if group is None else group
-    norms = sk.Normalizers.from_batch(mask, None, None, dw_beta=0.0).all_reduce(group)
+    config = sk.SRPOConfig(loss_type="gspo")
+    norms = sk.Normalizers.from_batch(mask, None, None, config=config).all_reduce(group)
     # Every rank has counted every sequence.
     norms = norms._replace(sequence_count=torch.tensor(len(mask)))
     out = sk.srpo_loss(
@@ -38,7 +39,7 @@ def gspo_loss(
         old_log_probs=old_log_probs,
         normalizers=norms,
         sequence_parallel_group=group,
-        config=sk.SRPOConfig(loss_type="gspo"),
+        config=config,
     )
     return out.loss
 
