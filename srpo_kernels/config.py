@@ -63,7 +63,8 @@ class SRPOConfig:
         softcap: bounds the scaled logits; > 0. None: no bound.
         reduction: ``"token"`` divides the sum by the valid tokens of both branches; ``"sequence"`` takes the
             mean of each sequence, then that of the sequences; ``"constant"`` divides by sequences times
-            ``max_length``.
+            ``max_length``. A sequence without a valid token does not count, padded or packed; TRL counts it, which
+            ``Normalizers.sequence_count`` can say.
         max_length: the length of ``"constant"`` (tokens); >= 1. None with the other reductions.
         count_inactive: also compute the log-probs of tokens that cannot move a weight, for the metrics.
 

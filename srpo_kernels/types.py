@@ -86,8 +86,8 @@ class Normalizers(NamedTuple):
     With those of the whole batch, the losses of its parts add up to the loss of the whole. ``token_count``:
     valid tokens of both branches. ``dw_log_mean``: ``log(mean(exp(-dw_beta * H)))`` over the valid
     distillation tokens, ``H`` the teacher's entropy; 0 without any. ``sdpo_count``: the tokens of that mean;
-    ``merge`` needs it. ``sequence_count``: sequences, the fully masked ones of a ``[B, T]`` batch included;
-    None where not known. Source: SRPO (arXiv 2604.02288), sections 3.2 and 3.3.
+    ``merge`` needs it. ``sequence_count``: sequences that have a valid token; None where not known. Source:
+    SRPO (arXiv 2604.02288), sections 3.2 and 3.3.
     """
 
     token_count: Tensor
@@ -214,7 +214,7 @@ def _count_sequences(mask: Tensor, sequence_ids: Tensor | None) -> Tensor | None
     if mask.dim() == 2:
         if sequence_ids is not None:
             raise ValueError(f"sequence_ids is for packed rows: mask must be [N], got {list(mask.shape)}")
-        return torch.tensor(len(mask), device=mask.device)
+        return mask.any(1).sum()
     if sequence_ids is None:
         return None
     require_tensor("sequence_ids", sequence_ids, INTEGER, mask.device)

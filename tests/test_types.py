@@ -58,7 +58,7 @@ def test_from_batch_counts_and_averages_the_valid_tokens(batch: Batch, dw_beta: 
     log_mean = math.log(math.fsum(weights) / len(weights)) if weights else 0.0
     assert normalizers.token_count == batch.mask.sum()
     assert normalizers.sdpo_count == len(weights)
-    assert normalizers.sequence_count == len(batch.mask)
+    assert normalizers.sequence_count == batch.mask.any(1).sum()
     assert float(normalizers.dw_log_mean) == pytest.approx(log_mean, abs=1e-12)
     assert [value.dtype for value in normalizers] == [torch.int64, torch.float64, torch.int64, torch.int64]
     assert all(value.shape == () for value in normalizers)
@@ -85,9 +85,9 @@ def test_packed_rows_count_as_the_batch_does(batch: Batch) -> None:
     sdpo_mask = sdpo_mask.expand_as(batch.mask).flatten()
     sequence_ids = torch.arange(len(batch.mask))[:, None].expand_as(batch.mask).flatten() * 7 - 3
     entropy = batch.entropy.flatten()
-    whole = Normalizers.from_batch(*batch, 1.0)
-    # Packed, a sequence without a valid row is not there.
-    expected = whole._replace(sequence_count=batch.mask.any(1).sum())
+    expected = Normalizers.from_batch(*batch, 1.0)
+    valid = [values[mask] for values in (mask, sdpo_mask, entropy)]
+    assert_equal(Normalizers.from_batch(*valid, 1.0, sequence_ids[mask]), expected)
     assert_equal(Normalizers.from_batch(mask, sdpo_mask, entropy, 1.0, sequence_ids), expected)
     assert_equal(Normalizers.from_batch(mask, sdpo_mask, entropy[sdpo_mask], 1.0, sequence_ids), expected)
     assert Normalizers.from_batch(mask, sdpo_mask, entropy, 1.0).sequence_count is None

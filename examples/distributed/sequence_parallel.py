@@ -28,8 +28,10 @@ def gspo_loss(
     group = dist.group.WORLD if group is None else group
     config = sk.SRPOConfig(loss_type="gspo")
     norms = sk.Normalizers.from_batch(mask, None, None, config=config).all_reduce(group)
-    # Every rank has counted every sequence.
-    norms = norms._replace(sequence_count=torch.tensor(len(mask)))
+    # Each rank has counted every sequence that it has a token of.
+    lengths = mask.sum(1)
+    dist.all_reduce(lengths, group=group)
+    norms = norms._replace(sequence_count=(lengths > 0).sum())
     out = sk.srpo_loss(
         hidden,
         weight,

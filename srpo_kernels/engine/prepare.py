@@ -235,18 +235,20 @@ def _factors(
     dtype: torch.dtype,
     group: ProcessGroup | None,
 ) -> Tensor:
-    """Each row's share of the loss, ``[N]``: one over the reduction's denominator."""
+    """Each row's share of the loss, ``[N]``: one over the reduction's denominator.
+
+    Only sequences with a valid row count: rows that are packed without the others could not tell of more.
+    """
     ones = torch.ones_like(valid, dtype=dtype)
     if config.reduction == "token" or sequences is None:
         tokens = valid.sum() if call.token_count is None else call.token_count
         return ones / tokens.to(ones).clamp_min(1.0)
-    count = ones.new_tensor(num_sequences)
-    if call.sequence_count is not None:
-        count = call.sequence_count.to(ones)
-    count = count.clamp_min(1.0)
+    lengths = sequences.new_zeros(num_sequences).index_add_(0, sequences, valid.long())
+    count = (lengths > 0).sum() if call.sequence_count is None else call.sequence_count
+    count = count.to(ones).clamp_min(1.0)
     if config.reduction == "constant" and config.max_length is not None:
         return ones / (count * config.max_length)
-    lengths = sum_ranks(torch.bincount(sequences[valid], minlength=num_sequences), group).to(ones).clamp_min(1.0)
+    lengths = sum_ranks(lengths, group).to(ones).clamp_min(1.0)
     return 1.0 / (count * lengths[sequences])
 
 

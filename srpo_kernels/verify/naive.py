@@ -282,4 +282,4 @@ def _shares(
     lengths = _sequence_sum(ones, sequences).clamp(min=1)
     if config.max_length is not None:
         lengths = torch.full_like(lengths, config.max_length)
-    return ones / (lengths * (len(valid) if valid.ndim == 2 else len(torch.unique(sequences[valid]))))
+    return ones / (lengths * len(torch.unique(sequences[valid])))
