@@ -67,7 +67,8 @@ def srpo_loss(
         sequence_ids: ``[N]``, integers: the sequence of a packed row. Required there for ``gspo`` and for the
             reductions ``"sequence"`` and ``"constant"``.
         normalizers: the counts of the whole optimizer batch; with them the losses of micro-batches add up to the loss
-            of the whole batch. None: this call is the whole batch.
+            of the whole batch. None: this call is the whole batch. A call that has all of their distillation rows warns
+            (RuntimeWarning) where the mean of its entropy weights is not 1: they are then those of other logits.
         vocab_parallel_group: the process group that holds the LM head in shards of its rows, in rank order: ``weight``,
             ``bias``, ``teacher_weight`` and ``teacher_bias`` are this rank's ``[V_r, ...]`` (uneven ones too, of one
             size for student and teacher), V is their sum, all else is the same on all ranks. Loss, log-probs and
@@ -131,9 +132,7 @@ def srpo_loss(
         ref_log_probs=ref_log_probs,
         is_weights=is_weights,
         sequence_ids=sequence_ids,
-        token_count=None if normalizers is None else normalizers.token_count,
-        dw_log_mean=None if normalizers is None else normalizers.dw_log_mean,
-        sequence_count=None if normalizers is None else normalizers.sequence_count,
+        **dict.fromkeys(Normalizers._fields) if normalizers is None else normalizers._asdict(),
     )
     groups = name_of(vocab_parallel_group), name_of(sequence_parallel_group)
     options = LossOptions(config.encode(), backend, workspace_bytes, *groups)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -160,8 +161,7 @@ class Normalizers(NamedTuple):
         ``Normalizers``, ValueError for one without ``sdpo_count``.
         """
         for other in others:
-            if not isinstance(other, Normalizers):
-                raise TypeError(f"others must be Normalizers, got {type(other).__name__}")
+            require_normalizers("others", other)
         return _merge_rows(torch.stack([part._to_row() for part in (self, *others)]))
 
     def all_reduce(self, group: dist.ProcessGroup | None = None) -> Normalizers:
@@ -175,9 +175,31 @@ class Normalizers(NamedTuple):
 
     def _to_row(self) -> Tensor:
         """``[4]``, NaN for None."""
+        require_normalizers("Normalizers", self)
         dtype = wide_dtype(self.token_count.device)
         unknown = self.dw_log_mean.new_full((), math.nan)
         return torch.stack([(unknown if field is None else field).to(dtype) for field in self])
+
+
+def require_normalizers(name: str, value: object) -> Normalizers:
+    """Raise TypeError or ValueError unless ``value`` is a ``Normalizers`` of scalar tensors; reads no data."""
+    if not isinstance(value, Normalizers):
+        raise TypeError(f"{name} must be Normalizers, got {type(value).__name__}")
+    for field, number in value._asdict().items():
+        if number is not None or field not in value._field_defaults:
+            # FSDP casts the floating arguments of a forward: half of the digits would be gone.
+            exact = (torch.float32, torch.float64)
+            require_tensor(f"{name}.{field}", number, exact if field == "dw_log_mean" else (*INTEGER, *exact))
+            require_shape(f"{name}.{field}", number, [()], "a scalar")
+    return value
+
+
+def require_counts(name: str, values: Mapping[str, float]) -> None:
+    """Raise ValueError unless these fields of a ``Normalizers`` are finite, and counts not negative."""
+    for field, value in values.items():
+        if not (math.isfinite(value) and (value >= 0.0 or field == "dw_log_mean")):
+            expected = "finite" if field == "dw_log_mean" else "finite and >= 0"
+            raise ValueError(f"{name}.{field} must be {expected}, got {value}")
 
 
 def wide_dtype(device: torch.device) -> torch.dtype:
@@ -187,9 +209,12 @@ def wide_dtype(device: torch.device) -> torch.dtype:
 
 def _merge_rows(rows: Tensor) -> Normalizers:
     token_count, log_mean, sdpo_count, sequence_count = rows.unbind(1)
-    sdpo_known, sequences_known = rows[:, 2:].isnan().any(0).logical_not().tolist()
-    if not sdpo_known:
+    parts = [dict(zip(Normalizers._fields, row, strict=True)) for row in rows.tolist()]
+    if any(math.isnan(part["sdpo_count"]) for part in parts):
         raise ValueError("sdpo_count must be known to merge Normalizers, got None for at least one of them")
+    sequences_known = not any(math.isnan(part["sequence_count"]) for part in parts)
+    for part in parts:
+        require_counts("Normalizers", {k: x for k, x in part.items() if sequences_known or k != "sequence_count"})
     total = sdpo_count.sum()
     log_sum = (sdpo_count.log() + log_mean).logsumexp(0)
     return Normalizers(

@@ -8,13 +8,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from srpo_kernels.checks import BOOL, FLOATING, INTEGER, require_shape, require_tensor
 from srpo_kernels.config import SRPOConfig, require_mixture
-from srpo_kernels.types import Normalizers
+from srpo_kernels.types import require_normalizers
 
 _BACKENDS = ("auto", "torch", "triton")
 _ENGINES = ("auto", "rows", "tile")
@@ -200,9 +199,6 @@ def check_options(
         if sequence_parallel_group is not None:
             raise ValueError("normalizers is required with sequence_parallel_group: a call sees a part of the batch")
         return
-    if not isinstance(normalizers, Normalizers):
-        raise TypeError(f"normalizers must be a Normalizers or None, got {type(normalizers).__name__}")
+    normalizers = require_normalizers("normalizers", normalizers)
     if config.reduction != "token" and normalizers.sequence_count is None:
         raise ValueError(f"normalizers.sequence_count is required when reduction={config.reduction!r}, got None")
-    # FSDP casts the floating arguments of a forward: half of the digits of every weight would be gone.
-    require_tensor("normalizers.dw_log_mean", normalizers.dw_log_mean, (torch.float32, torch.float64))

@@ -165,3 +165,34 @@ def test_what_is_no_config_is_refused(config: object) -> None:
 def test_normalizers_need_the_strength_of_the_weights() -> None:
     with pytest.raises(ValueError, match="dw_beta or config is required, got neither"):
         Normalizers.from_batch(torch.ones(2, 3, dtype=torch.bool), None, None)
+
+
+def of_other_logits(inputs: Inputs, config: SRPOConfig) -> Normalizers:
+    """Normalizers from entropies without the logit transform."""
+    entropy = teacher_stats(**teacher_of(inputs)).entropy
+    return Normalizers.from_batch(inputs["mask"], inputs["sdpo_mask"], entropy, config=config)
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_a_whole_batch_whose_mean_weight_is_not_one_is_named(compiled: bool) -> None:
+    call = torch.compile(srpo_loss, backend="aot_eager", fullgraph=True) if compiled else srpo_loss
+    config = SRPOConfig(temperature=0.7)
+    inputs = loss_inputs(1, (6, 5), teacher_size=5, config=config)
+    with pytest.warns(RuntimeWarning, match=r"normalizers\.dw_log_mean.*mean 2.01 in place of 1.*the config of this"):
+        out = call(**inputs, config=config, normalizers=of_other_logits(inputs, config))
+    assert out.metrics["dw_weight_sum"] / out.metrics["sdpo_tokens"] > 1.1
+
+
+@pytest.mark.parametrize("dw_beta", [0.0, 0.1, 1.0, 30.0])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_nothing_is_said_of_a_batch_that_may_be_right(dtype: torch.dtype, dw_beta: float) -> None:
+    config = SRPOConfig(temperature=0.7, dw_beta=dw_beta)
+    inputs = cast(loss_inputs(1, (6, 5), teacher_size=5, config=config), dtype)
+    teacher = teacher_stats(**teacher_of(inputs), config=config)
+    whole = Normalizers.from_batch(inputs["mask"], inputs["sdpo_mask"], teacher.entropy, config=config)
+    srpo_loss(**inputs, config=config, normalizers=whole)
+    if dw_beta:
+        # A part of a batch has any mean, and normalizers made by hand do not say of what rows.
+        other = of_other_logits(inputs, config)
+        for unknown in (other.merge(other), other._replace(sdpo_count=None)):
+            srpo_loss(**inputs, config=config, normalizers=unknown)
