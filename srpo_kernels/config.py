@@ -6,6 +6,7 @@ import functools
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from enum import Enum
 from typing import Any, Literal, get_args
 
 from srpo_kernels.checks import require_count, require_number
@@ -62,7 +63,8 @@ class SRPOConfig:
         softcap: bounds the scaled logits; > 0. None: no bound.
         reduction: ``"token"`` divides the sum by the valid tokens of both branches; ``"sequence"`` takes the
             mean of each sequence, then that of the sequences; ``"constant"`` divides by sequences times
-            ``max_length``.
+            ``max_length``. A sequence without a valid token does not count, padded or packed; TRL counts it, which
+            ``Normalizers.sequence_count`` can say.
         max_length: the length of ``"constant"`` (tokens); >= 1. None with the other reductions.
         count_inactive: also compute the log-probs of tokens that cannot move a weight, for the metrics.
 
@@ -143,6 +145,33 @@ class SRPOConfig:
         require_number("alpha", alpha, *_RANGES["alpha"])
         divergence: Divergence = "forward_kl" if alpha == 0 else "reverse_kl" if alpha == 1 else "jsd"
         return cls(divergence=divergence, alpha=alpha, **options)
+
+
+class Unset(Enum):
+    """The type of ``UNSET``, the default of a keyword in whose place a ``config`` can stand."""
+
+    UNSET = "SRPOConfig's default"
+
+
+UNSET = Unset.UNSET
+
+
+def resolve_options(config: SRPOConfig | None, **keywords: Any) -> dict[str, Any]:
+    """The options that ``keywords`` names, checked: ``config``'s, or for want of one those given and the defaults.
+
+    Raises TypeError for a ``config`` of another type, ValueError for one beside a keyword.
+    """
+    given = {name: value for name, value in keywords.items() if value is not UNSET}
+    if config is None:
+        options = {name: given[name] if name in given else getattr(SRPOConfig, name) for name in keywords}
+        for name, value in options.items():
+            require_option(name, value)
+        return options
+    if not isinstance(config, SRPOConfig):
+        raise TypeError(f"config must be an SRPOConfig or None, got {type(config).__name__}")
+    if given:
+        raise ValueError(f"config must stand alone, got it beside {given}: config has these options too")
+    return {name: getattr(config, name) for name in keywords}
 
 
 def require_option(name: str, value: Any) -> None:

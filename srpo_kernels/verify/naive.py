@@ -296,4 +296,4 @@ def _shares(
         lengths = torch.full_like(lengths, config.max_length or 0)
     elif config.reduction != "sequence":
         refuse_name("reduction", config.reduction)
-    return ones / (lengths * (len(valid) if valid.ndim == 2 else len(torch.unique(sequences[valid]))))
+    return ones / (lengths * len(torch.unique(sequences[valid])))
