@@ -38,7 +38,9 @@ def divergence(log_p: Tensor, log_q: Tensor, kind: str, alpha: float = 0.5) -> T
         return forward_kl(log_p, log_q)
     if kind == "reverse_kl":
         return reverse_kl(log_p, log_q)
-    return jsd(log_p, log_q, alpha)
+    if kind == "jsd":
+        return jsd(log_p, log_q, alpha)
+    raise ValueError(f"divergence: unknown, {kind!r}")
 
 
 def top_k_buckets(student_logits: Tensor, teacher_logits: Tensor, k: int, add_tail: bool) -> tuple[Tensor, Tensor]:
@@ -78,8 +80,10 @@ def distillation_loss(
         return sampled_loss(log_p, log_q), log_p - log_q
     if config.distillation_mode == "topk":
         log_p, log_q = top_k_buckets(student_logits, teacher_logits, config.topk, config.add_tail)
-    else:
+    elif config.distillation_mode == "full":
         log_p, log_q = student_logits.log_softmax(-1), teacher_logits.log_softmax(-1)
+    else:
+        raise ValueError(f"distillation_mode: unknown, {config.distillation_mode!r}")
     value = divergence(log_p, log_q, config.divergence, config.alpha)
     return value, value
 

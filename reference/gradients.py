@@ -13,7 +13,7 @@ from torch import Tensor
 
 from reference.distillation import log_mixture, reverse_kl
 from reference.logits import entropy
-from reference.policy import sapo_temperature, sequence_mean
+from reference.policy import LARGEST_LOG_RATIO, log_ratio, sapo_temperature, sequence_mean
 
 
 def head_grads(logits_grad: Tensor, hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -66,7 +66,8 @@ def jsd_grad(z: Tensor, y: Tensor, alpha: float) -> Tensor:
 
 def log_ratio_grad(unclamped: Tensor, clamp: float | None) -> Tensor:
     """``d clamp(logp - old) / dlogp``: 1 inside ±clamp, 0 outside."""
-    return torch.ones_like(unclamped) if clamp is None else (unclamped.abs() <= clamp).to(unclamped)
+    bound = LARGEST_LOG_RATIO if clamp is None else min(clamp, LARGEST_LOG_RATIO)
+    return (unclamped.abs() <= bound).to(unclamped)
 
 
 def clipped_loss_grad(
@@ -110,9 +111,13 @@ def reinforce_loss_grad(advantages: Tensor) -> Tensor:
     return -advantages
 
 
-def kl_estimate_grad(log_probs: Tensor, ref_log_probs: Tensor, kl_type: str) -> Tensor:
-    """``d KL(ref) / dlogp``: k1 ``1``, k2 ``logp - ref``, k3 ``1 - exp(ref - logp)``."""
+def kl_estimate_grad(log_probs: Tensor, ref_log_probs: Tensor, kl_type: str, clamp: float | None = None) -> Tensor:
+    """``d KL(ref) / dlogp``: k1 ``1``, k2 ``logp - ref``, k3 ``1 - exp(ref - logp)`` inside of the clamp, 0 outside."""
     difference = log_probs - ref_log_probs
     if kl_type == "k1":
         return torch.ones_like(difference)
-    return difference if kl_type == "k2" else -torch.expm1(-difference)
+    if kl_type == "k2":
+        return difference
+    if kl_type == "k3":
+        return -torch.expm1(-log_ratio(log_probs, ref_log_probs, clamp)) * log_ratio_grad(difference, clamp)
+    raise ValueError(f"kl_type: unknown, {kl_type!r}")

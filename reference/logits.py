@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+# What a logit of minus infinity counts as: 0 · LOWEST is 0, so a token that both models exclude adds nothing.
+LOWEST = -1e30
+
 
 def working_dtype(values: Tensor) -> torch.dtype:
     """fp64 stays fp64; everything else is computed in fp32, because bf16 logits spoil the gradients."""
@@ -28,11 +31,12 @@ def head_logits(
     logit_scale: float = 1.0,
     softcap: float | None = None,
 ) -> Tensor:
-    """``transform(hidden @ weight.T + bias)``: ``[n, H]`` and ``[V, H]`` to ``[n, V]``, fp32 or fp64."""
+    """``transform(max(hidden @ weight.T + bias, LOWEST))``: ``[n, H]`` and ``[V, H]`` to ``[n, V]``, fp32 or fp64."""
     dtype = working_dtype(hidden)
     x = hidden.to(dtype) @ weight.to(dtype).T
     if bias is not None:
         x = x + bias.to(dtype)
+    x = x.clamp(min=LOWEST)
     return transform(x, temperature=temperature, logit_scale=logit_scale, softcap=softcap)
 
 

@@ -83,6 +83,8 @@ def reduction_factors(valid: Tensor, sequence_ids: Tensor, normalizers: Any, con
     lengths = policy.sequence_sum(valid.to(dtype), sequence_ids)
     if config.reduction == "constant":
         lengths = torch.full_like(lengths, config.max_length)
+    elif config.reduction != "sequence":
+        raise ValueError(f"reduction: unknown, {config.reduction!r}")
     return (lengths * sequences).reciprocal()
 
 
@@ -106,7 +108,9 @@ def policy_branch(
     if config.kl_coef != 0:
         if ref_log_probs is None:
             raise ValueError(f"ref_log_probs: {config.kl_coef=} needs them, got None")
-        losses = losses + config.kl_coef * policy.kl_estimate(log_probs, ref_log_probs, config.kl_type)
+        losses = losses + config.kl_coef * policy.kl_estimate(
+            log_probs, ref_log_probs, config.kl_type, config.log_ratio_clamp
+        )
     if config.entropy_coef != 0:
         entropies = entropy(logits)
         losses = losses - config.entropy_coef * entropies
@@ -144,6 +148,15 @@ def distillation_branch(
         "divergence_sum": divergences.sum(),
     }
     return Branch(losses, log_probs.detach(), metrics)
+
+
+def nonfinite_rows(losses: Tensor, logits: Tensor) -> Tensor:
+    """How many rows have a loss, or where one is wanted a gradient, that is not finite."""
+    finite = losses.isfinite()
+    if losses.requires_grad:
+        (grad,) = torch.autograd.grad(losses.sum(), logits, retain_graph=True)
+        finite = finite & grad.isfinite().all(1)
+    return (~finite).sum()
 
 
 def srpo_loss(
@@ -187,8 +200,9 @@ def srpo_loss(
     policy_rows, sdpo_rows = valid & ~routed, valid & routed
     active = active_policy_rows(policy_rows, advantages, sequence_ids, config)
 
+    policy_logits = logits_of(hidden[active], weight, bias)
     policy_part = policy_branch(
-        logits_of(hidden[active], weight, bias),
+        policy_logits,
         target_ids[active],
         advantages.detach()[active].to(dtype),
         select(old_log_probs, active),
@@ -229,8 +243,8 @@ def srpo_loss(
     zero = torch.zeros((), dtype=dtype, device=hidden.device)
     old, ref = select(old_log_probs, scored), select(ref_log_probs, scored)
     approx_kl = zero if old is None else policy.approx_kl(log_probs[scored], old, config.log_ratio_clamp)
-    ref_kl = zero if ref is None else policy.kl_estimate(log_probs[scored], ref, config.kl_type)
-    token_losses = torch.cat([policy_part.losses, sdpo_part.losses])
+    ref_kl = zero if ref is None else policy.kl_estimate(log_probs[scored], ref, config.kl_type, config.log_ratio_clamp)
+    nonfinite = [nonfinite_rows(policy_part.losses, policy_logits), nonfinite_rows(sdpo_part.losses, student_logits)]
     metrics = {
         "policy_tokens": policy_rows.sum(),
         "sdpo_tokens": sdpo_rows.sum(),
@@ -240,7 +254,7 @@ def srpo_loss(
         "approx_kl_sum": approx_kl.sum(),
         "entropy_sum": zero,
         "entropy_tokens": zero,
-        "nonfinite_rows": (~token_losses.isfinite()).sum(),
+        "nonfinite_rows": torch.stack(nonfinite).sum(),
     }
     metrics |= policy_part.metrics | sdpo_part.metrics
     return SRPOOutput(loss, {name: value.detach().to(zero) for name, value in metrics.items()}, log_probs)

@@ -8,13 +8,15 @@ import torch
 from torch import Tensor
 
 CLIPPED_RATIO_LOSSES = ("grpo", "gspo")
+# No log-ratio beyond it enters an exponential, whatever the clamp: fp32 would overflow.
+LARGEST_LOG_RATIO = 80.0
 
 
 def log_ratio(log_probs: Tensor, old_log_probs: Tensor | None, clamp: float | None = None) -> Tensor:
     """``log rho = logp - old_logp``, clamped to ±``clamp``; ``old_logp = sg(logp)`` where there is none."""
     old_log_probs = log_probs.detach() if old_log_probs is None else old_log_probs
-    value = log_probs - old_log_probs
-    return value if clamp is None else value.clamp(-clamp, clamp)
+    bound = LARGEST_LOG_RATIO if clamp is None else min(clamp, LARGEST_LOG_RATIO)
+    return (log_probs - old_log_probs).clamp(-bound, bound)
 
 
 def sequence_sum(values: Tensor, sequence_ids: Tensor) -> Tensor:
@@ -64,14 +66,20 @@ def reinforce_loss(log_probs: Tensor, advantages: Tensor) -> Tensor:
     return -advantages * log_probs
 
 
-def kl_estimate(log_probs: Tensor, ref_log_probs: Tensor, kl_type: str) -> Tensor:
-    """KL(p‖ref) from one sample, ``d = logp - ref``: k1 ``d``, k2 ``½ d²``, k3 ``exp(-d) + d - 1``."""
+def kl_estimate(log_probs: Tensor, ref_log_probs: Tensor, kl_type: str, clamp: float | None = None) -> Tensor:
+    """KL(p‖ref) from one sample, ``d = logp - ref``: k1 ``d``, k2 ``½ d²``, k3 ``exp(-d) + d - 1``.
+
+    In k3, which has the exponential, d is clamped like the policy's log-ratio.
+    """
     difference = log_probs - ref_log_probs
     if kl_type == "k1":
         return difference
     if kl_type == "k2":
         return difference**2 / 2
-    return torch.expm1(-difference) + difference
+    if kl_type == "k3":
+        difference = log_ratio(log_probs, ref_log_probs, clamp)
+        return torch.expm1(-difference) + difference
+    raise ValueError(f"kl_type: unknown, {kl_type!r}")
 
 
 def approx_kl(log_probs: Tensor, old_log_probs: Tensor, clamp: float | None) -> Tensor:
@@ -96,6 +104,8 @@ def policy_loss(ratio: Tensor, log_probs: Tensor, advantages: Tensor, config: An
         return sapo_loss(ratio, advantages)
     if config.loss_type == "reinforce":
         return reinforce_loss(log_probs, advantages)
+    if config.loss_type not in CLIPPED_RATIO_LOSSES:
+        raise ValueError(f"loss_type: unknown, {config.loss_type!r}")
     loss = clipped_loss(ratio, advantages, config.epsilon_low, config.epsilon_high, config.delta)
     if config.dual_clip is None:
         return loss

@@ -45,6 +45,8 @@ def group_advantages(rewards: Tensor, group_ids: Tensor, scale: str = "none", ep
     ``std`` is unbiased (n - 1). A group of equal rewards, a group of one included, has advantage exactly 0: a
     rounding residue of the mean would make its rows count as active.
     """
+    if scale not in ("none", "group", "batch"):
+        raise ValueError(f"scale: unknown, {scale!r}")
     rewards = rewards.to(working_dtype(rewards))
     advantages = torch.zeros_like(rewards)
     for group in torch.unique(group_ids):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Never
 
 import torch
 from torch import Tensor
@@ -11,6 +12,11 @@ from torch import Tensor
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTEGER = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 BOOL = (torch.bool,)
+
+
+def refuse_name(name: str, value: None) -> Never:
+    """End a dispatch over names: to a type checker only None is left there, a caller learns what is not implemented."""
+    raise ValueError(f"{name}={value!r} is not implemented")
 
 
 def require_number(name: str, value: object, expected: str, holds: Callable[[float], bool]) -> None:

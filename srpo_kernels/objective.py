@@ -13,10 +13,13 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from srpo_kernels.config import SRPOConfig
+from srpo_kernels.checks import refuse_name
+from srpo_kernels.config import KLType, SRPOConfig
 from srpo_kernels.distributed import sum_ranks
 
 _IS_LOG_RATIO_CLAMP = 20.0
+# The exponential of a larger log-ratio, times an advantage and a weight, could leave fp32: its gradient would be NaN.
+_LARGEST_LOG_RATIO = 80.0
 _SAPO_TAU_POSITIVE = 1.0
 _SAPO_TAU_NEGATIVE = 1.05
 
@@ -59,9 +62,7 @@ def policy_terms(log_probs: Tensor, entropy: Tensor | None, inputs: RowInputs, c
     """
     advantages = inputs.advantages
     old_log_probs = log_probs.detach() if inputs.old_log_probs is None else inputs.old_log_probs
-    log_ratio = log_probs - old_log_probs
-    if config.log_ratio_clamp is not None:
-        log_ratio = log_ratio.clamp(-config.log_ratio_clamp, config.log_ratio_clamp)
+    log_ratio = _bounded(log_probs - old_log_probs, config)
     approx_kl = torch.expm1(log_ratio.detach()) - log_ratio.detach()
     if config.loss_type == "gspo":
         log_ratio = _sequence_mean(log_ratio, inputs)
@@ -80,7 +81,7 @@ def policy_terms(log_probs: Tensor, entropy: Tensor | None, inputs: RowInputs, c
         loss = loss * inputs.is_weights
     ref_kl = torch.zeros_like(log_probs)
     if inputs.ref_log_probs is not None:
-        ref_kl = _ref_kl(log_probs, inputs.ref_log_probs, config.kl_type)
+        ref_kl = _ref_kl(log_probs, inputs.ref_log_probs, config)
         if config.kl_coef != 0.0:
             loss = loss + config.kl_coef * ref_kl
     if entropy is not None:
@@ -88,24 +89,36 @@ def policy_terms(log_probs: Tensor, entropy: Tensor | None, inputs: RowInputs, c
     return PolicyTerms(loss, clip_low, clip_high, dual_clip, approx_kl, ref_kl.detach())
 
 
+def _bounded(log_ratio: Tensor, config: SRPOConfig) -> Tensor:
+    """What may enter an exponential; the gradient is 0 beyond the bound."""
+    bound = _LARGEST_LOG_RATIO
+    if config.log_ratio_clamp is not None:
+        bound = min(bound, config.log_ratio_clamp)
+    return log_ratio.clamp(-bound, bound)
+
+
 def _policy_loss(log_probs: Tensor, ratio: Tensor, advantages: Tensor, config: SRPOConfig) -> tuple[Tensor, Tensor]:
     """The loss of ``config.loss_type`` per row, and where the dual clip holds it."""
     clipped = ratio.clamp(1.0 - config.epsilon_low, 1.0 + config.epsilon_high)
     nowhere = torch.zeros_like(ratio, dtype=torch.bool)
-    if config.loss_type == "cispo":
-        return -clipped.detach() * advantages * log_probs, nowhere
-    if config.loss_type == "reinforce":
-        return -advantages * log_probs, nowhere
-    if config.loss_type == "sapo":
-        tau = torch.full_like(ratio, _SAPO_TAU_NEGATIVE).masked_fill(advantages > 0, _SAPO_TAU_POSITIVE)
-        return -advantages * torch.sigmoid(tau * (ratio - 1.0)) * 4.0 / tau, nowhere
-    bounded = ratio if config.delta is None else ratio.clamp(max=config.delta)
-    loss = -torch.minimum(bounded * advantages, clipped * advantages)
-    if config.dual_clip is None:
-        return loss, nowhere
-    ceiling = -config.dual_clip * advantages
-    dual_clip = (advantages < 0) & (ceiling < loss)
-    return torch.where(dual_clip, ceiling, loss), dual_clip
+    match config.loss_type:
+        case "grpo" | "gspo":
+            bounded = ratio if config.delta is None else ratio.clamp(max=config.delta)
+            loss = -torch.minimum(bounded * advantages, clipped * advantages)
+            if config.dual_clip is None:
+                return loss, nowhere
+            ceiling = -config.dual_clip * advantages
+            dual_clip = (advantages < 0) & (ceiling < loss)
+            return torch.where(dual_clip, ceiling, loss), dual_clip
+        case "cispo":
+            return -clipped.detach() * advantages * log_probs, nowhere
+        case "sapo":
+            tau = torch.full_like(ratio, _SAPO_TAU_NEGATIVE).masked_fill(advantages > 0, _SAPO_TAU_POSITIVE)
+            return -advantages * torch.sigmoid(tau * (ratio - 1.0)) * 4.0 / tau, nowhere
+        case "reinforce":
+            return -advantages * log_probs, nowhere
+        case unknown:
+            refuse_name("loss_type", unknown)
 
 
 def _sequence_mean(values: Tensor, inputs: RowInputs) -> Tensor:
@@ -117,14 +130,20 @@ def _sequence_mean(values: Tensor, inputs: RowInputs) -> Tensor:
     return (totals / counts.clamp_min(1.0))[inputs.sequences]
 
 
-def _ref_kl(log_probs: Tensor, ref_log_probs: Tensor, kl_type: str) -> Tensor:
-    """Estimates of KL(policy || reference) from one sample: k1, k2, k3."""
+def _ref_kl(log_probs: Tensor, ref_log_probs: Tensor, config: SRPOConfig) -> Tensor:
+    """Estimates of KL(policy || reference) from one sample: k1, k2, and k3 of a bounded log-ratio."""
+    kl_type: KLType = config.kl_type
     difference = ref_log_probs - log_probs
-    if kl_type == "k1":
-        return -difference
-    if kl_type == "k2":
-        return 0.5 * difference.square()
-    return torch.expm1(difference) - difference
+    match kl_type:
+        case "k1":
+            return -difference
+        case "k2":
+            return 0.5 * difference.square()
+        case "k3":
+            difference = _bounded(difference, config)
+            return torch.expm1(difference) - difference
+        case unknown:
+            refuse_name("kl_type", unknown)
 
 
 def distillation_weights(log_probs: Tensor, inputs: RowInputs, config: SRPOConfig) -> Tensor:
@@ -148,12 +167,16 @@ def support_divergence(
         log_q = torch.cat([log_q, log_q_tail[:, None]], dim=1)
     elif not config.add_tail:
         log_p, log_q = log_p.log_softmax(1), log_q.log_softmax(1)
-    if config.divergence == "forward_kl":
-        return _kl(log_q, log_p)
-    if config.divergence == "reverse_kl":
-        return _kl(log_p, log_q)
-    log_m = torch.logaddexp(log_p + math.log1p(-config.alpha), log_q + math.log(config.alpha))
-    return (1.0 - config.alpha) * _kl(log_p, log_m) + config.alpha * _kl(log_q, log_m)
+    match config.divergence:
+        case "forward_kl":
+            return _kl(log_q, log_p)
+        case "reverse_kl":
+            return _kl(log_p, log_q)
+        case "jsd":
+            log_m = torch.logaddexp(log_p + math.log1p(-config.alpha), log_q + math.log(config.alpha))
+            return (1.0 - config.alpha) * _kl(log_p, log_m) + config.alpha * _kl(log_q, log_m)
+        case unknown:
+            refuse_name("divergence", unknown)
 
 
 def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:

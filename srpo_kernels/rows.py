@@ -9,10 +9,27 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from enum import Enum
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+
+from srpo_kernels.config import Divergence
+
+# Stands for minus infinity: 0 * LOWEST is 0. A logit below it counts as this much, in every pass and for both models:
+# a token that both exclude adds nothing to a divergence. The logit of a token that is in another part of its row, too.
+LOWEST = -1e30
+
+
+class Holds(Enum):
+    """What a statistics' pass left in the student's buffer, for the gradient's pass that comes next."""
+
+    LOGITS = "logits"
+    PROBABILITIES = "probabilities"
+    LOG2_PROBABILITIES = "log2 of probabilities"
+    DIVERGENCE_GRADIENT = "the divergence's gradient up to a factor"
+    NOTHING = "nothing of use"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +40,7 @@ class RowSpec:
     ``x * logit_scale / temperature`` without a softcap.
     """
 
-    divergence: str | None = None
+    divergence: Divergence | None = None
     alpha: float = 0.5
     temperature: float = 1.0
     logit_scale: float = 1.0
@@ -51,8 +68,8 @@ class RowStats(NamedTuple):
     """The reductions of one model's rows.
 
     ``log_probs`` ``[n]`` is the target's; ``logsumexp`` ``[n, 1]`` is in the device's widest dtype, since it is as
-    large as a logit; ``entropy`` ``[n]``; ``support_ids`` and ``support_log_probs`` ``[n, K]``; ``log_tail`` ``[n]`` is
-    the log of the probability outside the support. The last four are None where they were not asked for.
+    large as a logit; ``entropy`` ``[n]``; ``support_ids`` and ``support_log_probs`` ``[n, K]``; ``tail_logsumexp``
+    ``[n, 1]`` is the log-sum-exp outside the support, as wide. These four are None where they were not asked for.
     """
 
     log_probs: Tensor
@@ -60,7 +77,15 @@ class RowStats(NamedTuple):
     entropy: Tensor | None
     support_ids: Tensor | None
     support_log_probs: Tensor | None
-    log_tail: Tensor | None
+    tail_logsumexp: Tensor | None
+    holds: Holds = Holds.LOGITS
+
+    @property
+    def log_tail(self) -> Tensor | None:
+        """The log of the probability outside the support, ``[n]``."""
+        if self.tail_logsumexp is None:
+            return None
+        return (self.tail_logsumexp - self.logsumexp).squeeze(1).to(self.log_probs.dtype)
 
     @classmethod
     def concatenate(cls, parts: Sequence[RowStats]) -> RowStats:
@@ -75,8 +100,9 @@ class RowStats(NamedTuple):
 class DivergenceStats(NamedTuple):
     """Both models' reductions and the divergence between them, ``[n]`` or ``[n, 1]`` as in ``RowStats``.
 
-    ``center`` ``[n, 1]`` is what the gradient subtracts from the log-ratio: ``KL(p || m)`` for jsd, the divergence
-    itself for reverse_kl, 0 for forward_kl.
+    ``center`` ``[n, 1]``, as wide as the log-sum-exps, is what the gradient subtracts: for jsd ``KL(p || m)``, from the
+    log-ratio to the mixture; for reverse_kl the student's mean of ``z - y``, from the difference of the logits, so that
+    neither log-sum-exp has a part in it; 0 for forward_kl.
     """
 
     log_probs: Tensor
@@ -86,17 +112,20 @@ class DivergenceStats(NamedTuple):
     teacher_entropy: Tensor
     divergence: Tensor
     center: Tensor
+    holds: Holds = Holds.LOGITS
 
     def with_jsd(self, kl: Tensor, teacher_kl: Tensor, spec: RowSpec) -> DivergenceStats:
         """These with the Jensen-Shannon divergence, from ``KL(p || m)`` and ``KL(q || m)`` ``[n]``."""
-        return self._replace(divergence=(1.0 - spec.alpha) * kl + spec.alpha * teacher_kl, center=kl[:, None])
+        jsd = (1.0 - spec.alpha) * kl + spec.alpha * teacher_kl
+        # Rounding can take it below 0.
+        return self._replace(divergence=jsd.clamp_min(0.0), center=kl[:, None].to(self.logsumexp.dtype))
 
     @classmethod
     def concatenate(cls, parts: Sequence[DivergenceStats]) -> DivergenceStats:
         """The statistics of consecutive rows."""
         return cls._make(_concatenate(parts))
 
-    def select(self, rows: Tensor) -> DivergenceStats:
+    def select(self, rows: Tensor | slice) -> DivergenceStats:
         """The statistics of some rows."""
         return type(self)._make(_select(self, rows))
 
@@ -134,7 +163,8 @@ class Scratch(NamedTuple):
 class RowPasses(Protocol):
     """What a backend implements. Logits are ``[n, V]`` with rows of any stride; a pass may consume what it is given.
 
-    What the statistics' pass leaves in the buffers is for the matching gradient's eyes alone.
+    What the statistics' pass leaves in the student's buffer is for the matching gradient's eyes alone, and is named in
+    ``holds``: a gradient that needs something else raises RuntimeError.
     """
 
     def scratch(self, vocab_size: int, device: torch.device) -> Scratch:
@@ -221,25 +251,27 @@ class RowPasses(Protocol):
 
 
 def support_coefficients(
-    grad_log_probs: Tensor, grad_tail: Tensor | None, log_tail: Tensor | None
+    log_probs: Tensor, grad_log_probs: Tensor, grad_tail: Tensor | None, log_tail: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """What multiplies -p at K given ids, and p at all others, ``[n]`` each, for K log-probs and their tail.
+    """``dz`` at K given ids, ``[n, K]``, and what multiplies a softmax elsewhere, ``[n]``, for K log-probs and a tail.
 
-    At an id dlogits is ``g_k - total p_k``, outside of them ``outside p_v``: set apart, so that a large tail term never
-    has to cancel at an id.
+    At an id it is ``g_k - total p_k``. Elsewhere it is ``-total p_v``, or with a tail
+    ``(g_tail - total tail) p_v / tail``: ``p_v / tail`` is the softmax of the tail alone, whose log-sum-exp is
+    ``tail_logsumexp``, and is there where ``p_v`` has underflown.
     """
     total = grad_log_probs.sum(1)
-    if grad_tail is None or log_tail is None:
-        return total, -total
-    total = total + grad_tail
-    return total, grad_tail * torch.exp(-log_tail) - total
+    outside = -total
+    if grad_tail is not None and log_tail is not None:
+        total = total + grad_tail
+        outside = grad_tail - total * log_tail.exp()
+    return grad_log_probs - total[:, None] * log_probs.exp(), outside
 
 
-def _concatenate(parts: Sequence[Sequence[Tensor | None]]) -> list[Tensor | None]:
-    """Field by field; a field that is None in one part is None in all."""
-    columns = [[x for x in column if x is not None] for column in zip(*parts, strict=True)]
-    return [torch.cat(column) if column else None for column in columns]
+def _concatenate(parts: Sequence[Sequence[Any]]) -> list[Any]:
+    """Field by field; a field that is no tensor is the same in all parts."""
+    columns = zip(*parts, strict=True)
+    return [torch.cat(column) if isinstance(column[0], Tensor) else column[0] for column in columns]
 
 
-def _select(fields: Sequence[Tensor | None], rows: Tensor) -> list[Tensor | None]:
-    return [None if x is None else x[rows] for x in fields]
+def _select(fields: Sequence[Any], rows: Tensor | slice) -> list[Any]:
+    return [x[rows] if isinstance(x, Tensor) else x for x in fields]

@@ -1,7 +1,8 @@
 """The passes over a slice of the vocabulary in torch: every device, every floating dtype.
 
 Unlike the passes over whole rows they leave the logits as they are until the gradient, for their results are worth
-nothing before the other slices' are there. A unit is a raw logit, or the tanh of one with a softcap.
+nothing before the other slices' are there. ``slice_gradient_`` starts from fresh logits of any slice and the saved
+statistics. A unit is a raw logit, or the tanh of one with a softcap.
 """
 
 from __future__ import annotations
@@ -9,20 +10,30 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from srpo_kernels.rows import Dlogits, RowSpec, RowStats, support_coefficients
-from srpo_kernels.rows_torch import (
+from srpo_kernels.blocks_torch import (
     NATS,
-    _blocks,
-    _dot,
-    _log_ratio_to_mixture,
-    _normalize_,
-    _unit_,
+    argmax,
     bits_per_unit,
+    blocks,
+    divergence_gradient,
+    dot,
+    log_ratio_to_mixture,
     nats_per_unit,
+    normalize_,
     scratch,
-    slice_gradient_,
+    slope_of_bits,
+    to_units_,
 )
-from srpo_kernels.sums import LOWEST, ModelSums
+from srpo_kernels.rows import (
+    LOWEST,
+    DivergenceStats,
+    Dlogits,
+    RowGradients,
+    RowSpec,
+    RowStats,
+    support_coefficients,
+)
+from srpo_kernels.sums import ModelSums
 
 __all__ = [
     "finish_jsd",
@@ -44,33 +55,35 @@ def slope(spec: RowSpec) -> float:
 def model_sums(logits: Tensor, teacher_logits: Tensor | None, spec: RowSpec, *, target_ids: Tensor) -> list[ModelSums]:
     """One pass over one or both models' logits, in copies of a few rows."""
     parts, by = [], bits_per_unit(spec, logits.dtype)
-    for rows, (z, e, *pair) in _blocks(logits, 2 if teacher_logits is None else 5, buffers=2):
-        _unit_(z.copy_(logits[rows]), spec)
+    for rows, (z, e, *pair) in blocks(logits, 2 if teacher_logits is None else 5, buffers=2):
+        to_units_(z.copy_(logits[rows]), spec)
         target = _at(z, target_ids[rows, None]).squeeze(1)
-        z_max = _relative_(z)
         if teacher_logits is None:
-            parts.append([_sums(z_max, z, None, target, e, e, by)])
+            parts.append([_sums(z, None, None, target, e, e, by)])
             continue
         y, gap, work = pair
-        _unit_(y.copy_(teacher_logits[rows]), spec)
-        y_max = _relative_(y)
-        torch.sub(z, y, out=gap)
+        to_units_(y.copy_(teacher_logits[rows]), spec)
         nowhere = torch.full_like(target, LOWEST)
-        parts.append([_sums(z_max, z, gap, target, e, work, by), _sums(y_max, y, gap, nowhere, e, work, by)])
+        z_ids, y_ids = argmax(z), argmax(y)
+        torch.sub(z, y, out=gap)
+        anchors = y.gather(1, z_ids).squeeze(1), z.gather(1, y_ids).squeeze(1)
+        student = _sums(z, gap, gap.gather(1, z_ids), target, e, work, by)
+        teacher = _sums(y, gap, gap.gather(1, y_ids), nowhere, e, work, by)
+        parts.append([student._replace(anchor=anchors[0]), teacher._replace(anchor=anchors[1])])
     return [_concatenate(model) for model in zip(*parts, strict=True)]
 
 
 def support_sums(logits: Tensor, spec: RowSpec, *, target_ids: Tensor, support_ids: Tensor) -> tuple[ModelSums, Tensor]:
     """The support is taken out of copies of a few rows."""
     parts, support, by = [], [], bits_per_unit(spec, logits.dtype)
-    for rows, (z, e) in _blocks(logits, 2, buffers=1):
-        _unit_(z.copy_(logits[rows]), spec)
+    for rows, (z, e) in blocks(logits, 2, buffers=1):
+        to_units_(z.copy_(logits[rows]), spec)
         ids = support_ids[rows]
         target = _at(z, target_ids[rows, None]).squeeze(1)
         support.append(_at(z, ids))
         row, k = _inside(ids, z).nonzero(as_tuple=True)
         z[row, ids[row, k]] = LOWEST
-        parts.append(_sums(_relative_(z), z, None, target, e, e, by))
+        parts.append(_sums(z, None, None, target, e, e, by))
     return _concatenate(parts), torch.cat(support)
 
 
@@ -79,18 +92,19 @@ def jsd_sums(
 ) -> Tensor:
     """In bits, from probabilities that are good to the last digits."""
     parts = []
-    for rows, (p, q, mixture, ratio) in _blocks(student_logits, 4, buffers=2):
+    for rows, (p, q, mixture, ratio) in blocks(student_logits, 4, buffers=2):
         for out, logits, lse in ((p, student_logits, logsumexp), (q, teacher_logits, teacher_logsumexp)):
-            _normalize_(out.copy_(logits[rows]), lse[rows], spec)
+            to_units_(out.copy_(logits[rows]), spec)
+            normalize_(out, lse[rows], spec)
             out.exp2_()
-        _log_ratio_to_mixture(p, q, spec, mixture=mixture, out=ratio)
-        kl = _dot(p, ratio, out=ratio)
+        log_ratio_to_mixture(p, q, spec, mixture=mixture, out=ratio)
+        kl = dot(p, ratio, out=ratio)
         torch.div(q, mixture, out=ratio).log2_()
-        parts.append(torch.cat([kl, _dot(q, ratio, out=ratio)], dim=1))
+        parts.append(torch.cat([kl, dot(q, ratio, out=ratio)], dim=1))
     return torch.cat(parts)
 
 
-def finish_jsd(sums: Tensor, logsumexp: Tensor, teacher_logsumexp: Tensor) -> tuple[Tensor, Tensor]:
+def finish_jsd(sums: Tensor, logsumexp: Tensor, teacher_logsumexp: Tensor, spec: RowSpec) -> tuple[Tensor, Tensor]:
     """The sums are the divergences, in bits."""
     kl, teacher_kl = (sums * NATS).unbind(1)
     return kl, teacher_kl
@@ -109,11 +123,13 @@ def log_prob_gradient_(
     dtype: torch.dtype,
 ) -> Dlogits:
     """Write over the logits."""
-    total, outside = support_coefficients(grad_log_probs, grad_tail, stats.log_tail)
-    at_ids = grad_log_probs - total[:, None] * log_probs.exp()
-    for rows, (p, *slopes) in _blocks(logits, 1 if spec.softcap is None else 2, buffers=1):
+    at_ids, outside = support_coefficients(log_probs, grad_log_probs, grad_tail, stats.log_tail)
+    # With a tail the softmax is that of the rest of the row alone.
+    log_sum = stats.logsumexp if grad_tail is None or stats.tail_logsumexp is None else stats.tail_logsumexp
+    for rows, (p, slope) in blocks(logits, 2, buffers=1):
         z = logits[rows]
-        _normalize_(z, stats.logsumexp[rows], spec, *slopes)
+        to_units_(z, spec, slope)
+        normalize_(z, log_sum[rows], spec)
         torch.exp2(z, out=p)
         if grad_entropy is not None and stats.entropy is not None:
             z.add_(stats.entropy[rows, None] / NATS).mul_(p).mul_(-NATS * grad_entropy[rows, None])
@@ -122,32 +138,87 @@ def log_prob_gradient_(
         p.mul_(outside[rows, None])
         row, k = _inside(ids[rows], z).nonzero(as_tuple=True)
         p[row, ids[rows][row, k]] = at_ids[rows][row, k]
-        torch.mul(z.add_(p), *slopes or (spec.scale,), out=z)
+        z.add_(p).mul_(spec.scale if spec.softcap is None else slope)
     return Dlogits(logits.to(dtype), None)
 
 
-def _sums(
-    maximum: Tensor, x: Tensor, gap: Tensor | None, target: Tensor, e: Tensor, work: Tensor, by: float
-) -> ModelSums:
-    """The sums over units ``x`` of ``by`` bits relative to their maximum; ``work`` may be ``e`` where there is no gap.
+def slice_gradient_(
+    logits: Tensor,
+    teacher_logits: Tensor | None,
+    stats: RowStats | DivergenceStats,
+    grads: RowGradients,
+    spec: RowSpec,
+    *,
+    target_ids: Tensor,
+    first_id: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Work in place on both models' logits."""
+    local_ids = target_ids - first_id
+    inside = (local_ids >= 0) & (local_ids < logits.shape[1])
+    local_ids = local_ids.clamp(0, logits.shape[1] - 1)
 
-    Units, not bits: a logit is rounded once more only after its row's maximum is off.
+    for rows, (p, q, work, total, *slope) in blocks(logits, 4 if spec.softcap is None else 5, buffers=2):
+        z, y = logits[rows], None
+        to_units_(z, spec, *slope)
+        if grads.divergence is not None and isinstance(stats, DivergenceStats) and teacher_logits is not None:
+            y = teacher_logits[rows]
+            to_units_(y, spec)
+            if spec.divergence == "reverse_kl":
+                y = torch.sub(z, y, out=y)
+        normalize_(z, stats.logsumexp[rows], spec)
+        torch.exp2(z, out=p)
+        torch.mul(p, -grads.log_probs[rows, None], out=total)
+        total.scatter_add_(1, local_ids[rows, None], (grads.log_probs[rows] * inside[rows])[:, None])
+        if stats.entropy is not None:
+            torch.add(z, stats.entropy[rows, None] / NATS, out=work)
+            total.addcmul_(work.mul_(p), grads.entropy[rows, None], value=-NATS)
+        if grads.divergence is not None and isinstance(stats, DivergenceStats) and y is not None:
+            _divergence_gradient(p, y, stats.select(rows), spec, q, work, out=z)
+            total.addcmul_(z, grads.divergence[rows, None], value=slope_of_bits(spec))
+        torch.mul(total, *slope or (spec.scale,), out=z)
+    return logits.to(dtype)
+
+
+def _divergence_gradient(
+    p: Tensor, y: Tensor, stats: DivergenceStats, spec: RowSpec, q: Tensor, work: Tensor, out: Tensor
+) -> None:
+    """dD/dz up to ``slope_of_bits``, from p and the teacher's units; for reverse_kl from ``z - y`` in units."""
+    if spec.divergence == "reverse_kl":
+        # The center in two parts: it must not be rounded like a logit.
+        center = stats.center / nats_per_unit(spec)
+        high = center.to(y.dtype)
+        y.sub_(high).sub_((center - high).to(y.dtype)).mul_(bits_per_unit(spec, y.dtype))
+        torch.mul(p, y, out=out)
+        return
+    normalize_(y, stats.teacher_logsumexp, spec)
+    torch.exp2(y, out=q)
+    if spec.divergence == "jsd":
+        log_ratio_to_mixture(p, q, spec, mixture=work, out=out)
+        out.mul_(p)
+    divergence_gradient(out, p, q, (stats.center / NATS).to(p.dtype), spec, out=out)
+
+
+def _sums(
+    units: Tensor, gap: Tensor | None, anchor: Tensor | None, target: Tensor, e: Tensor, work: Tensor, by: float
+) -> ModelSums:
+    """The sums over units of ``by`` bits, which end up relative to their maximum; ``gap`` is relative to ``anchor``.
+
+    ``work`` may be ``e`` where there is no gap. A logit is rounded once more only after its row's maximum is off.
     """
-    total = torch.mul(x, by, out=e).exp2_().sum(1)
-    weighted = _dot(e, x, out=work).squeeze(1)
-    gaps = torch.zeros_like(total) if gap is None else _dot(e, gap, out=work).squeeze(1)
-    return ModelSums(maximum, total, weighted, gaps, target)
+    maximum = units.amax(1, keepdim=True)
+    units.sub_(maximum)
+    total = torch.mul(units, by, out=e).exp2_().sum(1)
+    weighted = dot(e, units, out=units).squeeze(1)
+    gaps = torch.zeros_like(total)
+    if gap is not None and anchor is not None:
+        gaps = dot(torch.sub(gap, anchor, out=work), e, out=work).squeeze(1)
+    return ModelSums(maximum.squeeze(1), total, weighted, gaps, target)
 
 
 def _concatenate(parts: tuple[ModelSums, ...] | list[ModelSums]) -> ModelSums:
-    return ModelSums._make(map(torch.cat, zip(*parts, strict=True)))
-
-
-def _relative_(z: Tensor) -> Tensor:
-    """Take each row's maximum from it; returns the maxima ``[n]``."""
-    maximum = z.amax(1, keepdim=True)
-    z.sub_(maximum)
-    return maximum.squeeze(1)
+    columns = zip(*parts, strict=True)
+    return ModelSums._make(None if column[0] is None else torch.cat(column) for column in columns)
 
 
 def _inside(ids: Tensor, z: Tensor) -> Tensor:

@@ -5,18 +5,15 @@ Vocabulary shards, tiles, and a support with its complement are all parts of a r
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from srpo_kernels.checks import refuse_name
 from srpo_kernels.rows import DivergenceStats, Dlogits, RowGradients, RowSpec, RowStats, Scratch
 from srpo_kernels.types import wide_dtype
-
-# Stands for minus infinity: 0 * LOWEST is 0. The unit of a logit that is taken out of its row, or in another part.
-LOWEST = -1e30
 
 
 class ModelSums(NamedTuple):
@@ -24,8 +21,10 @@ class ModelSums(NamedTuple):
 
     A unit is what a backend counts logits in: one is ``slope`` nats.
 
-    ``total`` is of e, ``weighted`` of e x, ``gap`` of e times the student's x minus the teacher's (0 for a model
-    alone). ``target`` is the unit of the target where it is in this part, else below any logit.
+    ``total`` is of e, ``weighted`` of e x. ``target`` is the unit of the target where it is in this part, else below
+    any logit. Of two models side by side, ``anchor`` is the other one's unit where this one's maximum is, and ``gap``
+    the sum of e times the student's unit minus the teacher's, less that difference at the maximum; of a model alone
+    they are None and 0.
 
     Sums are relative to the maximum because most rows of a language model have hardly anything beside it: what is left
     would be lost to the rounding of the logits themselves.
@@ -36,11 +35,12 @@ class ModelSums(NamedTuple):
     weighted: Tensor
     gap: Tensor
     target: Tensor
+    anchor: Tensor | None = None
 
     @classmethod
     def unpack(cls, sums: Tensor) -> ModelSums:
-        """The fields of ``[..., 5]`` as the kernels write them."""
-        return cls._make(sums.unbind(-1))
+        """The fields of ``[..., 5]``, or with an anchor ``[..., 6]``, as the kernels write them."""
+        return cls(*sums.unbind(-1))
 
     @classmethod
     def of_support(cls, units: Tensor, slope: float) -> ModelSums:
@@ -49,6 +49,10 @@ class ModelSums(NamedTuple):
         x = units - maximum[:, None]
         e = torch.exp(slope * x)
         return cls(maximum, e.sum(1), (e * x).sum(1), torch.zeros_like(maximum), maximum)
+
+    def pack(self) -> Tensor:
+        """The opposite of ``unpack``."""
+        return torch.stack([x for x in self if x is not None], dim=-1)
 
     def logsumexp(self, slope: float) -> Tensor:
         """In nats, in the widest dtype: in fp32 it would be rounded like a logit."""
@@ -66,15 +70,19 @@ class ModelSums(NamedTuple):
 
 def merge(parts: Sequence[ModelSums], slope: float) -> list[ModelSums]:
     """The sums of whole rows, of one model or of student and teacher, from parts that lie along dimension 0."""
-    maxima = [model.maximum.amax(0) for model in parts]
-    shifts = [model.maximum - maximum for model, maximum in zip(parts, maxima, strict=True)]
     merged = []
-    for model, maximum, shift in zip(parts, maxima, shifts, strict=True):
+    # The gap is the student's unit minus the teacher's: its sign in the teacher's anchor is the other one.
+    for model, sign in zip(parts, (1.0, -1.0), strict=False):
+        maximum, first = model.maximum.max(0)
+        shift = model.maximum - maximum
         decay = torch.exp(slope * shift)
-        weighted = (model.weighted + shift * model.total) * decay
-        gap = (model.gap + (shifts[0] - shifts[-1]) * model.total) * decay
         total = model.total * decay
-        merged.append(ModelSums(maximum, total.sum(0), weighted.sum(0), gap.sum(0), model.target.amax(0)))
+        weighted = (model.weighted + shift * model.total) * decay
+        gap, anchor = model.gap * decay, None
+        if model.anchor is not None:
+            anchor = model.anchor.gather(0, first[None]).squeeze(0)
+            gap = (model.gap + sign * (shift - (model.anchor - anchor)) * model.total) * decay
+        merged.append(ModelSums(maximum, total.sum(0), weighted.sum(0), gap.sum(0), model.target.amax(0), anchor))
     return merged
 
 
@@ -82,12 +90,21 @@ def merge(parts: Sequence[ModelSums], slope: float) -> list[ModelSums]:
 Combine = Callable[[list[ModelSums], float], list[ModelSums]]
 
 
-def divergences(student: ModelSums, teacher: ModelSums, slope: float) -> tuple[Tensor, Tensor]:
-    """``KL(q || p)`` and ``KL(p || q)`` of student p and teacher q, in nats."""
-    lse_gap = student.total.log() - teacher.total.log()
-    forward_kl = lse_gap - slope * teacher.gap / teacher.total
-    reverse_kl = slope * student.gap / student.total - lse_gap
-    return forward_kl, reverse_kl
+def divergences(student: ModelSums, teacher: ModelSums, slope: float) -> tuple[Tensor, Tensor, Tensor]:
+    """``KL(q || p)`` and ``KL(p || q)`` of student p and teacher q in nats, and p's mean of ``z - y``, wide, in nats.
+
+    Rounding can take neither divergence below 0.
+    """
+    assert student.anchor is not None
+    assert teacher.anchor is not None
+    # The logarithm of the ratio, not the difference of logarithms: of models that are nearly equal it is nearly 0.
+    log_totals = (student.total / teacher.total).log()
+    own, others = student.gap / student.total, teacher.gap / teacher.total
+    forward_kl = slope * ((student.maximum - teacher.anchor) - others) + log_totals
+    reverse_kl = slope * ((teacher.maximum - student.anchor) + own) - log_totals
+    wide = wide_dtype(own.device)
+    mean_gap = slope * ((student.maximum - student.anchor).to(wide) + own.to(wide))
+    return forward_kl.clamp_min(0.0), reverse_kl.clamp_min(0.0), mean_gap
 
 
 def finish_row(sums: ModelSums, slope: float, *, entropy: bool) -> RowStats:
@@ -100,16 +117,22 @@ def finish_divergence(
     student: ModelSums, teacher: ModelSums, spec: RowSpec, slope: float, *, entropy: bool
 ) -> DivergenceStats:
     """What both models' sums say; jsd takes a pass of its own over the logits, its divergence is reverse_kl here."""
-    forward_kl, reverse_kl = divergences(student, teacher, slope)
-    forward = spec.divergence == "forward_kl"
+    forward_kl, reverse_kl, mean_gap = divergences(student, teacher, slope)
+    match spec.divergence:
+        case "forward_kl":
+            divergence, center = forward_kl, torch.zeros_like(mean_gap)
+        case "reverse_kl" | "jsd":
+            divergence, center = reverse_kl, mean_gap
+        case unknown:
+            refuse_name("divergence", unknown)
     return DivergenceStats(
         student.log_probs(slope),
         student.logsumexp(slope)[:, None],
         student.entropy(slope) if entropy else None,
         teacher.logsumexp(slope)[:, None],
         teacher.entropy(slope),
-        forward_kl if forward else reverse_kl,
-        (torch.zeros_like(forward_kl) if forward else reverse_kl)[:, None],
+        divergence,
+        center[:, None],
     )
 
 
@@ -121,16 +144,12 @@ def finish_support(
     ``complement.target`` is the row's target, in the support or not. The tail is a sum of its own: 1 - sum(support)
     would lose a small one to rounding.
     """
-    pairs = zip(complement, ModelSums.of_support(units, slope), strict=True)
-    (sums,) = merge([ModelSums._make(map(torch.stack, pairs))], slope)
+    pairs = zip(complement[:5], ModelSums.of_support(units, slope)[:5], strict=True)
+    (sums,) = merge([ModelSums(*map(torch.stack, pairs))], slope)
     stats = finish_row(sums._replace(target=complement.target), slope, entropy=entropy)
     log_probs = slope * (units - sums.maximum[:, None]) - sums.total.log()[:, None]
-    log_tail = None
-    if spec.add_tail:
-        # The gradient divides by the tail.
-        smallest = math.log(torch.finfo(units.dtype).tiny)
-        log_tail = (complement.logsumexp(slope) - stats.logsumexp.squeeze(1)).to(units.dtype).clamp_min(smallest)
-    return stats._replace(support_ids=ids, support_log_probs=log_probs, log_tail=log_tail)
+    tail_logsumexp = complement.logsumexp(slope)[:, None] if spec.add_tail else None
+    return stats._replace(support_ids=ids, support_log_probs=log_probs, tail_logsumexp=tail_logsumexp)
 
 
 class SlicePasses(Protocol):
@@ -162,7 +181,9 @@ class SlicePasses(Protocol):
     ) -> Tensor:  # fmt: skip
         """The slice's part of ``KL(p || m)`` and ``KL(q || m)``, ``[n, 2]``: parts add up."""
 
-    def finish_jsd(self, sums: Tensor, logsumexp: Tensor, teacher_logsumexp: Tensor) -> tuple[Tensor, Tensor]:
+    def finish_jsd(
+        self, sums: Tensor, logsumexp: Tensor, teacher_logsumexp: Tensor, spec: RowSpec
+    ) -> tuple[Tensor, Tensor]:
         """``KL(p || m)`` and ``KL(q || m)`` in nats, ``[n]``, from the sums over all slices."""
 
     def log_prob_gradient_(

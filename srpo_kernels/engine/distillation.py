@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from srpo_kernels import objective
+from srpo_kernels.checks import refuse_name
 from srpo_kernels.config import SRPOConfig
 from srpo_kernels.engine.sharded import row_stats_later
 from srpo_kernels.rows import Dlogits, RowPasses, RowSpec
@@ -43,11 +44,15 @@ def distill_chunk(
 
     ``gradient`` says that ``gradient_`` will be called; ``dtype`` is that of its dlogits.
     """
-    if config.distillation_mode == "full":
-        return _full(passes, z, y, target_ids, spec, gradient, dtype)
-    if config.distillation_mode == "sampled":
-        return _sampled(passes, z, y, target_ids, spec, dtype)
-    return _topk(passes, z, y, target_ids, spec, config, dtype)
+    match config.distillation_mode:
+        case "full":
+            return _full(passes, z, y, target_ids, spec, gradient, dtype)
+        case "sampled":
+            return _sampled(passes, z, y, target_ids, spec, dtype)
+        case "topk":
+            return _topk(passes, z, y, target_ids, spec, config, dtype)
+        case unknown:
+            refuse_name("distillation_mode", unknown)
 
 
 def _full(

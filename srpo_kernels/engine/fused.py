@@ -19,7 +19,7 @@ from torch import Tensor
 
 from srpo_kernels import objective
 from srpo_kernels.config import SRPOConfig
-from srpo_kernels.engine import gemm, workspace
+from srpo_kernels.engine import gemm
 from srpo_kernels.engine.batch import Batch, FusedResult, Head, Needs
 from srpo_kernels.engine.distillation import distill_chunk
 from srpo_kernels.engine.plan import Plan
@@ -66,9 +66,10 @@ class FusedPass:
         needs: Needs,
         passes: RowPasses,
         vocabulary: Vocabulary,
+        buffer: Tensor,
     ) -> None:
         self.batch, self.plan, self.config, self.needs, self.passes = batch, plan, config, needs, passes
-        self.vocabulary = vocabulary
+        self.vocabulary, self.buffer = vocabulary, buffer
         self.dtype = gemm.accumulation_dtype(batch.hidden, batch.head.weight)
         self.operand_dtype = gemm.operand_dtype(batch.head.weight, self.dtype)
         topk = min(config.topk, vocabulary.size) if config.distillation_mode == "topk" else 0
@@ -82,13 +83,14 @@ class FusedPass:
             topk=topk,
             add_tail=config.add_tail and 0 < topk < vocabulary.size,
         )
-        width = len(batch.head.weight)
-        self.buffer = workspace.borrow(plan.buffer_rows, width, self.dtype, batch.hidden.device)
         self.log_probs = batch.hidden.new_zeros(len(batch.target_ids), dtype=self.dtype)
-        self.grad_hidden = torch.zeros_like(batch.hidden, dtype=self.dtype) if needs.hidden else None
+        # Where hidden states are frozen, the sums of dlogits: they are finite where all dlogits of a row are.
+        probe = batch.hidden if needs.hidden else batch.hidden[:, :1]
+        self.grad_rows = torch.zeros_like(probe, dtype=self.dtype) if any(needs) else None
         self.grad_head = gemm.HeadGradient(
             batch.head.weight if needs.weight else None, batch.head.bias if needs.bias else None, self.dtype
         )
+        self.finite = torch.ones_like(self.log_probs, dtype=torch.bool)
         self.metrics = dict.fromkeys(METRICS, self.log_probs.new_zeros(()))
 
     def run(self) -> FusedResult:
@@ -101,13 +103,16 @@ class FusedPass:
             loss = loss + self._policy(carried)
         self.grad_head.finish()
         order = self.plan.order
-        if any(self.needs):
-            self.vocabulary.add_up_(self.grad_hidden, torch.cat([order.distillation, order.policy]))
+        if self.grad_rows is not None:
+            self.vocabulary.add_up_(self.grad_rows, torch.cat([order.distillation, order.policy]))
+            self.finite &= self.grad_rows.isfinite().all(1)
+        self._count("nonfinite_rows", ~self.finite)
         self._count("sdpo_tokens", len(order.distillation))
         self._count("policy_tokens", len(order.policy) + len(order.inactive))
         self._count("active_rows", len(order.distillation) + len(order.policy))
+        grad_hidden = self.grad_rows if self.needs.hidden else None
         grad_head = self.grad_head
-        return FusedResult(loss, self.log_probs, self.metrics, self.grad_hidden, grad_head.weight, grad_head.bias)
+        return FusedResult(loss, self.log_probs, self.metrics, grad_hidden, grad_head.weight, grad_head.bias)
 
     def _distill(self) -> tuple[Tensor, _Carried | None]:
         order, beta = self.plan.order.distillation, self.config.dw_beta
@@ -147,8 +152,8 @@ class FusedPass:
                 weights = torch.exp(-beta * distilled.teacher_entropy - reference)
                 upstream = self.batch.factors[rows] * weights * self._correction(distilled.log_probs, rows)
                 dlogits = distilled.gradient_(upstream)
-                if rescale is not None and self.grad_hidden is not None:
-                    self.grad_hidden[order[: ids.start]] *= rescale
+                if rescale is not None and self.grad_rows is not None:
+                    self.grad_rows[order[: ids.start]] *= rescale
                 # Dlogits that are not where their logits were are no matrix with others'.
                 if not shared or self.operand_dtype != self.dtype:
                     self._accumulate(dlogits, own, rescale)
@@ -165,7 +170,7 @@ class FusedPass:
         self._count("dw_weight_sum", weights)
         self._count("dw_weight_sq_sum", weights.square())
         self._count("divergence_sum", divergence)
-        self._count("nonfinite_rows", ~weighted.isfinite())
+        self.finite[order] = weighted.isfinite()
         return (self.batch.factors[order] * weighted).sum(), carried
 
     def _policy(self, carried: _Carried | None) -> Tensor:
@@ -222,7 +227,7 @@ class FusedPass:
         self._count("dual_clip_count", terms.dual_clip)
         self._count("approx_kl_sum", terms.approx_kl)
         self._count("ref_kl_sum", terms.ref_kl)
-        self._count("nonfinite_rows", ~token_loss.isfinite())
+        self.finite[order.policy] = token_loss.isfinite()
         if entropy is not None:
             self._count("entropy_sum", entropy)
             self._count("entropy_tokens", len(entropy))
@@ -288,10 +293,13 @@ class FusedPass:
         values, factor = dlogits
         hidden = chunk.hidden
         self.grad_head.add_bias(dlogits, rescale)
-        if self.grad_hidden is not None:
-            grad = self.grad_hidden.new_empty(hidden.shape)
-            gemm.backproject(values, self.batch.head.weight, out=grad)
-            self.grad_hidden[chunk.rows] = grad if factor is None else grad.mul_(factor)
+        if self.grad_rows is not None:
+            if self.needs.hidden:
+                grad = self.grad_rows.new_empty(hidden.shape)
+                gemm.backproject(values, self.batch.head.weight, out=grad)
+            else:
+                grad = values.sum(1, keepdim=True, dtype=self.dtype)
+            self.grad_rows[chunk.rows] = grad if factor is None else grad.mul_(factor)
         self.grad_head.add_weight(values, hidden if factor is None else hidden * factor, rescale)
 
     def _correction(self, log_probs: Tensor, rows: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from srpo_kernels.config import SRPOConfig
-from srpo_kernels.engine import ops
+from srpo_kernels.engine import ops, workspace
 from srpo_kernels.engine.arguments import LossArguments, LossOptions, parse
 from srpo_kernels.engine.batch import Needs
 from srpo_kernels.engine.fused import FusedPass
@@ -26,7 +26,8 @@ def fused_loss(call: LossArguments, options: LossOptions) -> tuple[Tensor, Tenso
     Only the loss carries gradient, to hidden states, weight and bias.
     """
     loss, log_probs, metrics, *_ = ops.run(torch.ops.srpo_kernels.fused_loss, _FusedLoss, call, options)
-    return loss, log_probs, metrics
+    # The backward knows the operation's own result again: the caller's may be changed in place.
+    return loss.clone(), log_probs, metrics
 
 
 def _forward(*arguments: Any) -> tuple[Tensor, ...]:
@@ -37,7 +38,9 @@ def _forward(*arguments: Any) -> tuple[Tensor, ...]:
         vocabulary = agree(call, options, needs)
         passes = row_passes(options.backend, vocabulary)
         batch, plan = prepare_loss(call, config, options, needs, passes, vocabulary)
-        result = FusedPass(batch, plan, config, needs, passes, vocabulary).run()
+        dtype = accumulation_dtype(call.hidden, call.weight)
+        with workspace.borrowed(plan.buffer_rows, len(call.weight), dtype, call.hidden.device) as buffer:
+            result = FusedPass(batch, plan, config, needs, passes, vocabulary, buffer).run()
     grad_hidden = None if result.grad_hidden is None else result.grad_hidden.view(call.hidden.shape)
     return (
         result.loss,

@@ -6,11 +6,13 @@ operations, so that a compiled graph never sees it.
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from srpo_kernels.config import SRPOConfig
+from srpo_kernels.config import Divergence, SRPOConfig
 from srpo_kernels.distributed import gather_rows, group_of, sum_ranks
 from srpo_kernels.engine.arguments import LossArguments, LossOptions, StatsArguments, StatsOptions
 from srpo_kernels.engine.batch import Batch, Head, Needs
@@ -162,7 +164,7 @@ def prepare_stats(
         target_ids=targets.long(),
         rows=rows,
         spec=RowSpec(
-            divergence=None if call.teacher_hidden is None else options.divergence,
+            divergence=None if call.teacher_hidden is None else cast(Divergence, options.divergence),
             alpha=options.alpha,
             temperature=options.temperature,
             logit_scale=options.logit_scale,
@@ -246,6 +248,8 @@ def _factors(
     count = count.clamp_min(1.0)
     if config.reduction == "constant" and config.max_length is not None:
         return ones / (count * config.max_length)
+    if config.reduction != "sequence":
+        raise ValueError(f"reduction={config.reduction!r} is not implemented")
     lengths = sum_ranks(torch.bincount(sequences[valid], minlength=num_sequences), group).to(ones).clamp_min(1.0)
     return 1.0 / (count * lengths[sequences])
 

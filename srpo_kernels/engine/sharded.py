@@ -11,8 +11,8 @@ from torch.nn.functional import pad
 
 from srpo_kernels import backends
 from srpo_kernels.engine.vocabulary import Vocabulary
-from srpo_kernels.rows import DivergenceStats, Dlogits, RowGradients, RowPasses, RowSpec, RowStats, Scratch
-from srpo_kernels.sums import LOWEST, ModelSums, SlicePasses, finish_divergence, finish_row, finish_support, merge
+from srpo_kernels.rows import LOWEST, DivergenceStats, Dlogits, RowGradients, RowPasses, RowSpec, RowStats, Scratch
+from srpo_kernels.sums import ModelSums, SlicePasses, finish_divergence, finish_row, finish_support, merge
 
 
 class ShardedPasses:
@@ -50,7 +50,7 @@ class ShardedPasses:
         else:
             own = support_ids - self.vocabulary.first_id
             complement, units = self.slices.support_sums(logits, spec, target_ids=targets, support_ids=own)
-            gathered = self.vocabulary.gather(torch.cat([torch.stack(complement, dim=1), units], dim=1))
+            gathered = self.vocabulary.gather(torch.cat([complement.pack(), units], dim=1))
             complement = _merge(gathered[..., :5], slope)
             units = gathered[..., 5:].amax(0)
         return finish_support(complement, units, support_ids, spec, slope, entropy=entropy)
@@ -61,7 +61,7 @@ class ShardedPasses:
         """No exchange: the sums wait for the next pass's."""
         slope, targets = self.slices.slope(spec), target_ids - self.vocabulary.first_id
         (sums,) = self.slices.model_sums(logits, None, spec, target_ids=targets)
-        gathered = self.vocabulary.gather_later(torch.stack(sums, dim=1))
+        gathered = self.vocabulary.gather_later(sums.pack())
         return lambda: finish_row(_merge(gathered(), slope), slope, entropy=entropy)
 
     def _choose(
@@ -72,13 +72,13 @@ class ShardedPasses:
         # Ids travel as the bits of a number of the units' size.
         integers = torch.int32 if units.dtype == torch.float32 else torch.int64
         bits = pad(ids + self.vocabulary.first_id, (0, missing)).to(integers).view(units.dtype)
-        own = [torch.stack(complement, dim=1), pad(units, (0, missing), value=LOWEST), bits]
+        own = [complement.pack(), pad(units, (0, missing), value=LOWEST), bits]
         sums, candidates, bits = self.vocabulary.gather(torch.cat(own, dim=1)).split([5, topk, topk], dim=2)
         candidates, bits = (x.movedim(0, 1).flatten(1) for x in (candidates, bits))
         chosen = candidates.topk(topk, dim=1)
         rest = ModelSums.of_support(candidates.scatter(1, chosen.indices, LOWEST), slope)
         rest = rest._replace(target=torch.full_like(rest.target, LOWEST))
-        complement = _merge(torch.cat([sums, torch.stack(rest, dim=1)[None]]), slope)
+        complement = _merge(torch.cat([sums, rest.pack()[None]]), slope)
         return complement, chosen.values, bits.contiguous().view(integers).gather(1, chosen.indices).long()
 
     def divergence_stats(
@@ -100,7 +100,7 @@ class ShardedPasses:
             return stats
         log_sums = stats.logsumexp, stats.teacher_logsumexp
         sums = self.vocabulary.gather(self.slices.jsd_sums(student_logits, teacher_logits, *log_sums, spec)).sum(0)
-        return stats.with_jsd(*self.slices.finish_jsd(sums, *log_sums), spec)
+        return stats.with_jsd(*self.slices.finish_jsd(sums, *log_sums, spec), spec)
 
     def log_prob_gradient_(
         self,

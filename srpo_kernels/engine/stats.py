@@ -53,7 +53,6 @@ def forward(hidden: Tensor, head: Head, call: StatsCall) -> RowStats | Divergenc
     capacity, _ = call.capacity(head.weight, dtype)
     chunks = plan.row_chunks(len(call.rows), capacity) or [slice(0, 0)]
     longest = max(chunk.stop - chunk.start for chunk in chunks)
-    buffer = workspace.borrow(call.models * longest, vocab_size, dtype, hidden.device)
 
     def logits(states: Tensor, head: Head, rows: Tensor, out: Tensor) -> Tensor:
         operand = states[rows].to(gemm.operand_dtype(head.weight, dtype))
@@ -62,17 +61,18 @@ def forward(hidden: Tensor, head: Head, call: StatsCall) -> RowStats | Divergenc
 
     alone: list[RowStats] = []
     paired: list[DivergenceStats] = []
-    for chunk in chunks:
-        rows = call.rows[chunk]
-        target_ids = call.target_ids[rows]
-        z = logits(hidden, head, rows, buffer[: len(rows)])
-        if call.teacher_hidden is None:
-            alone.append(call.passes.row_stats(z, call.spec, target_ids=target_ids, entropy=True))
-        else:
-            y = logits(call.teacher_hidden, call.teacher_head, rows, buffer[longest : longest + len(rows)])
-            paired.append(
-                call.passes.divergence_stats(z, y, call.spec, target_ids=target_ids, gradient=False, entropy=True)
-            )
+    with workspace.borrowed(call.models * longest, vocab_size, dtype, hidden.device) as buffer:
+        for chunk in chunks:
+            rows = call.rows[chunk]
+            target_ids = call.target_ids[rows]
+            z = logits(hidden, head, rows, buffer[: len(rows)])
+            if call.teacher_hidden is None:
+                alone.append(call.passes.row_stats(z, call.spec, target_ids=target_ids, entropy=True))
+            else:
+                y = logits(call.teacher_hidden, call.teacher_head, rows, buffer[longest : longest + len(rows)])
+                paired.append(
+                    call.passes.divergence_stats(z, y, call.spec, target_ids=target_ids, gradient=False, entropy=True)
+                )
     return DivergenceStats.concatenate(paired) if paired else RowStats.concatenate(alone)
 
 
@@ -114,26 +114,26 @@ def backward(
     grad_weight = torch.zeros_like(head.weight) if needs.weight else None
     grad_bias = torch.zeros_like(head.bias) if needs.bias and head.bias is not None else None
     width = _slice_width(len(rows), head, call, dtype)
-    buffer = workspace.borrow(call.models * len(rows), width, dtype, hidden.device)
-    for first in range(0, vocab_size if len(rows) else 0, width):
-        ids = slice(first, min(first + width, vocab_size))
-        weight = head.weight[ids].to(operand_dtype)
-        z = buffer[: len(rows), : ids.stop - ids.start]
-        gemm.project(states, weight, None if head.bias is None else head.bias[ids], out=z)
-        y = None
-        if teacher_states is not None:
-            y = buffer[len(rows) :, : ids.stop - ids.start]
-            bias = None if teacher.bias is None else teacher.bias[ids]
-            gemm.project(teacher_states, teacher.weight[ids], bias, out=y)
-        dlogits = call.passes.slice_gradient_(
-            z, y, stats, grads, call.spec, target_ids=target_ids, first_id=first, dtype=operand_dtype
-        )
-        if grad_bias is not None:
-            grad_bias[ids] = dlogits.sum(0, dtype=dtype)
-        if grad_states is not None:
-            gemm.backproject(dlogits, weight, out=grad_states, accumulate=True)
-        if grad_weight is not None:
-            gemm.weight_product(dlogits, states, out=grad_weight[ids])
+    with workspace.borrowed(call.models * len(rows), width, dtype, hidden.device) as buffer:
+        for first in range(0, vocab_size if len(rows) else 0, width):
+            ids = slice(first, min(first + width, vocab_size))
+            weight = head.weight[ids].to(operand_dtype)
+            z = buffer[: len(rows), : ids.stop - ids.start]
+            gemm.project(states, weight, None if head.bias is None else head.bias[ids], out=z)
+            y = None
+            if teacher_states is not None:
+                y = buffer[len(rows) :, : ids.stop - ids.start]
+                bias = None if teacher.bias is None else teacher.bias[ids]
+                gemm.project(teacher_states, teacher.weight[ids], bias, out=y)
+            dlogits = call.passes.slice_gradient_(
+                z, y, stats, grads, call.spec, target_ids=target_ids, first_id=first, dtype=operand_dtype
+            )
+            if grad_bias is not None:
+                grad_bias[ids] = dlogits.sum(0, dtype=dtype)
+            if grad_states is not None:
+                gemm.backproject(dlogits, weight, out=grad_states, accumulate=True)
+            if grad_weight is not None:
+                gemm.weight_product(dlogits, states, out=grad_weight[ids])
 
     grad_hidden = None
     call.vocabulary.add_up_(grad_states, rows)

@@ -34,11 +34,14 @@ class Statistics(NamedTuple):
 
 _DIFFERENTIABLE = RowGradients._fields
 _STUDENTS = ("log_probs", "entropy", "logsumexp")
+_WIDE = ("logsumexp", "teacher_logsumexp", "center")
 
 
 def token_stats(call: StatsArguments, options: StatsOptions) -> Statistics:
     """Statistics of every row; they carry gradient to hidden states, weight and bias."""
-    return Statistics._make(ops.run(torch.ops.srpo_kernels.token_stats, _TokenStats, call, options))
+    statistics = ops.run(torch.ops.srpo_kernels.token_stats, _TokenStats, call, options)
+    # The backward needs them as they are: the caller's may be changed in place.
+    return Statistics._make(x.clone() for x in statistics)
 
 
 def _forward(*arguments: Any) -> tuple[Tensor, ...]:
@@ -68,7 +71,7 @@ def _fake_forward(*arguments: Any) -> tuple[Tensor, ...]:
     rows = call.hidden.new_empty(call.hidden.shape[:-1], dtype=accumulation_dtype(call.hidden, call.weight))
     present = [call.teacher_hidden is not None or name in _STUDENTS for name in Statistics._fields]
     wide = wide_dtype(rows.device)
-    dtypes = [wide if name.endswith("logsumexp") else rows.dtype for name in Statistics._fields]
+    dtypes = [wide if name in _WIDE else rows.dtype for name in Statistics._fields]
     values = [torch.empty_like(rows, dtype=d) if here else None for here, d in zip(present, dtypes, strict=True)]
     return ops.dense(tuple(values), rows)
 
@@ -82,7 +85,7 @@ def _gradients(*arguments: Any) -> tuple[Tensor, ...]:
         upstream = [x.masked_fill(~call.mask, 0.0) if x.numel() else x for x in upstream]
     grads = RowGradients._make(map(torch.flatten, upstream))
     flat = Statistics._make(map(torch.flatten, values))
-    columns = {name: getattr(flat, name)[:, None] for name in ("logsumexp", "teacher_logsumexp", "center")}
+    columns = {name: getattr(flat, name)[:, None] for name in _WIDE}
     result: RowStats | DivergenceStats = DivergenceStats(**flat._asdict() | columns)
     if call.teacher_hidden is None:
         result = RowStats(flat.log_probs, columns["logsumexp"], flat.entropy, None, None, None)
@@ -112,11 +115,29 @@ def _backward(gradients: ops.Implementation) -> ops.Backward:
 
     def backward(ctx: Any, saved: tuple[Tensor, ...], *upstream: Tensor) -> tuple[Tensor | None, ...]:
         leaves, statistics = saved[:3], saved[3:]
+        _require_unchanged(ctx)
         results = gradients(*upstream[: len(_DIFFERENTIABLE)], *statistics, *leaves, *ctx.others)
         wanted = [x if needed else None for x, needed in zip(results, ctx.needs, strict=True)]
         return (*wanted, *[None] * len(ctx.others))
 
     return ops.once_differentiable(backward, source=3)
+
+
+def _versions(arguments: tuple[Any, ...]) -> list[int | None]:
+    """How often each tensor has been changed in place; None where PyTorch does not count, or refuses the change."""
+    counted = (isinstance(x, Tensor) and not x.is_inference() for x in arguments)
+    return [x._version if counts else None for x, counts in zip(arguments, counted, strict=True)]
+
+
+def _require_unchanged(ctx: Any) -> None:
+    """Raise RuntimeError where a tensor that the backward reads again was changed in place after the forward."""
+    names = StatsArguments._fields[3:]
+    for name, old, new in zip(names, ctx.versions, _versions(ctx.others), strict=False):
+        if old != new:
+            raise RuntimeError(
+                f"{name} has been changed in place since token_stats read it, version {old} has become {new}: its "
+                "backward reads it again, so change a copy"
+            )
 
 
 class _TokenStats(torch.autograd.Function):
@@ -132,6 +153,7 @@ class _TokenStats(torch.autograd.Function):
         ctx.save_for_backward(*inputs[:3], *output)
         # A teacher's states may come from inference mode, whose tensors autograd refuses to save.
         ctx.others = inputs[3:]
+        ctx.versions = _versions(ctx.others)
         ctx.mark_non_differentiable(*output[len(_DIFFERENTIABLE) :])
 
     backward = staticmethod(_backward(_gradients))

@@ -8,6 +8,8 @@ nothing that is returned to a caller lives in it.
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -17,7 +19,7 @@ _ALIGNMENT = 16
 
 
 class _Kept(threading.local):
-    buffer: Tensor = torch.empty(0, dtype=torch.uint8)
+    buffer: Tensor | None = None
 
 
 _kept = _Kept()
@@ -28,22 +30,30 @@ def row_stride(width: int) -> int:
     return -(-width // _ALIGNMENT) * _ALIGNMENT
 
 
-def borrow(rows: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A buffer ``[rows, width]`` of unspecified content, valid until this thread's next call."""
+@contextmanager
+def borrowed(rows: int, width: int, dtype: torch.dtype, device: torch.device) -> Iterator[Tensor]:
+    """A buffer ``[rows, width]`` of unspecified content, which belongs to the caller until the context ends.
+
+    A call within another, from a hook of it, say, gets a buffer of its own.
+    """
     stride = row_stride(width)
-    return _borrow(rows * stride * dtype.itemsize, device).view(dtype).view(rows, stride)[:, :width]
-
-
-def _borrow(size: int, device: torch.device) -> Tensor:
-    if device.type != "cpu":
-        return torch.empty(size, dtype=torch.uint8, device=device)
-    if len(_kept.buffer) < size:
+    size = rows * stride * dtype.itemsize
+    buffer = None
+    if device.type == "cpu":
+        buffer, _kept.buffer = _kept.buffer, None
+    if buffer is None or len(buffer) < size:
         # The old buffer goes first: both at once would be a peak that no caller asked for.
-        _kept.buffer = torch.empty(0, dtype=torch.uint8)
-        _kept.buffer = torch.empty(size, dtype=torch.uint8)
-    return _kept.buffer[:size]
+        buffer = None
+        # In inference mode it would be of no use to a later call outside of it.
+        with torch.inference_mode(False):
+            buffer = torch.empty(size, dtype=torch.uint8, device=device)
+    try:
+        yield buffer[:size].view(dtype).view(rows, stride)[:, :width]
+    finally:
+        if device.type == "cpu" and (_kept.buffer is None or len(_kept.buffer) < len(buffer)):
+            _kept.buffer = buffer
 
 
 def release() -> None:
     """Free this thread's buffer."""
-    _kept.buffer = torch.empty(0, dtype=torch.uint8)
+    _kept.buffer = None

@@ -15,12 +15,13 @@ from srpo_kernels.kernels.row_stats import row_stats_kernel
 from srpo_kernels.kernels.transform import Base2, Transform
 from srpo_kernels.rows import RowSpec
 from srpo_kernels.sums import ModelSums
+from srpo_kernels.types import wide_dtype
 
 
 def launch_row_stats(z: Tensor, y: Tensor | None, transform: Transform, target_ids: Tensor) -> list[ModelSums]:
     """The sums of the student, and of the teacher where there is one."""
-    models = 1 if y is None else 2
-    sums = z.new_empty(len(z), models, 5)
+    models, fields = (1, 5) if y is None else (2, 12)
+    sums = z.new_empty(len(z), fields)
     vendor = vendor_of(z.device)
     launch = row_launch(models, vendor)
     if len(z):
@@ -42,13 +43,14 @@ def launch_row_stats(z: Tensor, y: Tensor | None, transform: Transform, target_i
                 num_warps=launch.num_warps,
                 num_stages=launch.num_stages,
             )
-    return [ModelSums.unpack(model) for model in sums.unbind(1)]
+    return [ModelSums.unpack(model) for model in sums.chunk(models, dim=1)]
 
 
 def launch_row_jsd(z: Tensor, y: Tensor, lse: Tensor, teacher_lse: Tensor, spec: RowSpec) -> Tensor:
     """``KL(p || m)`` and ``KL(q || m)`` of rows as the kernel sees them, ``[n, 2]`` in bits."""
     transform, vendor = Transform.of(spec), vendor_of(z.device)
     student, teacher = Base2.of(lse, z.dtype), Base2.of(teacher_lse, z.dtype)
+    shares = _shares(student, teacher, spec)
     launch = row_launch(2, vendor)
     kl2 = z.new_empty(len(z), 2)
     if len(z):
@@ -56,7 +58,7 @@ def launch_row_jsd(z: Tensor, y: Tensor, lse: Tensor, teacher_lse: Tensor, spec:
             row_jsd_kernel[(len(z),)](
                 z,
                 y,
-                torch.cat([student.high, teacher.high, *_shares(student, teacher, spec)], dim=1),
+                torch.cat([student.high, teacher.high, shares.to(z.dtype)], dim=1),
                 kl2,
                 z.stride(0),
                 y.stride(0),
@@ -72,13 +74,18 @@ def launch_row_jsd(z: Tensor, y: Tensor, lse: Tensor, teacher_lse: Tensor, spec:
     return kl2
 
 
-def finish_jsd(kl2: Tensor, logsumexp: Tensor, teacher_logsumexp: Tensor) -> tuple[Tensor, Tensor]:
+def finish_jsd(kl2: Tensor, logsumexp: Tensor, teacher_logsumexp: Tensor, spec: RowSpec) -> tuple[Tensor, Tensor]:
     """``KL(p || m)`` and ``KL(q || m)`` in nats, ``[n]``, from the sums of whole rows."""
     student, teacher = Base2.of(logsumexp, kl2.dtype), Base2.of(teacher_logsumexp, kl2.dtype)
     # The kernel's p and log p are off by what its log-sum-exp lacks; p sums to 1.
     kl2 = kl2 * torch.cat([student.correction, teacher.correction], dim=1)
-    kl, teacher_kl = ((kl2 - torch.cat([student.low, teacher.low], dim=1)) * math.log(2.0)).unbind(1)
-    return kl, teacher_kl
+    kl = (kl2 - torch.cat([student.low, teacher.low], dim=1)) * math.log(2.0)
+    # Its mixture is off by the rounding of the shares: their mean, where the models are nearly equal.
+    shares = _shares(student, teacher, spec)
+    rounding = shares.to(kl2.dtype) / shares - 1.0
+    rounding = (1.0 - spec.alpha) * rounding[:, :1] + spec.alpha * rounding[:, 1:]
+    student_kl, teacher_kl = (kl + rounding.to(kl2.dtype)).unbind(1)
+    return student_kl, teacher_kl
 
 
 def launch_row_grad(
@@ -88,6 +95,7 @@ def launch_row_grad(
     *,
     logsumexp: Tensor,
     teacher_logsumexp: Tensor | None,
+    center: Tensor | None,
     by_p: Tensor,
     by_log: Tensor,
     by_divergence: Tensor,
@@ -96,24 +104,31 @@ def launch_row_grad(
     id_grads: Tensor,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Launch ``row_grad_kernel``; coefficients ``[n]`` are per nat and do not know the transform's slope yet."""
+    """Launch ``row_grad_kernel``; coefficients ``[n]`` are per nat and do not know the transform's slope yet.
+
+    ``center`` is that of ``DivergenceStats``; forward_kl's, which is 0, may be left out.
+    """
     transform, vendor = Transform.of(spec), vendor_of(z.device)
     divergence = "none" if y is None else spec.divergence
     student = Base2.of(logsumexp, z.dtype)
     teacher = student if teacher_logsumexp is None else Base2.of(teacher_logsumexp, z.dtype)
     # What the log-sum-exps lack in fp32 scales a row's probabilities and shifts its log-ratios.
     by_log, by_divergence = by_log[:, None] * math.log(2.0), by_divergence[:, None]
-    missing = by_log * student.low
+    missing, other = by_log * student.low, teacher.high
     if divergence == "forward_kl":
         by_divergence = by_divergence * (teacher.correction / student.correction)
-    elif divergence != "none":
+    elif divergence == "reverse_kl" and center is not None:
+        by_divergence = by_divergence * transform.slope
+        center_units = center / transform.slope
+        other = center_units.to(z.dtype)
+        missing = missing + by_divergence * (center_units - other).to(z.dtype)
+    elif divergence == "jsd" and center is not None:
         by_divergence = by_divergence * math.log(2.0)
-        missing = missing + by_divergence * (student.low - (teacher.low if divergence == "reverse_kl" else 0.0))
-    terms = [by_p[:, None] - missing, by_log, by_divergence, by_p_at_ids[:, None] - missing]
+        missing = missing + by_divergence * (student.low + (center / math.log(2.0)).to(z.dtype))
+    by_p, by_p_at_ids = by_p[:, None] - missing, by_p_at_ids[:, None] - missing
     scale = spec.scale * student.correction
-    coefficients = torch.cat(
-        [student.high, teacher.high, *(x * scale for x in terms), *_shares(student, teacher, spec)], dim=1
-    )
+    terms = [x * scale for x in (by_p, by_log, by_divergence, by_p_at_ids)]
+    coefficients = torch.cat([student.high, other, *terms, _shares(student, teacher, spec).to(z.dtype)], dim=1)
     out = z
     if dtype != z.dtype:
         out = torch.empty_strided(z.shape, z.stride(), dtype=dtype, device=z.device)
@@ -145,6 +160,7 @@ def launch_row_grad(
     return out
 
 
-def _shares(student: Base2, teacher: Base2, spec: RowSpec) -> tuple[Tensor, Tensor]:
-    """The models' shares in the mixture, for probabilities as the kernels see them."""
-    return (1.0 - spec.alpha) * student.correction, spec.alpha * teacher.correction
+def _shares(student: Base2, teacher: Base2, spec: RowSpec) -> Tensor:
+    """The models' shares in the mixture, ``[n, 2]`` and wide, for probabilities as the kernels see them."""
+    missing = torch.cat([student.low, teacher.low], dim=1).to(wide_dtype(student.low.device))
+    return torch.exp2(-missing) * missing.new_tensor([1.0 - spec.alpha, spec.alpha])

@@ -58,7 +58,7 @@ def divergence_stats(
     if spec.divergence != "jsd":
         return stats
     sums = slices.jsd_sums(student_logits, teacher_logits, stats.logsumexp, stats.teacher_logsumexp, spec)
-    return stats.with_jsd(*slices.finish_jsd(sums, stats.logsumexp, stats.teacher_logsumexp), spec)
+    return stats.with_jsd(*slices.finish_jsd(sums, stats.logsumexp, stats.teacher_logsumexp, spec), spec)
 
 
 def divergence_gradient_(

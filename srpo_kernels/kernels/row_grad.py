@@ -29,10 +29,10 @@ def row_grad_kernel(
 ):
     """Write dlogits of a row: in place (``out_ptr`` is ``z_ptr``) or into another buffer of any floating dtype.
 
-    ``coefficients`` ``[n, 8]``: student's and teacher's log-sum-exp in base 2; what multiplies p, p log2 p, the
-    divergence's own term, and p at the ids; the models' shares in the mixture. ``ids`` and ``id_grads``
-    ``[n, num_ids]`` are tokens whose logits have gradients of their own; ids outside of ``[0, vocab_size)`` are another
-    slice's.
+    ``coefficients`` ``[n, 8]``: student's and teacher's log-sum-exp in base 2, for reverse_kl the student's mean of
+    ``z - y`` in units in place of the teacher's; what multiplies p, p log2 p, the divergence's own term, and p at the
+    ids; the models' shares in the mixture. ``ids`` and ``id_grads`` ``[n, num_ids]`` are tokens whose logits have
+    gradients of their own; ids outside of ``[0, vocab_size)`` are another slice's.
     """
     row = tl.program_id(0).to(tl.int64)
     z_row = z_ptr + row * z_stride_row
@@ -52,8 +52,10 @@ def row_grad_kernel(
     y_ids = z_ids
     if DIVERGENCE != "none":
         y_ids = to_units(tl.load(y_row + ids, mask=here, other=0.0), inner, SOFTCAP, VENDOR)
+    # The log-sum-exp may be that of the other tokens alone: by_p_at_ids is 0 then, and p must be finite.
+    z_ids_lse2 = tl.maximum(z_lse2, z_ids * slope2 - 1.0)
     at_ids = _dlogits(
-        z_ids, y_ids, id_grads, z_lse2, y_lse2, by_p_at_ids, by_log, by_divergence, z_share, y_share, slope2,
+        z_ids, y_ids, id_grads, z_ids_lse2, y_lse2, by_p_at_ids, by_log, by_divergence, z_share, y_share, slope2,
         DIVERGENCE, SOFTCAP, VENDOR,
     )  # fmt: skip
 
@@ -105,19 +107,24 @@ def _dlogits(
     SOFTCAP: tl.constexpr,
     VENDOR: tl.constexpr,
 ):
-    """``own_grad + p (by_p + by_log log2 p + by_divergence r)``, r the log-ratio to the teacher or the mixture.
+    """``own_grad + p (by_p + by_log log2 p + by_divergence r)``, r the log-ratio to the mixture.
 
-    Forward KL has ``- by_divergence q`` instead of the last term. A softcap multiplies all of it by ``1 - tanh^2``.
+    For reverse KL r is ``z - y`` less its mean, so that a row that has one token alone gets exactly 0; forward KL has
+    ``- by_divergence q`` instead of that term. A softcap multiplies all of it by ``1 - tanh^2``.
     """
-    log2_p, log2_q = tl.fma(z, slope2, -z_lse2), tl.fma(y, slope2, -y_lse2)
+    tl.static_assert(
+        DIVERGENCE == "none" or DIVERGENCE == "forward_kl" or DIVERGENCE == "reverse_kl" or DIVERGENCE == "jsd"
+    )
+    log2_p = tl.fma(z, slope2, -z_lse2)
     p = tl.exp2(log2_p)
     factor = by_p + by_log * log2_p
     if DIVERGENCE == "forward_kl":
-        own_grad -= by_divergence * tl.exp2(log2_q)
+        own_grad -= by_divergence * tl.exp2(tl.fma(y, slope2, -y_lse2))
     if DIVERGENCE == "reverse_kl":
-        factor += by_divergence * (log2_p - log2_q)
+        factor += by_divergence * ((z - y) - y_lse2)
     if DIVERGENCE == "jsd":
-        factor += by_divergence * (log2_p - log2(mixture(p, tl.exp2(log2_q), z_share, y_share), VENDOR))
+        log2_m = log2(mixture(p, tl.exp2(tl.fma(y, slope2, -y_lse2)), z_share, y_share), VENDOR)
+        factor += by_divergence * (log2_p - log2_m)
     dz = own_grad + p * factor
     if SOFTCAP:
         dz *= 1.0 - z * z

@@ -8,6 +8,7 @@ from torch import Tensor
 from srpo_kernels.kernels.launchers import finish_jsd, launch_row_grad, launch_row_jsd, launch_row_stats
 from srpo_kernels.kernels.transform import Transform
 from srpo_kernels.rows import (
+    LOWEST,
     DivergenceStats,
     Dlogits,
     RowGradients,
@@ -16,7 +17,7 @@ from srpo_kernels.rows import (
     Scratch,
     support_coefficients,
 )
-from srpo_kernels.sums import LOWEST, ModelSums
+from srpo_kernels.sums import ModelSums
 
 __all__ = [
     "finish_jsd",
@@ -84,21 +85,27 @@ def log_prob_gradient_(
     dtype: torch.dtype,
 ) -> Dlogits:
     """Write over the logits, or into a new buffer of ``dtype``."""
-    total, outside = support_coefficients(grad_log_probs, grad_tail, stats.log_tail)
-    by_log = torch.zeros_like(total)
-    entropy_term = by_log
+    at_ids, outside = support_coefficients(log_probs, grad_log_probs, grad_tail, stats.log_tail)
+    by_log, by_p_at_ids = torch.zeros_like(outside), outside
+    log_sum = stats.logsumexp
     if grad_entropy is not None and stats.entropy is not None:
-        by_log, entropy_term = -grad_entropy, -grad_entropy * stats.entropy
+        by_log, by_p_at_ids = -grad_entropy, outside - grad_entropy * stats.entropy
+        outside = by_p_at_ids
+    if grad_tail is not None and stats.tail_logsumexp is not None:
+        # The softmax is that of the rest of the row alone, and the gradient at an id is known.
+        log_sum, by_p_at_ids = stats.tail_logsumexp, torch.zeros_like(outside)
+        grad_log_probs = at_ids
     values = launch_row_grad(
         logits,
         None,
         spec,
-        logsumexp=stats.logsumexp,
+        logsumexp=log_sum,
         teacher_logsumexp=None,
-        by_p=outside + entropy_term,
+        center=None,
+        by_p=outside,
         by_log=by_log,
-        by_divergence=torch.zeros_like(total),
-        by_p_at_ids=-total + entropy_term,
+        by_divergence=torch.zeros_like(outside),
+        by_p_at_ids=by_p_at_ids,
         ids=ids,
         id_grads=grad_log_probs,
         dtype=dtype,
@@ -122,18 +129,19 @@ def slice_gradient_(
     if stats.entropy is not None:
         by_log = -grads.entropy
         by_p = by_p - grads.entropy * stats.entropy
-    by_divergence, teacher_lse = torch.zeros_like(by_p), None
+    by_divergence, teacher_lse, center = torch.zeros_like(by_p), None, None
     if isinstance(stats, DivergenceStats) and grads.divergence is not None:
-        teacher_lse = stats.teacher_logsumexp
+        teacher_lse, center = stats.teacher_logsumexp, stats.center
         by_divergence = grads.divergence * spec.divergence_slope
-        # p - q for forward_kl, p (log-ratio - center) for the others.
-        by_p = by_p + by_divergence * (1.0 if spec.divergence == "forward_kl" else -stats.center.squeeze(1))
+        if spec.divergence == "forward_kl":
+            by_p = by_p + by_divergence
     return launch_row_grad(
         logits,
         teacher_logits,
         spec,
         logsumexp=stats.logsumexp,
         teacher_logsumexp=teacher_lse,
+        center=center,
         by_p=by_p,
         by_log=by_log,
         by_divergence=by_divergence,

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from srpo_kernels.kernels.primitives import LOWEST, to_units
-from srpo_kernels.kernels.row_stats import store_sums
+from srpo_kernels.kernels.row_stats import anchor_of_row, store_sums
 
 
 @triton.jit
@@ -36,10 +36,11 @@ def tile_stats_kernel(
     BLOCK_VOCAB: tl.constexpr,
     BLOCK_HIDDEN: tl.constexpr,
 ):
-    """Write the ``ModelSums`` of a group of rows over one tile of the vocabulary, ``[rows, tiles, 1 or 2, 5]``.
+    """Write the ``ModelSums`` of a group of rows over one tile of the vocabulary.
 
-    Row groups are the fast axis of the grid: programs that run together share a tile of the weight, which therefore
-    streams through the cache once, while the hidden states stay there.
+    They are ``[rows, tiles, 5]``, or with a teacher ``[rows, tiles, 2, 6]``. Row groups are the fast axis of the grid:
+    programs that run together share a tile of the weight, which therefore streams through the cache once, while the
+    hidden states stay there.
     """
     rows = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     tile = tl.program_id(1)
@@ -53,8 +54,9 @@ def tile_stats_kernel(
     target_ids = tl.load(target_ids_ptr + rows, mask=row_in_range, other=-1)
     target = tl.max(tl.where(ids[None, :] == target_ids[:, None], z, LOWEST), axis=1)
 
-    models: tl.constexpr = 2 if TEACHER else 1
-    out = sums_ptr + (rows.to(tl.int64) * tl.num_programs(1) + tile) * (5 * models)
+    FIELDS: tl.constexpr = 12 if TEACHER else 5
+    out = sums_ptr + (rows.to(tl.int64) * tl.num_programs(1) + tile) * FIELDS
+    z_max = tl.max(z, axis=1)
     if TEACHER:
         y = _logits(
             teacher_hidden_ptr, teacher_weight_ptr, teacher_bias_ptr, rows, ids, row_in_range, id_in_range,
@@ -62,13 +64,16 @@ def tile_stats_kernel(
             BLOCK_VOCAB, BLOCK_HIDDEN,
         )  # fmt: skip
         y = tl.where(id_in_range[None, :], to_units(y, inner, SOFTCAP, VENDOR), LOWEST)
-        z_max, y_max = tl.max(z, axis=1), tl.max(y, axis=1)
-        z -= z_max[:, None]
-        y -= y_max[:, None]
-        _reduce(out, z_max, z, z - y, target, slope2, row_in_range)
-        _reduce(out + 5, y_max, y, z - y, target, slope2, row_in_range)
+        y_max = tl.max(y, axis=1)
+        z_anchor = tl.max(tl.where(z == z_max[:, None], y, LOWEST), axis=1)
+        y_anchor = tl.max(tl.where(y == y_max[:, None], z, LOWEST), axis=1)
+        z_gaps = (z - z_max[:, None]) - (y - z_anchor[:, None])
+        y_gaps = (z - y_anchor[:, None]) - (y - y_max[:, None])
+        _reduce(out, z_max, z - z_max[:, None], z_gaps, target, slope2, row_in_range)
+        _reduce(out + 6, y_max, y - y_max[:, None], y_gaps, target, slope2, row_in_range)
+        tl.store(out + 5, z_anchor, mask=row_in_range)
+        tl.store(out + 11, y_anchor, mask=row_in_range)
     else:
-        z_max = tl.max(z, axis=1)
         z -= z_max[:, None]
         _reduce(out, z_max, z, z, target, slope2, row_in_range)
 
@@ -123,11 +128,11 @@ def _reduce(out, maximum, x, gap, target, slope2, row_in_range):
 def merge_tiles_kernel(sums_ptr, merged_ptr, tiles, slope2, TEACHER: tl.constexpr, BLOCK_TILES: tl.constexpr):
     """Merge the sums of a row's tiles, in an order that no other row has a part in."""
     row = tl.program_id(0).to(tl.int64)
-    models: tl.constexpr = 2 if TEACHER else 1
+    FIELDS: tl.constexpr = 12 if TEACHER else 5
     tile = tl.arange(0, BLOCK_TILES)
     in_range = tile < tiles
-    own = sums_ptr + (row * tiles + tile) * (5 * models)
-    merged = merged_ptr + row * (5 * models)
+    own = sums_ptr + (row * tiles + tile) * FIELDS
+    merged = merged_ptr + row * FIELDS
     z_max = tl.load(own, mask=in_range, other=LOWEST)
     z_total = tl.load(own + 1, mask=in_range, other=0.0)
     z_weighted = tl.load(own + 2, mask=in_range, other=0.0)
@@ -135,12 +140,19 @@ def merge_tiles_kernel(sums_ptr, merged_ptr, tiles, slope2, TEACHER: tl.constexp
     target = tl.max(tl.load(own + 4, mask=in_range, other=LOWEST))
     z_shift = z_max - tl.max(z_max)
     if TEACHER:
-        y_max = tl.load(own + 5, mask=in_range, other=LOWEST)
-        y_total = tl.load(own + 6, mask=in_range, other=0.0)
-        y_weighted = tl.load(own + 7, mask=in_range, other=0.0)
-        y_gap = tl.load(own + 8, mask=in_range, other=0.0)
+        z_anchor = tl.load(own + 5, mask=in_range, other=LOWEST)
+        y_max = tl.load(own + 6, mask=in_range, other=LOWEST)
+        y_total = tl.load(own + 7, mask=in_range, other=0.0)
+        y_weighted = tl.load(own + 8, mask=in_range, other=0.0)
+        y_gap = tl.load(own + 9, mask=in_range, other=0.0)
+        y_anchor = tl.load(own + 11, mask=in_range, other=LOWEST)
         y_shift = y_max - tl.max(y_max)
-        store_sums(merged, z_max, z_total, z_weighted, z_gap, z_shift, z_shift - y_shift, target, slope2)
-        store_sums(merged + 5, y_max, y_total, y_weighted, y_gap, y_shift, z_shift - y_shift, target, slope2)
+        z_row_anchor, y_row_anchor = anchor_of_row(z_shift, z_anchor), anchor_of_row(y_shift, y_anchor)
+        z_gap_shift = z_shift - (z_anchor - z_row_anchor)
+        y_gap_shift = (y_anchor - y_row_anchor) - y_shift
+        store_sums(merged, z_max, z_total, z_weighted, z_gap, z_shift, z_gap_shift, target, slope2)
+        store_sums(merged + 6, y_max, y_total, y_weighted, y_gap, y_shift, y_gap_shift, target, slope2)
+        tl.store(merged + 5, z_row_anchor)
+        tl.store(merged + 11, y_row_anchor)
     else:
         store_sums(merged, z_max, z_total, z_weighted, z_gap, z_shift, z_shift, target, slope2)

@@ -47,7 +47,9 @@ def tile_stats(
     vendor = vendor_of(device)
     launch = tile_launch(len(parts), dtype, vendor, capability)
     tiles = triton.cdiv(vocab_size, launch.block_vocab)
-    height = max(launch.block_rows, _MOST_SUMS // (tiles * len(parts) * 20))
+    # ModelSums of one model, or of two side by side.
+    fields = 5 if teacher is None else 12
+    height = max(launch.block_rows, _MOST_SUMS // (tiles * 4 * fields))
 
     hidden = [part.hidden.contiguous() for part in parts]
     # Rows of 16-byte multiples come from a contiguous weight; a transposed one would be read element by element.
@@ -56,12 +58,12 @@ def tile_stats(
     biases = [part.bias for part in parts]
     if with_bias:
         biases = [torch.zeros_like(part.weight[:, 0]) if part.bias is None else part.bias for part in parts]
-    merged = torch.empty(num_rows, len(parts), 5, dtype=torch.float32, device=device)
+    merged = torch.empty(num_rows, fields, dtype=torch.float32, device=device)
     for start in range(0, num_rows, height):
         rows = slice(start, min(start + height, num_rows))
         count = rows.stop - rows.start
         states = [x[rows] for x in hidden]
-        sums = merged.new_empty(count, tiles, len(parts), 5)
+        sums = merged.new_empty(count, tiles, fields)
         with on_device(sums):
             tile_stats_kernel[(triton.cdiv(count, launch.block_rows), tiles)](
                 states[0], weights[0], biases[0], states[-1], weights[-1], biases[-1], target_ids[rows], sums,
@@ -89,7 +91,7 @@ def tile_stats(
                 BLOCK_TILES=triton.next_power_of_2(tiles),
                 num_warps=MERGE_WARPS,
             )
-    models = combine([ModelSums.unpack(x) for x in merged.unbind(1)], transform.slope)
+    models = combine([ModelSums.unpack(model) for model in merged.chunk(len(parts), dim=1)], transform.slope)
     if teacher is None:
         return finish_row(models[0], transform.slope, entropy=True)
     return finish_divergence(models[0], models[1], spec, transform.slope, entropy=True)

@@ -40,7 +40,7 @@ class Transform(NamedTuple):
 
 def _fp32(x: float) -> float:
     """As a kernel sees it: what is computed on both sides must agree to the last digit."""
-    return torch.tensor(x, dtype=torch.float32).item()
+    return torch.tensor(x, dtype=torch.float32, device="cpu").item()
 
 
 class Base2(NamedTuple):

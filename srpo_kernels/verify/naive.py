@@ -14,6 +14,12 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from srpo_kernels import Normalizers, SRPOConfig, SRPOOutput, TeacherStats, TokenStats
+from srpo_kernels.checks import refuse_name
+
+# Minus infinity: 0 times it is 0.
+_LOWEST = -1e30
+# What an exponential of a log-ratio is bounded by, in fp32 as in fp64.
+_LARGEST_LOG_RATIO = 80.0
 
 Project = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 """``[n, H]``, ``[V, H]`` and ``[V]`` to logits ``[n, V]`` in fp32 or fp64."""
@@ -160,7 +166,7 @@ def entropy(log_p: Tensor) -> Tensor:
 
 
 def _transformed(raw: Tensor, config: SRPOConfig) -> Tensor:
-    x = raw * config.logit_scale
+    x = raw.clamp(min=_LOWEST) * config.logit_scale
     if config.softcap is not None:
         x = config.softcap * torch.tanh(x / config.softcap)
     return x / config.temperature
@@ -181,9 +187,8 @@ def _policy_losses(
     sequences: Tensor,
     config: SRPOConfig,
 ) -> Tensor:
-    log_ratio = log_probs - (log_probs.detach() if old is None else old)
-    if config.log_ratio_clamp is not None:
-        log_ratio = log_ratio.clamp(-config.log_ratio_clamp, config.log_ratio_clamp)
+    bound = min(config.log_ratio_clamp or _LARGEST_LOG_RATIO, _LARGEST_LOG_RATIO)
+    log_ratio = (log_probs - (log_probs.detach() if old is None else old)).clamp(-bound, bound)
     if config.loss_type == "gspo":
         log_ratio = _sequence_sum(log_ratio, sequences) / _sequence_sum(torch.ones_like(log_ratio), sequences)
     losses = _ratio_losses(log_ratio.exp(), log_probs, advantages, config)
@@ -192,7 +197,8 @@ def _policy_losses(
     if config.kl_coef:
         assert ref is not None
         d = log_probs - ref
-        losses = losses + config.kl_coef * {"k1": d, "k2": d.square() / 2, "k3": torch.expm1(-d) + d}[config.kl_type]
+        e = d.clamp(-bound, bound)
+        losses = losses + config.kl_coef * {"k1": d, "k2": d.square() / 2, "k3": torch.expm1(-e) + e}[config.kl_type]
     return losses if entropies is None else losses - config.entropy_coef * entropies
 
 
@@ -205,6 +211,8 @@ def _ratio_losses(ratio: Tensor, log_probs: Tensor, advantages: Tensor, config: 
     if config.loss_type == "sapo":
         tau = torch.full_like(ratio, 1.05).masked_fill(advantages > 0, 1.0)
         return -advantages * torch.sigmoid(tau * (ratio - 1)) * 4 / tau
+    if config.loss_type != "grpo" and config.loss_type != "gspo":
+        refuse_name("loss_type", config.loss_type)
     bounded = ratio if config.delta is None else ratio.clamp(max=config.delta)
     losses = -torch.minimum(bounded * advantages, clipped * advantages)
     if config.dual_clip is None:
@@ -234,6 +242,8 @@ def _distillation_losses(
     if config.distillation_mode == "topk":
         ids = log_p.topk(min(config.topk, log_p.shape[1]), dim=1).indices
         log_p, log_q = (_buckets(x, ids, config.add_tail) for x in (log_p, log_q))
+    elif config.distillation_mode != "full":
+        refuse_name("distillation_mode", config.distillation_mode)
     return weights * _divergence(log_p, log_q, config)
 
 
@@ -254,6 +264,8 @@ def _divergence(log_p: Tensor, log_q: Tensor, config: SRPOConfig) -> Tensor:
         return kl(log_q, log_p)
     if config.divergence == "reverse_kl":
         return kl(log_p, log_q)
+    if config.divergence != "jsd":
+        refuse_name("divergence", config.divergence)
     log_m = torch.logaddexp(log_p + math.log1p(-config.alpha), log_q + math.log(config.alpha))
     return (1 - config.alpha) * kl(log_p, log_m) + config.alpha * kl(log_q, log_m)
 
@@ -280,6 +292,8 @@ def _shares(
     if config.reduction == "token":
         return ones / (valid.sum() if normalizers is None else normalizers.token_count)
     lengths = _sequence_sum(ones, sequences).clamp(min=1)
-    if config.max_length is not None:
-        lengths = torch.full_like(lengths, config.max_length)
+    if config.reduction == "constant":
+        lengths = torch.full_like(lengths, config.max_length or 0)
+    elif config.reduction != "sequence":
+        refuse_name("reduction", config.reduction)
     return ones / (lengths * (len(valid) if valid.ndim == 2 else len(torch.unique(sequences[valid]))))

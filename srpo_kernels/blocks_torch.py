@@ -1,0 +1,177 @@
+"""What the row passes in torch are made of: blocks of a few rows, the logit transform, base-2 softmax.
+
+Within a block logits are in bits, not nats: on a CPU ``exp2`` is as exact as ``exp`` and takes half the time, and the
+logits' scale, the change of base and the subtraction of the maximum are one operation.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from srpo_kernels.checks import refuse_name
+from srpo_kernels.rows import LOWEST, RowSpec, Scratch
+from srpo_kernels.types import wide_dtype
+
+NATS = math.log(2.0)
+# What one thread works on at a time, over all buffers of a pass: 8 MiB of fp32, a current core's share of the L3 cache.
+# Less would stay in L2, but there every operation waits longer for its slowest thread than it saves.
+_ELEMENTS_PER_THREAD = 1 << 21
+# And all threads together.
+_ELEMENTS_CPU = 1 << 24
+# Accelerators want few large launches instead.
+_ELEMENTS_ACCELERATOR = 1 << 25
+# The most blocks that one pass allocates, and how many buffers it then works on.
+_SCRATCH_BLOCKS = 5
+_MOST_BUFFERS = _SCRATCH_BLOCKS + 2
+# Up to here the maximum in bits is rounded to 2^-4 of a bit at most: an offset that the sum of a row has as well.
+_MOST_BITS = 2.0**20
+
+
+def scratch(vocab_size: int, device: torch.device) -> Scratch:
+    """What a pass allocates at most."""
+    return Scratch(_SCRATCH_BLOCKS, _block_rows(vocab_size, device, _MOST_BUFFERS))
+
+
+def _block_rows(vocab_size: int, device: torch.device, buffers: int) -> int:
+    """Rows of one block: the same number for every thread, since a softmax takes each row on one thread."""
+    if device.type != "cpu":
+        return max(1, _ELEMENTS_ACCELERATOR // vocab_size)
+    threads = torch.get_num_threads()
+    elements = min(_ELEMENTS_PER_THREAD, _ELEMENTS_CPU // threads)
+    return threads * max(1, elements // (vocab_size * buffers))
+
+
+def blocks(buffer: Tensor, scratch: int, *, buffers: int) -> Iterator[tuple[slice, list[Tensor]]]:
+    """Row slices of ``buffer`` that fit the cache, each with ``scratch`` blocks of its shape; at least one.
+
+    ``buffers`` is how many of the caller's the pass works on.
+    """
+    n, width = buffer.shape
+    height = max(1, min(n, _block_rows(width, buffer.device, scratch + buffers)))
+    spare = buffer.new_empty(scratch, height, width)
+    for start in range(0, max(n, 1), height):
+        rows = slice(start, min(start + height, n))
+        yield rows, list(spare[:, : rows.stop - rows.start])
+
+
+def nats_per_unit(spec: RowSpec) -> float:
+    """What a unit stands for: a raw logit, or the tanh of one with a softcap."""
+    return spec.scale if spec.softcap is None else spec.softcap / spec.temperature
+
+
+def bits_per_unit(spec: RowSpec, dtype: torch.dtype) -> float:
+    """The same in bits, as ``dtype`` has it: where logits are large, whatever meets them must be off by as much."""
+    return torch.tensor(nats_per_unit(spec) / NATS, dtype=dtype, device="cpu").item()
+
+
+def to_units_(z: Tensor, spec: RowSpec, slope: Tensor | None = None, *, finite: bool = True) -> None:
+    """Turn raw logits into units in place; ``slope`` takes the transform's derivative where there is a softcap.
+
+    Not ``finite`` spares a pass where minus infinity does no harm.
+    """
+    if spec.softcap is None:
+        if finite:
+            z.clamp_min_(LOWEST)
+        return
+    z.mul_(spec.logit_scale / spec.softcap).tanh_()
+    if slope is not None:
+        slope_of_tanh_(slope.copy_(z), spec)
+
+
+def slope_of_tanh_(tanh: Tensor, spec: RowSpec) -> None:
+    """Turn a tanh into the transform's derivative there, in place."""
+    tanh.square_().neg_().add_(1.0).mul_(spec.scale)
+
+
+def to_bits_(z: Tensor, spec: RowSpec, slope: Tensor | None = None, *, finite: bool) -> Tensor:
+    """Transform whole rows in place, into bits below their maxima; returns the maxima ``[n, 1]`` in a wide dtype."""
+    to_units_(z, spec, slope, finite=finite)
+    by, maximum = bits_per_unit(spec, z.dtype), z.amax(1, keepdim=True)
+    shift, wide = maximum * by, wide_dtype(z.device)
+    # The host reads nothing of an accelerator's.
+    if z.is_cpu and bool((shift.abs() < _MOST_BITS).all()):
+        torch.add(-shift, z, alpha=by, out=z)
+        return shift.to(wide)
+    z.sub_(maximum).mul_(by)
+    return maximum.to(wide) * by
+
+
+def normalize_(units: Tensor, logsumexp: Tensor, spec: RowSpec) -> None:
+    """Turn units into log-probabilities in bits, in place.
+
+    The log-sum-exp is taken off in two parts: it must not be rounded like a logit.
+    """
+    by = bits_per_unit(spec, units.dtype)
+    bits = logsumexp * (by / nats_per_unit(spec))
+    high = bits.to(units.dtype)
+    torch.add(-high, units, alpha=by, out=units).sub_((bits - high).to(units.dtype))
+    if spec.divergence == "jsd":
+        floor_(units)
+
+
+def bits_at(bits: Tensor, ids: Tensor, shift: Tensor, spec: RowSpec) -> Tensor:
+    """What ``to_bits_`` left at ``ids`` ``[n, K]``, minus infinity as ``LOWEST``, before any floor."""
+    lowest = (LOWEST * bits_per_unit(spec, bits.dtype) - shift).to(bits.dtype)
+    return torch.maximum(bits.gather(1, ids), lowest)
+
+
+def softmax(bits: Tensor, out: Tensor) -> Tensor:
+    """Probabilities of whole rows into ``out``; returns the sum of ``exp2(bits)``, ``[n, 1]``."""
+    total = torch.exp2(bits, out=out).sum(1, keepdim=True)
+    # Not times the reciprocal: a row that has one token alone gives it all of its probability.
+    out.div_(total)
+    return total
+
+
+def logsumexp(shift: Tensor, log_sum: Tensor, spec: RowSpec) -> Tensor:
+    """In nats, of a maximum and a sum in bits."""
+    return (shift + log_sum) * (nats_per_unit(spec) / bits_per_unit(spec, log_sum.dtype))
+
+
+def floor_(bits: Tensor) -> None:
+    """Keep probabilities above the smallest normal number, so that neither 0 / 0 nor 0 * inf arises below it.
+
+    2^22 is more than any vocabulary: a floored exponential stays normal when it is divided by the row's sum.
+    """
+    bits.clamp_min_(math.log2(torch.finfo(bits.dtype).tiny) + 22.0)
+
+
+def dot(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
+    """Row by row, ``[n, 1]``; ``out`` takes the products."""
+    return torch.mul(a, b, out=out).sum(1, keepdim=True)
+
+
+def log_ratio_to_mixture(p: Tensor, q: Tensor, spec: RowSpec, mixture: Tensor, out: Tensor) -> Tensor:
+    """log2 p - log2 m into ``out`` and m into ``mixture``.
+
+    The logarithm of the ratio, not the difference of logarithms: its error does not grow with the logits.
+    """
+    torch.lerp(p, q, spec.alpha, out=mixture)
+    return torch.div(p, mixture, out=out).log2_()
+
+
+def argmax(z: Tensor) -> Tensor:
+    """Where each row has its maximum, ``[n, 1]``; 0 where that is NaN."""
+    # PyTorch's own takes ten times as long on a CPU as comparing with the maximum.
+    row, column = (z == z.amax(1, keepdim=True)).nonzero(as_tuple=True)
+    return torch.zeros_like(z[:, 0], dtype=torch.int64).scatter_reduce_(0, row, column, "amax")[:, None]
+
+
+def slope_of_bits(spec: RowSpec) -> float:
+    """What dD/dz has in front of ``p (log-ratio - center)`` in bits; forward_kl has no logarithm there."""
+    return spec.divergence_slope * (1.0 if spec.divergence == "forward_kl" else NATS)
+
+
+def divergence_gradient(weighted: Tensor, p: Tensor, q: Tensor, center: Tensor, spec: RowSpec, out: Tensor) -> None:
+    """dD/dz up to ``slope_of_bits`` and the transform's slope; ``weighted`` is p times the log-ratio, in bits."""
+    match spec.divergence:
+        case "forward_kl":
+            torch.sub(p, q, out=out)
+        case "reverse_kl" | "jsd":
+            torch.addcmul(weighted, p, center, value=-1.0, out=out)
+        case unknown:
+            refuse_name("divergence", unknown)
