@@ -38,17 +38,12 @@ def _forward(*arguments: Any) -> tuple[Tensor, ...]:
     with torch.autocast(call.hidden.device.type, enabled=False):
         vocabulary = agree(call, options, needs)
         passes = row_passes(options.backend, vocabulary)
-<<<<<<< HEAD
-        batch, plan = prepare_loss(call, config, options, needs, passes, vocabulary)
+        batch, plan, is_whole = prepare_loss(call, config, options, needs, passes, vocabulary)
         dtype = accumulation_dtype(call.hidden, call.weight)
         with workspace.borrowed(plan.buffer_rows, len(call.weight), dtype, call.hidden.device) as buffer:
             result = FusedPass(batch, plan, config, needs, passes, vocabulary, buffer).run()
-=======
-        batch, plan, is_whole = prepare_loss(call, config, options, needs, passes, vocabulary)
-        result = FusedPass(batch, plan, config, needs, passes, vocabulary).run()
     if is_whole and config.dw_beta > 0.0:
         warn_of_weights(result.metrics["dw_weight_sum"], len(plan.order.distillation), config)
->>>>>>> calls
     grad_hidden = None if result.grad_hidden is None else result.grad_hidden.view(call.hidden.shape)
     return (
         result.loss,

@@ -255,13 +255,9 @@ def _factors(
     count = _divisor(count, ones)
     if config.reduction == "constant" and config.max_length is not None:
         return ones / (count * config.max_length)
-<<<<<<< HEAD
     if config.reduction != "sequence":
         raise ValueError(f"reduction={config.reduction!r} is not implemented")
-    lengths = sum_ranks(torch.bincount(sequences[valid], minlength=num_sequences), group).to(ones).clamp_min(1.0)
-=======
     lengths = sum_ranks(lengths, group).to(ones).clamp_min(1.0)
->>>>>>> calls
     return 1.0 / (count * lengths[sequences])
 
 
