@@ -41,10 +41,11 @@ class SRPOConfig:
         delta: upper bound of the unclipped rho; > 0, for ``"grpo"`` and ``"gspo"`` only. None: no bound.
         dual_clip: the loss is at most ``-dual_clip * A`` where ``A < 0``; > 1, for ``"grpo"`` and ``"gspo"``
             only. None: no bound.
-        log_ratio_clamp: bound of ``|log rho|`` (nats); > 0. None: no bound.
+        log_ratio_clamp: bound of ``|log rho|`` (nats), and of ``|d|`` in ``"k3"``, beyond which the gradient is 0;
+            > 0. None: 80, like any larger number: fp32 has no exponentials of more.
         kl_coef: weight of the divergence from ``ref_log_probs``; >= 0.
         kl_type: its estimator, with ``d = log_probs - ref_log_probs``: ``"k1"`` is ``d``, ``"k2"`` is
-            ``d**2 / 2``, ``"k3"`` is ``exp(-d) + d - 1``.
+            ``d**2 / 2``, ``"k3"`` is ``exp(-d) + d - 1`` with ``|d|`` at most ``log_ratio_clamp``.
         entropy_coef: weight of the bonus ``H(p)``, which the loss subtracts; of either sign.
         divergence: the distillation branch: ``"forward_kl"`` is ``KL(q || p)``, ``"reverse_kl"`` is
             ``KL(p || q)``, ``"jsd"`` is ``(1 - alpha) KL(p || m) + alpha KL(q || m)`` with the mixture

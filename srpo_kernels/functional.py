@@ -45,6 +45,9 @@ def srpo_loss(
     ones the divergence ``D_t`` from a stop-gradient self-teacher, weighted by the teacher's certainty ``w_t``; ``f_t``
     is the token's share of the one denominator. Source: arXiv 2604.02288, sections 3.1 to 3.3.
 
+    A logit below -1e30, minus infinity among them, counts as -1e30 before the logit transform: a token that both models
+    exclude adds nothing, and no path has a NaN for it; one that only the teacher excludes makes ``"reverse_kl"`` huge.
+
     Rows are response positions, ``[B, T]``, or packed ``[N]``; ``hidden`` at a row predicts ``target_ids`` there. Rows
     that cannot move a weight (masked ones, and policy rows with advantage 0 while ``kl_coef`` and ``entropy_coef`` are
     0) are never read. The gradients are computed in the forward: call it under ``torch.no_grad()`` for the loss alone.
@@ -73,7 +76,7 @@ def srpo_loss(
             ``bias``, ``teacher_weight`` and ``teacher_bias`` are this rank's ``[V_r, ...]`` (uneven ones too, of one
             size for student and teacher), V is their sum, all else is the same on all ranks. Loss, log-probs and
             metrics are the same to the last bit on every rank; ``hidden`` gets the whole gradient, a shard its own. On
-            the wire, per row and rank: 5 numbers of a policy row, up to 12 of a fully distilled one, and H of dX; see
+            the wire, per row and rank: 5 numbers of a policy row, up to 13 of a fully distilled one, and H of dX; see
             docs/vocabulary_parallel.md. None: ``weight`` is the whole head.
         sequence_parallel_group: the process group whose ranks have other rows of the same sequences: what ``gspo`` and
             ``reduction="sequence"`` take over a sequence is then over its rows on all of them. A sequence is known by
@@ -185,7 +188,7 @@ def token_stats(
         softcap: bounds the logits to ``softcap * tanh(logits / softcap)``. Unset or None: no bound.
         vocab_parallel_group: the process group that holds the LM head in shards, as in ``srpo_loss``: statistics are
             the same to the last bit on every rank, and their upstream gradients must be the same too. On the wire, per
-            row and rank: 5 numbers, up to 12 with a teacher, and H of dX in the backward.
+            row and rank: 5 numbers, up to 13 with a teacher, and H of dX in the backward.
         backend: ``"auto"``, ``"torch"`` or ``"triton"``.
         engine: ``"rows"`` holds the logits of some rows at a time; ``"tile"`` holds none: projection and reductions in
             one kernel, whose results for a row are the same to the last bit in any batch. It has no gradient and no

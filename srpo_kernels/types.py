@@ -52,8 +52,10 @@ class SRPOOutput(NamedTuple):
     """What ``srpo_loss`` returns.
 
     ``loss``: scalar, carries gradient. ``metrics``: detached scalar sums and counts, which add up over
-    micro-batches and ranks; ``summarize_metrics`` makes means of them. ``log_probs``: ``target_ids``' shape,
-    in nats, detached, 0 for rows that were not computed.
+    micro-batches and ranks; ``summarize_metrics`` makes means of them. ``nonfinite_rows`` counts the rows
+    whose loss is not finite, or whose gradient: by the hidden states, in fp32, before a fp16 model's dtype or an
+    upstream factor can overflow. ``log_probs``: ``target_ids``' shape, in nats, detached, 0 for rows that were not
+    computed.
     """
 
     loss: Tensor
