@@ -200,7 +200,11 @@ def _oracle_policy(case: Case, inputs: Inputs) -> Results:
     )
     ratio = policy.importance_ratio(log_probs, old, sequences, config)
     loss = policy.policy_loss(ratio, log_probs, advantages, config) * (1.0 if weights is None else weights)
-    ref_kl = torch.zeros_like(loss) if ref is None else policy.kl_estimate(log_probs, ref, config.kl_type)
+    ref_kl = (
+        torch.zeros_like(loss)
+        if ref is None
+        else policy.kl_estimate(log_probs, ref, config.kl_type, config.log_ratio_clamp)
+    )
     loss = loss + (config.kl_coef * ref_kl if config.kl_coef else 0.0)
     loss = loss - (0.0 if entropy is None else config.entropy_coef * entropy)
     approx_kl = policy.approx_kl(log_probs, log_probs if old is None else old, config.log_ratio_clamp)
@@ -250,7 +254,7 @@ def _oracle_parts(case: Case, inputs: Inputs) -> Results:
         "token_count": inputs["mask"].sum(),
         "dw_log_mean": log_mean if distilled.any() else torch.zeros_like(log_mean),
         "sdpo_count": distilled.sum(),
-        "sequence_count": torch.tensor(len(distilled)),
+        "sequence_count": inputs["mask"].any(1).sum(),
     }
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from reference.logits import transform
+from reference.logits import LOWEST, transform
 from srpo_kernels import SRPOConfig
 from tests.comparison import Results, largest
 from tests.fuzz.calls import library, oracle
@@ -57,11 +57,11 @@ class Finding:
 
 def judge(case: Case) -> list[Finding]:
     """A finding for every quantity of a case; one of the name ``call`` where the library raises."""
-    names = [name for name, x in case.oracle.items() if isinstance(x, Tensor) and x.is_floating_point()]
-    wide = to_dtypes(case.oracle, dict.fromkeys(names, torch.float64))
+    names = [name for name, x in case.inputs.items() if isinstance(x, Tensor) and x.is_floating_point()]
+    wide = to_dtypes(case.inputs, dict.fromkeys(names, torch.float64))
     order = torch.Generator().manual_seed(case.seed)
     exact = oracle(case, wide)
-    naive = [oracle(case, case.oracle, shuffle) for shuffle in (None, order, order)]
+    naive = [oracle(case, case.inputs, shuffle) for shuffle in (None, order, order)]
     # Any factor of all logits, such as that of a change of base, is rounded too.
     factor = 1 + _rounding(case.dtype)
     scaled = replace(case, config=replace(case.config, temperature=case.config.temperature * factor))
@@ -178,8 +178,8 @@ def _probability_size(case: Case, name: str, exact: Results) -> float:
     """How large probabilities are in a quantity: they are rounded at their size, however little is beside them."""
     if case.operation == "normalizers":
         # The difference of two logarithms of counts.
-        return math.log(1.0 + case.oracle["mask"].numel())
-    if "weight" not in case.oracle:
+        return math.log(1.0 + case.inputs["mask"].numel())
+    if "weight" not in case.inputs:
         return 0.0
     if name == "log_probs" or (case.operation != "srpo_loss" and not name.startswith("grad")):
         return _concentration(case)
@@ -188,17 +188,18 @@ def _probability_size(case: Case, name: str, exact: Results) -> float:
     if case.operation == "srpo_loss":
         coefficient = _largest_coefficient(case, config, exact)
     if name.startswith("metric"):
-        return max(coefficient, 1.0) * case.oracle["target_ids"].numel()
+        return max(coefficient, 1.0) * case.inputs["target_ids"].numel()
     if not name.startswith("grad"):
         return coefficient
     if case.operation == "srpo_loss":
         coefficient *= abs(case.upstream.item())
     slope = config.logit_scale / config.temperature
-    weight, hidden = (_finite(case.oracle[x].double()) for x in ("weight", "hidden"))
+    weight, hidden = (_finite(case.inputs[x].double()) for x in ("weight", "hidden"))
     size = {"grad hidden": largest(weight), "grad weight": largest(hidden), "grad bias": 1.0}[name]
     if case.dtype == torch.float64:
         # There is nothing wider to keep a log-sum-exp in: it is rounded like a logit.
-        size *= 1.0 + slope * largest(_logits(case, ""))
+        logits = _logits(case, "")
+        size *= 1.0 + slope * largest(logits[logits > LOWEST])
     return coefficient * slope * size
 
 
@@ -206,13 +207,16 @@ def _weight_growth(case: Case, name: str) -> float:
     """How much the roundings of two entropies, at the size of log V, grow in the weight: exp of their difference."""
     if case.operation != "srpo_loss" or name == "log_probs":
         return 0.0
-    return 2 * case.config.dw_beta * (1.0 + math.log(len(case.oracle["weight"])))
+    return 2 * case.config.dw_beta * (1.0 + math.log(len(case.inputs["weight"])))
 
 
 def _concentration(case: Case) -> float:
     """The root of a row's sum of squared probabilities, at most 1: their roundings are independent."""
+    if case.dtype == torch.float64:
+        # The oracle's probabilities come from log-probs, rounded at the size of log V.
+        return 1.0 + math.log(len(case.inputs["weight"]))
     models = (
-        ["", "teacher_"] if case.operation == "token_stats" and case.oracle.get("teacher_hidden") is not None else [""]
+        ["", "teacher_"] if case.operation == "token_stats" and case.inputs.get("teacher_hidden") is not None else [""]
     )
     logits = [transform(_logits(case, model), **transform_of(case.config)) for model in models]
     return max((float(x.softmax(-1).square().sum(-1).sqrt().max()) for x in logits if len(x)), default=0.0)
@@ -220,7 +224,7 @@ def _concentration(case: Case) -> float:
 
 def _logits(case: Case, model: str) -> Tensor:
     """``[n, V]`` of the valid rows before the transform, in fp64."""
-    inputs = case.oracle
+    inputs = case.inputs
     own = model if inputs.get("teacher_weight") is not None else ""
     valid = inputs["mask"]
     hidden = inputs[f"{model}hidden"]
@@ -231,17 +235,17 @@ def _logits(case: Case, model: str) -> Tensor:
 
 def _largest_coefficient(case: Case, config: SRPOConfig, exact: dict[str, Any]) -> float:
     """The most that a row's log-prob is multiplied with on its way to the loss, as far as it is plain to see."""
-    valid = case.oracle["mask"]
+    valid = case.inputs["mask"]
 
     def most(name: str) -> float:
-        value = case.oracle[name]
+        value = case.inputs[name]
         if value is None or (valid is not None and not valid.any()):
             return 1.0
         known = value[valid] if valid is not None and value.shape == valid.shape else value
         return largest(_finite(known.double()))
 
     weight = float(exact["metric dw_weight_sq_sum"].sqrt())
-    kappa = config.distillation_is_clip if case.oracle["old_log_probs"] is not None else 1.0
+    kappa = config.distillation_is_clip if case.inputs["old_log_probs"] is not None else 1.0
     distilled = weight * (kappa or 1.0) if weight else 0.0
     if config.distillation_mode == "sampled":
         # It multiplies two log-probs.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -21,9 +21,6 @@ Inputs = dict[str, Any]
 _VOCABULARIES = (1, 2, 3, 7, 16, 17, 64, 129, 257, 600)
 _HIDDEN_SIZES = (1, 2, 4, 7, 16, 33, 40)
 _WIDE = {"fp32": torch.float32, "fp64": torch.float64, "bf16": torch.bfloat16, "fp16": torch.float16}
-# In nats: e to the minus this is 0 in fp64. The other is infinite for fp32, but not times 0.
-_BANNED_NATS = 1e4
-_INFINITE_NATS = 1e300
 # Two logits that are nearer than this, relative to the larger, may change places when they are rounded.
 _TIE = 2.0**-14
 # fp16 has no larger numbers.
@@ -32,21 +29,13 @@ _LARGEST_FP16 = 6e4
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Tensors for the library and for the oracle, and what was found out about them."""
+    """Tensors, and what was found out about them."""
 
     inputs: Inputs
-    oracle: Inputs
     config: SRPOConfig
     vocab_size: int
     exact_products: bool
     accumulation_dtype: torch.dtype
-
-
-class Bans(NamedTuple):
-    """The banned ids by the bias that bans them, and what the oracle has for minus infinity."""
-
-    ids: dict[str, Tensor]
-    nats: float
 
 
 def draw_model(
@@ -71,12 +60,11 @@ def draw_model(
         name: draw.random.choice(["fp32", "bf16", "fp16"]) if family == "mixed" else family for name in MODEL_TENSORS
     }
     inputs = to_dtypes(inputs, {name: _WIDE[dtype] for name, dtype in dtypes.items()})
-    bans = _ban(draw, inputs, config, mode)
+    bans = _ban(draw, inputs, config.softcap, mode)
     accumulation = torch.float64 if family == "fp64" else torch.float32
     exact = kind == "integers" and not unlikely and config.softcap is None and config.temperature == 1.0
-    model = ModelShape(inputs, inputs, config, vocab_size, exact, accumulation)
-    model = replace(model, oracle=_finite_bans(inputs, bans, config))
-    model.inputs["target_ids"] = model.oracle["target_ids"] = _targets(draw, model, bans)
+    model = ModelShape(inputs, config, vocab_size, exact, accumulation)
+    inputs["target_ids"] = _targets(draw, model, bans)
     if mode == "topk" and _tied(model, bans):
         draw.options["distillation_mode"] = "full"
         model = replace(model, config=replace(config, distillation_mode="full"))
@@ -152,65 +140,41 @@ def to_dtypes(inputs: Inputs, dtypes: dict[str, torch.dtype]) -> Inputs:
     return {name: convert(name, value) for name, value in inputs.items()}
 
 
-def _ban(draw: Draw, inputs: Inputs, config: SRPOConfig, mode: str | None) -> Bans:
-    """Ban some ids in place, by the bias of one model or both; ``mode`` is what distills, None without a teacher."""
+def _ban(draw: Draw, inputs: Inputs, softcap: float | None, mode: str | None) -> dict[str, Tensor]:
+    """Ban some ids in place, by the bias of one model or both; returns the banned ids by the name of the bias.
+
+    ``mode`` is what is compared of the models, None without a teacher.
+    """
     how = draw.one_of("ban", None, None, None, None, "-inf", "finfo.min")
     who = draw.one_of("ban_by", "both", "both", "teacher", "student")
-    vocab_size, own_head = len(inputs["weight"]), inputs["teacher_weight"] is not None
     wanted = {"both": ("bias", "teacher_bias"), "teacher": ("teacher_bias",), "student": ("bias",)}[who]
-    biases = tuple(name for name in wanted if inputs[name] is not None)
-    alone = mode is not None and own_head and len(biases) == 1 and config.softcap is None
-    # KL to a model that gives nothing to what the other has is infinite.
-    infinite = alone and mode == "full" and config.divergence == {"bias": "forward_kl"}.get(biases[0], "reverse_kl")
-    # Top-k may choose any of the banned ids; and of what is infinite the oracle makes a number that fp64 holds.
-    refused = (alone and mode == "topk") or (infinite and inputs["weight"].dtype == torch.float64)
-    if how is None or vocab_size == 1 or not biases or refused:
+    biases = [name for name in wanted if inputs[name] is not None]
+    vocab_size, own_head = len(inputs["weight"]), inputs["teacher_weight"] is not None
+    # Where only one model bans them, the banned ids that top-k takes in make a difference, and it may take any.
+    ambiguous = mode == "topk" and own_head and len(biases) == 1 and softcap is None
+    if how is None or vocab_size == 1 or not biases or ambiguous:
         draw.options["ban"] = None
-        return Bans({}, 0.0)
+        return {}
     banned = draw.uniform(vocab_size) < draw.random.choice([0.1, 0.5, 0.9])
     banned[draw.random.randrange(vocab_size)] = False
     for name in biases:
-        lowest = -math.inf if how == "-inf" or infinite else torch.finfo(inputs[name].dtype).min
+        lowest = -math.inf if how == "-inf" else torch.finfo(inputs[name].dtype).min
         inputs[name] = inputs[name].masked_fill(banned, lowest)
     # Under a softcap such a logit is -softcap: unlikely, and no ban.
-    ids = {} if config.softcap is not None else dict.fromkeys(biases, banned)
-    return Bans(ids, _INFINITE_NATS if infinite else _BANNED_NATS)
-
-
-def _finite_bans(inputs: Inputs, bans: Bans, config: SRPOConfig) -> Inputs:
-    """The oracle multiplies 0 by the log of 0: a banned id gets a log-prob that is finite, and no probability."""
-    finite = dict(inputs)
-    for name, ids in bans.ids.items():
-        if torch.finfo(torch.float16).min in inputs[name]:
-            # A number like others.
-            continue
-        # Far below the least logit of the model, whatever its size.
-        weight = inputs["weight"] if name == "bias" or inputs["teacher_weight"] is None else inputs["teacher_weight"]
-        hidden = inputs["hidden" if name == "bias" else "teacher_hidden"]
-        largest = (hidden.double().flatten(0, -2) @ weight.double().T).abs().max()
-        if name == "bias" and inputs["teacher_weight"] is None:
-            largest = largest + (inputs["teacher_hidden"].double().flatten(0, -2) @ weight.double().T).abs().max()
-        lowest = -(bans.nats * config.temperature / config.logit_scale + 4 * float(largest))
-        finite[name] = inputs[name].double().masked_fill(ids, lowest)
-    return finite
-
-
-def oracle_inputs(inputs: Inputs, model: ModelShape) -> Inputs:
-    """Inputs with the oracle's biases."""
-    return inputs | {name: model.oracle[name] for name in ("bias", "teacher_bias") if name in inputs}
+    return {} if softcap is not None else dict.fromkeys(biases, banned)
 
 
 def _logits(model: ModelShape) -> Tensor:
-    oracle = to_dtypes(model.oracle, dict.fromkeys(MODEL_TENSORS, torch.float64))
-    rows = oracle["hidden"].flatten(0, -2)
-    return head_logits(rows, oracle["weight"], oracle["bias"], **transform_of(model.config))
+    wide = to_dtypes(model.inputs, dict.fromkeys(MODEL_TENSORS, torch.float64))
+    rows = wide["hidden"].flatten(0, -2)
+    return head_logits(rows, wide["weight"], wide["bias"], **transform_of(model.config))
 
 
-def _targets(draw: Draw, model: ModelShape, bans: Bans) -> Tensor:
+def _targets(draw: Draw, model: ModelShape, bans: dict[str, Tensor]) -> Tensor:
     """Ids that no model bans: the log-prob of one would be minus infinity."""
     logits, shape = _logits(model), model.inputs["hidden"].shape[:-1]
     allowed = torch.ones(model.vocab_size, dtype=torch.bool)
-    for ids in bans.ids.values():
+    for ids in bans.values():
         allowed &= ~ids
     kind = draw.one_of("targets", "any", "any", "likeliest", "least likely", "last")
     if kind == "likeliest":
@@ -223,7 +187,7 @@ def _targets(draw: Draw, model: ModelShape, bans: Bans) -> Tensor:
     return choices[draw.ids(len(choices), *shape)]
 
 
-def _tied(model: ModelShape, bans: Bans) -> bool:
+def _tied(model: ModelShape, bans: dict[str, Tensor]) -> bool:
     """Whether rounding may change which ids are the student's top-k: either choice is right, and they differ."""
     k = model.config.topk
     if k >= model.vocab_size:
@@ -231,7 +195,7 @@ def _tied(model: ModelShape, bans: Bans) -> bool:
     top = _logits(model).topk(k + 1, dim=-1).values
     # What both models ban has no part in any divergence, whichever of it is taken.
     matters = torch.ones(len(top), dtype=torch.bool)
-    if "bias" in bans.ids:
-        matters = torch.full_like(matters, k < int((~bans.ids["bias"]).sum()))
+    if "bias" in bans:
+        matters = torch.full_like(matters, k < int((~bans["bias"]).sum()))
     largest = top.abs().amax(-1)
     return bool((matters & (top[:, -2] - top[:, -1] <= _TIE * largest)).any())
