@@ -92,7 +92,7 @@ def _fused_bf16(case: CaseName, rows: int, vocab_size: int) -> Iterator[tuple[St
 @contextmanager
 def bf16_products() -> Iterator[None]:
     """As on a GPU: operands of products, dlogits among them, in bf16; logits and everything else in fp32."""
-    with patch.object(gemm, "operand_dtype", lambda weight, dtype: weight.dtype), _WideningProducts():
+    with patch.object(gemm, "mixed_products", lambda device: "addmm"), _WideningProducts():
         yield
 
 
@@ -104,9 +104,7 @@ class _WideningProducts(TorchDispatchMode):
         if func == torch.ops.aten.mm.dtype_out:
             return torch.mm(args[0].float(), args[1].float(), out=kwargs["out"])
         if func == torch.ops.aten.addmm.dtype_out:
-            return torch.addmm(args[0], args[1].float(), args[2].float(), out=kwargs["out"])
-        if func == torch.ops.aten.addmm_.default:
-            return args[0].addmm_(args[1].float(), args[2].float(), **kwargs)
+            return torch.addmm(args[0], args[1].float(), args[2].float(), **kwargs)
         return func(*args, **kwargs)
 
 

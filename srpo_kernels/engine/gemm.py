@@ -1,19 +1,24 @@
 """The products: logits, dX and dW, with results in the accumulation dtype.
 
 The accumulation dtype is fp32, or fp64 when an input is fp64. Operands keep the model's dtype where the device has a
-product of low-precision operands with an fp32 result; elsewhere the weight is widened slab by slab, never as a whole.
+product of low-precision operands with an fp32 result, a *mixed* product; elsewhere the weight is widened slab by slab,
+never as a whole.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from srpo_kernels.rows import Dlogits
 
-# Elements of one widened slab of the weight: 32 MiB in fp32.
+MixedProducts = Literal["addmm", "mm", "none"]
+
+# Elements of one widened slab of the weight, or of a product that waits to be added: 32 MiB in fp32.
 _SLAB_ELEMENTS = 1 << 23
 
 
@@ -27,7 +32,39 @@ def operand_dtype(weight: Tensor, dtype: torch.dtype) -> torch.dtype:
 
     fp16 is widened too: dlogits of a mean over many tokens lie below its smallest number.
     """
-    return torch.bfloat16 if weight.is_cuda and weight.dtype == torch.bfloat16 else dtype
+    if weight.dtype == torch.bfloat16 and dtype == torch.float32 and mixed_products(weight.device) != "none":
+        return torch.bfloat16
+    return dtype
+
+
+def mixed_products(device: torch.device) -> MixedProducts:
+    """What ``device`` makes of bf16 operands and an fp32 result; each device is asked once.
+
+    - ``"addmm"``: products, alone or added to an fp32 matrix: CUDA from torch 2.10 on.
+    - ``"mm"``: products alone: CUDA with torch 2.8 and 2.9, which add to a matrix in the operands' dtype only.
+    - ``"none"``: ROCm with a torch of before late 2025, NVIDIA GPUs before Ampere, and CPUs, where widened operands
+      are faster.
+    """
+    return "none" if device.type == "cpu" else _ask(device)
+
+
+@cache
+def _ask(device: torch.device) -> MixedProducts:
+    x, total = (torch.ones(16, 16, dtype=dtype, device=device) for dtype in (torch.bfloat16, torch.float32))
+    # What fails here, as where memory is short, is no answer.
+    torch.mm(total, total)
+    try:
+        torch.mm(x, x, out_dtype=torch.float32, out=total)
+        # A result in another dtype than it is said to have is no product.
+        if not bool((total == 16).all()):
+            return "none"
+    except RuntimeError:
+        return "none"
+    try:
+        torch.addmm(total, x, x, out_dtype=torch.float32, out=total)
+    except RuntimeError:
+        return "mm"
+    return "addmm" if bool((total == 32).all()) else "mm"
 
 
 def project(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
@@ -55,9 +92,9 @@ def weight_product(dlogits: Tensor, hidden: Tensor, out: Tensor) -> None:
         out.copy_(dlogits.t() @ hidden)
 
 
-def slab_height(weight: Tensor) -> int:
-    """Rows of the weight that are widened at a time."""
-    return max(1, _SLAB_ELEMENTS // weight.shape[1])
+def slab_height(matrix: Tensor) -> int:
+    """Rows of a matrix that are widened, or added to, at a time."""
+    return max(1, _SLAB_ELEMENTS // matrix.shape[1])
 
 
 class HeadGradient:
@@ -77,13 +114,13 @@ class HeadGradient:
             return
         if self._empty:
             _mm(dlogits.t(), hidden, out=self.weight)
-        elif rescale is not None and not self.weight.is_cuda:
-            self.weight.addmm_(dlogits.t(), hidden, beta=rescale.item())
+        elif rescale is None:
+            _addmm(dlogits.t(), hidden, out=self.weight)
+        elif self.weight.device.type == "cpu":
+            _addmm(dlogits.t(), hidden, out=self.weight, beta=rescale.item())
         else:
             # A factor that the host reads would stall the accelerator's queue.
-            if rescale is not None:
-                self.weight.mul_(rescale)
-            _addmm(dlogits.t(), hidden, out=self.weight)
+            _addmm(dlogits.t(), hidden, out=self.weight.mul_(rescale))
         self._empty = False
 
     def add_bias(self, dlogits: Dlogits, rescale: Tensor | None = None) -> None:
@@ -122,8 +159,13 @@ def _mm(a: Tensor, b: Tensor, out: Tensor) -> None:
         torch.mm(a, b, out_dtype=out.dtype, out=out)
 
 
-def _addmm(a: Tensor, b: Tensor, out: Tensor) -> None:
+def _addmm(a: Tensor, b: Tensor, out: Tensor, beta: float = 1.0) -> None:
+    """``out = beta * out + a @ b``."""
     if a.dtype == out.dtype:
-        out.addmm_(a, b)
+        out.addmm_(a, b, beta=beta)
+    elif mixed_products(out.device) == "addmm":
+        torch.addmm(out, a, b, out_dtype=out.dtype, beta=beta, out=out)
     else:
-        torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
+        height = slab_height(out)
+        for a_rows, rows in zip(a.split(height), out.split(height), strict=True):
+            torch.add(torch.mm(a_rows, b, out_dtype=out.dtype), rows, alpha=beta, out=rows)
