@@ -182,7 +182,8 @@ def _probability_size(case: Case, name: str, exact: Results) -> float:
     if "weight" not in case.inputs:
         return 0.0
     if name == "log_probs" or (case.operation != "srpo_loss" and not name.startswith("grad")):
-        return _concentration(case)
+        # A divergence is made of two models' probabilities.
+        return (2 if name == "divergence" else 1) * _concentration(case)
     config = case.config
     coefficient = float(case.upstream.abs().sum())
     if case.operation == "srpo_loss":
