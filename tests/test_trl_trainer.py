@@ -58,6 +58,7 @@ def test_the_loss_is_the_oracles(options: dict[str, Any], chat: bool, tmp_path: 
     tokenizer = trainer.processing_class
     for row, reward in enumerate(rewards):
         group = [other for other in range(row // 4 * 4, row // 4 * 4 + 4) if other != row and rewards[other] >= 0.5]
+        group = [other for other in group if completions[other][-1] == tokenizer.eos_token_id]
         routed = reward < 0.5 and bool(group)
         assert bool(batch["sdpo_mask"][row]) is routed
         prompt = trainer.train_dataset[row // 4]["prompt"]

@@ -55,10 +55,13 @@ def prompts(count: int = 4, *, chat: bool = True) -> Dataset:
 
 
 def completion(step: int, index: int) -> list[int]:
-    """What completion ``index`` of the generation batch at ``step`` says: 2 to 6 words and, usually, an end."""
+    """What completion ``index`` of the generation batch at ``step`` says: 2 to 6 words and, usually, an end.
+
+    The first of every group of four has one, so that it can be shown to a teacher.
+    """
     draw = random.Random(1000 * step + index)
     ids = [draw.randrange(7, 47) for _ in range(draw.randrange(2, 7))]
-    return ids if draw.random() < 0.2 else [*ids, 1]
+    return ids if draw.random() < 0.2 and index % 4 else [*ids, 1]
 
 
 def one_correct(completion_ids: list[list[int]], **_: Any) -> list[float]:
