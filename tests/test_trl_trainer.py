@@ -20,9 +20,7 @@ pytest.importorskip("trl", "1.16", reason="the trl integration needs trl >= 1.16
 import reference
 from srpo_kernels.integrations.trl import SRPOTrainer
 from srpo_kernels.integrations.trl.teacher import FILE_NAME
-from tests.tiny_trainer import CONFIGS, ScriptedSRPO, curve, graded, prompts, tiny_model, tiny_trainer
-
-CONFIGS |= {SRPOTrainer: CONFIGS[ScriptedSRPO]}
+from tests.tiny_trainer import ScriptedSRPO, curve, graded, prompts, tiny_model, tiny_trainer
 
 
 def scored_batch(trainer: Any, rows: int = 16) -> dict[str, Any]:
@@ -164,13 +162,24 @@ def free_port() -> int:
 # One group over both processes: a teacher may have to show what the other process generated.
 SHARED = {"num_generations": 16, "gradient_accumulation_steps": 2, "max_steps": 3}
 RUNS = {"tokens": SHARED, "sequences": SHARED | {"loss_type": "grpo"}, "sdpo": SHARED | {"method": "sdpo"}}
+# The ratios move far enough for the clips.
+CLIPPED = SHARED | {"num_iterations": 2, "learning_rate": 3e-2, "epsilon": 0.02, "epsilon_high": 0.03}
+# TRL's bonus is a mean of means: one that is too small to part the models.
+CLIPPED |= {"scale_rewards": "none", "entropy_coef": 1e-6}
+OTHER_RUNS: dict[str, dict[str, Any]] = {
+    "equal": SHARED | {"reward": "equal", "scale_rewards": "group"},
+    "tokens' metrics": CLIPPED | {"method": "grpo"},
+    "tokens' metrics of TRL": CLIPPED | {"trainer": "ScriptedGRPO"},
+    "sequences' metrics": CLIPPED | {"method": "grpo", "importance_sampling_level": "sequence"},
+    "sequences' metrics of TRL": CLIPPED | {"trainer": "ScriptedGRPO", "importance_sampling_level": "sequence"},
+}
 
 
 @pytest.fixture(scope="module")
 def histories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, float]]]:
     """What two processes logged in each run."""
     folder, port = tmp_path_factory.mktemp("ddp"), str(free_port())
-    runs = {name: options | {"per_device_train_batch_size": 4} for name, options in RUNS.items()}
+    runs = {name: options | {"per_device_train_batch_size": 4} for name, options in (RUNS | OTHER_RUNS).items()}
     command = [sys.executable, "-m", "tests.ddp_trainer", str(folder), json.dumps(runs)]
     shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     workers = [
@@ -197,6 +206,21 @@ def test_two_processes_train_as_one(name: str, histories: Any, tmp_path: Path) -
     for metric in ("loss", "grad_norm", *(key for key in alone.state.log_history[0] if key.startswith("srpo/"))):
         together = [entry[metric] for entry in histories[name] if metric in entry]
         assert together == pytest.approx(curve(alone, metric), rel=1e-4, abs=1e-5), metric
+
+
+def test_equal_rewards_over_two_processes_move_nothing(histories: Any) -> None:
+    assert [entry["grad_norm"] for entry in histories["equal"][:-1]] == [0.0] * 3
+    assert [entry["srpo/active_fraction"] for entry in histories["equal"][:-1]] == [0.0] * 3
+
+
+@pytest.mark.parametrize("level", ["tokens", "sequences"])
+def test_metrics_of_two_processes_are_trls(level: str, histories: Any) -> None:
+    ours, theirs = histories[f"{level}' metrics"], histories[f"{level}' metrics of TRL"]
+    assert theirs[1]["clip_ratio/region_mean"] > 0.0
+    for mine, expected in zip(ours[:-1], theirs[:-1], strict=True):
+        assert expected.keys() <= mine.keys()
+        for name in expected.keys() - {"step_time", "loss", "grad_norm"}:
+            assert mine[name] == pytest.approx(expected[name], rel=1e-3, abs=1e-4), name
 
 
 def test_importance_weights_of_the_sampler_reach_the_loss(tmp_path: Path) -> None:

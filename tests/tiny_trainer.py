@@ -49,6 +49,13 @@ def tiny_model(**options: Any) -> LlamaForCausalLM:
     return model
 
 
+def saved_model(folder: Path, dtype: torch.dtype = torch.float32) -> str:
+    """The path of a `tiny_model`: TRL loads reference and teacher from where the model came from."""
+    tiny_model().to(dtype).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
 def prompts(count: int = 4, *, chat: bool = True) -> Dataset:
     texts = [" ".join(random.Random(index).choices(WORDS, k=3 + index % 3)) for index in range(count)]
     return Dataset.from_dict({"prompt": [[{"role": "user", "content": text}] for text in texts] if chat else texts})
@@ -75,6 +82,11 @@ def graded(completion_ids: list[list[int]], **_: Any) -> list[float]:
     return [(sum(ids) % 5) / 4 for ids in completion_ids]
 
 
+def equal(completion_ids: list[list[int]], **_: Any) -> list[float]:
+    """The same reward for all, whose mean in fp32 is another number."""
+    return [0.2] * len(completion_ids)
+
+
 class Scripted:
     """Replaces sampling, in a trainer of either kind."""
 
@@ -98,7 +110,7 @@ class ScriptedSDPO(Scripted, SDPOTrainer):
         return prompt_ids, self._script(len(prompt_ids))
 
 
-CONFIGS = {ScriptedGRPO: GRPOConfig, ScriptedSRPO: SRPOTrainerConfig, ScriptedSDPO: SDPOConfig}
+CONFIGS = {SRPOTrainer: SRPOTrainerConfig, GRPOTrainer: GRPOConfig, SDPOTrainer: SDPOConfig}
 
 
 def tiny_trainer(cls: Any, folder: Path, *, reward: Any = graded, model: Any = None, **options: Any) -> Any:
@@ -124,11 +136,18 @@ def tiny_trainer(cls: Any, folder: Path, *, reward: Any = graded, model: Any = N
     return cls(
         model=tiny_model() if model is None else model,
         reward_funcs=reward,
-        args=CONFIGS[cls](**(defaults | options)),
+        args=next(CONFIGS[base] for base in cls.__mro__ if base in CONFIGS)(**(defaults | options)),
         train_dataset=prompts() if dataset is None else dataset,
         processing_class=tiny_tokenizer(),
         peft_config=peft_config,
     )
+
+
+def train(cls: Any, folder: Path, **options: Any) -> Any:
+    """A `tiny_trainer` that has trained."""
+    trainer = tiny_trainer(cls, folder, **options)
+    trainer.train()
+    return trainer
 
 
 def curve(trainer: Any, name: str = "loss") -> list[float]:
