@@ -75,6 +75,36 @@ def test_metrics_of_a_policy_loss_are_trls(name: str, model_path: str, tmp_path:
             assert max(curve(theirs, "clip_ratio/high_max")) > max(curve(theirs, clipped))
 
 
+class WithTools:
+    """Every other token of a completion is a tool's, and every fifth completion is as a whole."""
+
+    def _generate(self, prompts: Any) -> Any:
+        generated = list(super()._generate(prompts))  # type: ignore[misc]
+        generated[2] = [
+            [int(row % 5 > 0 and place % 2) for place in range(len(ids))] for row, ids in enumerate(generated[1])
+        ]
+        return tuple(generated)
+
+
+class ToolsGRPO(WithTools, ScriptedGRPO):
+    pass
+
+
+class ToolsSRPO(WithTools, ScriptedSRPO):
+    pass
+
+
+@pytest.mark.parametrize("name", ["dapo", "grpo", "gspo", "reference", "entropy bonus", "cispo", "truncated"])
+def test_tokens_of_tools_are_not_in_the_loss(name: str, model_path: str, tmp_path: Path) -> None:
+    options = SAME | MOVING | OPTIONS[name]
+    theirs = train(ToolsGRPO, tmp_path / "theirs", model=model_path, **options)
+    ours = train(ToolsSRPO, tmp_path / "ours", model=model_path, method="grpo", **options)
+    histories = [trainer.state.log_history[:-1] for trainer in (ours, theirs)]
+    assert_same_metrics(*histories, has_entropy="entropy_coef" in options)
+    for parameter, expected in zip(ours.model.parameters(), theirs.model.parameters(), strict=True):
+        torch.testing.assert_close(parameter, expected, rtol=1e-3, atol=1e-3)
+
+
 def test_metrics_of_an_evaluation_are_trls(model_path: str, tmp_path: Path) -> None:
     options = SAME | {"beta": 0.2, "entropy_coef": 0.01, "num_iterations": 2, "per_device_eval_batch_size": 8}
     logs = []

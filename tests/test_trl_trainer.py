@@ -41,7 +41,8 @@ def hidden64(model: Any, prompt_ids: torch.Tensor, prompt_mask: torch.Tensor, ba
 
 @pytest.mark.parametrize("options", [{}, {"dw_beta": 0.0, "distillation_alpha": 0.0}, {"distillation_mode": "sampled"}])
 @pytest.mark.parametrize("chat", [True, False])
-def test_the_loss_is_the_oracles(options: dict[str, Any], chat: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("tools", [False, True])
+def test_the_loss_is_the_oracles(options: dict[str, Any], chat: bool, tools: bool, tmp_path: Path) -> None:
     trainer = tiny_trainer(ScriptedSRPO, tmp_path, dataset=prompts(chat=chat), temperature=0.8, **options)
     teacher64 = copy.deepcopy(trainer.model).double()
     with torch.no_grad():
@@ -69,6 +70,11 @@ def test_the_loss_is_the_oracles(options: dict[str, Any], chat: bool, tmp_path: 
         assert batch["teacher_prompt_ids"][row] in shown if routed else batch["teacher_prompt_ids"][row] == []
     assert 0 < int(batch["sdpo_mask"].sum()) < 16
 
+    if tools:
+        # Of the tools' tokens some are in every completion, and one has no others.
+        batch["tool_mask"] = (torch.rand(batch["completion_ids"].shape) < 0.6).long()
+        batch["tool_mask"][batch["sdpo_mask"].nonzero()[0, 0]] = 0
+        trainer._prepare_step([batch])
     student64 = copy.deepcopy(trainer.model).double()
     longest = max(map(len, batch["teacher_prompt_ids"]))
     teacher_ids = torch.tensor([[0] * (longest - len(ids)) + ids for ids in batch["teacher_prompt_ids"]])
@@ -78,7 +84,7 @@ def test_the_loss_is_the_oracles(options: dict[str, Any], chat: bool, tmp_path: 
         student64.lm_head.weight,
         batch["completion_ids"],
         advantages=advantages.double(),
-        mask=batch["completion_mask"].bool(),
+        mask=(batch["completion_mask"] * batch.get("tool_mask", 1)).bool(),
         sdpo_mask=batch["sdpo_mask"],
         teacher_hidden=hidden64(teacher64, teacher_ids, (teacher_ids != 0).long(), batch),
         teacher_weight=teacher64.lm_head.weight,
@@ -91,6 +97,9 @@ def test_the_loss_is_the_oracles(options: dict[str, Any], chat: bool, tmp_path: 
     for name, parameter in trainer.model.named_parameters():
         gradient = student64.get_parameter(name).grad
         torch.testing.assert_close(parameter.grad, gradient.float(), rtol=1e-3, atol=1e-5, msg=name)
+    tokens = (batch["completion_mask"] * batch.get("tool_mask", 1)).sum(1)
+    distilled = trainer._metrics["train"]["srpo/sdpo_token_fraction"][0]
+    assert distilled == pytest.approx((tokens[batch["sdpo_mask"]].sum() / tokens.sum()).item())
 
 
 def test_it_generates_trains_and_evaluates(tmp_path: Path) -> None:

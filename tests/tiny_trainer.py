@@ -41,8 +41,9 @@ def tiny_model(**options: Any) -> LlamaForCausalLM:
     """The same weights at every call."""
     torch.manual_seed(0)
     sizes = {"vocab_size": 47, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 128}
-    config = LlamaConfig(**sizes, **heads, pad_token_id=0, eos_token_id=1, bos_token_id=None, **options)
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
+    ids = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None}
+    config = LlamaConfig(**({"max_position_embeddings": 128} | sizes | heads | ids | options))
     model = LlamaForCausalLM(config)
     # Far from uniform, as a trained model is.
     torch.nn.init.normal_(model.get_output_embeddings().weight, std=0.5)
@@ -117,6 +118,7 @@ def tiny_trainer(cls: Any, folder: Path, *, reward: Any = graded, model: Any = N
     """A trainer of 8 completions per micro-batch in groups of 4; ``options`` go to its config."""
     peft_config = options.pop("peft_config", None)
     dataset = options.pop("dataset", None)
+    tokenizer = options.pop("processing_class", None)
     defaults: dict[str, Any] = {
         "output_dir": str(folder),
         "per_device_train_batch_size": 8,
@@ -138,7 +140,7 @@ def tiny_trainer(cls: Any, folder: Path, *, reward: Any = graded, model: Any = N
         reward_funcs=reward,
         args=next(CONFIGS[base] for base in cls.__mro__ if base in CONFIGS)(**(defaults | options)),
         train_dataset=prompts() if dataset is None else dataset,
-        processing_class=tiny_tokenizer(),
+        processing_class=tiny_tokenizer() if tokenizer is None else tokenizer,
         peft_config=peft_config,
     )
 

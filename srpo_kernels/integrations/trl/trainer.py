@@ -32,8 +32,8 @@ class SRPOTrainer(GRPOTrainer):
     optimizer batch, of all processes, normalize every micro-batch: the loss does not depend on how the batch is
     split. Completions that cannot move a weight (advantage 0, not distilled) get no forward.
 
-    Logs what `GRPOTrainer` logs and ``srpo/*`` (see ``summarize_metrics``), from sums over the optimizer batch.
-    Of TRL's metrics, ``entropy`` is there with ``entropy_coef`` alone, and the extrema of ``clip_ratio`` are not.
+    Logs what `GRPOTrainer` logs, with its values, and ``srpo/*`` (see ``summarize_metrics``), from sums over the
+    optimizer batch. TRL's ``entropy`` is there with ``entropy_coef`` and ``method="grpo"`` alone.
 
     Raises:
         TypeError: ``args`` is no `SRPOTrainerConfig`.
