@@ -118,6 +118,15 @@ def test_metrics_of_an_evaluation_are_trls(model_path: str, tmp_path: Path) -> N
     assert_same_metrics(*logs, has_entropy=True)
 
 
+def test_the_policy_loss_of_the_first_of_several_steps_is_trls(model_path: str, tmp_path: Path) -> None:
+    options = SAME | {"entropy_coef": 0.01, "steps_per_generation": 4, "dataset": prompts(8), "model": model_path}
+    theirs = train(ScriptedGRPO, tmp_path / "theirs", **options)
+    ours = train(ScriptedSRPO, tmp_path / "ours", method="grpo", **options)
+    assert curve(ours, "policy_loss")[0] == pytest.approx(curve(theirs, "policy_loss")[0], rel=1e-4)
+    # Each divides by another number of tokens.
+    assert curve(ours)[0] != pytest.approx(curve(theirs)[0], rel=1e-3)
+
+
 def test_distilled_tokens_are_not_clipped_but_count(model_path: str, tmp_path: Path) -> None:
     options = SAME | MOVING | {"entropy_coef": 0.01, "beta": 0.1}
     trainer = train(ScriptedSRPO, tmp_path, model=model_path, **options)

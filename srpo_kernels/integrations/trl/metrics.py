@@ -17,7 +17,13 @@ from srpo_kernels.integrations.trl.config import SRPOTrainerConfig
 
 
 def micro_batch_metrics(
-    inputs: dict[str, Any], out: sk.SRPOOutput, mask: Tensor, args: SRPOTrainerConfig, accelerator: Any
+    inputs: dict[str, Any],
+    out: sk.SRPOOutput,
+    mask: Tensor,
+    args: SRPOTrainerConfig,
+    accelerator: Any,
+    *,
+    training: bool,
 ) -> dict[str, float]:
     """What TRL logs of the loss of a micro-batch; its entropy only with a bonus and without distillation.
 
@@ -48,7 +54,10 @@ def micro_batch_metrics(
         shares["kl"] = _share(torch.expm1(difference) - difference, mask)
     if args.entropy_coef != 0.0:
         policy_loss = sums["policy_loss_sum"] + args.entropy_coef * sums["entropy_sum"]
-        shares["policy_loss"] = policy_loss, inputs["normalizers"].token_count / accelerator.num_processes
+        steps = args.steps_per_generation / args.gradient_accumulation_steps if training else 1.0
+        # Those of an optimizer step, the mean over the generation batch.
+        tokens = inputs["num_items_in_batch"].clamp(min=1.0) / steps
+        shares["policy_loss"] = policy_loss, tokens / accelerator.num_processes
         if args.method == "grpo":
             shares["entropy"] = sums["entropy_sum"], sums["entropy_tokens"]
     return _means(shares, accelerator) | extremes

@@ -225,16 +225,17 @@ class SRPOTrainer(GRPOTrainer):
     def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
         before = self._buffered_inputs
         inputs: dict[str, Any] = super()._prepare_inputs(generation_batch)
-        if not self.model.training:
-            self._prepare_step([inputs])
-        elif self._step % self.args.gradient_accumulation_steps == 0:
+        parts, accumulation = [inputs], self.args.gradient_accumulation_steps
+        if self.model.training:
+            if self._step % accumulation:
+                return inputs
             first = self._step % self.args.steps_per_generation
-            parts = self._buffered_inputs[first : first + self.args.gradient_accumulation_steps]
-            if self._buffered_inputs is not before:
-                # The model that generated them is the one that they train now.
-                for part in parts:
-                    part.pop("old_per_token_logps", None)
-            self._prepare_step(parts)
+            parts = self._buffered_inputs[first : first + accumulation]
+        if not self.model.training or self._buffered_inputs is not before:
+            # The model that generated them is the one that runs now.
+            for part in parts:
+                part.pop("old_per_token_logps", None)
+        self._prepare_step(parts)
         return inputs
 
     def _prepare_step(self, parts: list[dict[str, Any]]) -> None:
@@ -254,7 +255,7 @@ class SRPOTrainer(GRPOTrainer):
         out = self._forwards.loss(model, self.teacher, inputs)
         self._log_micro_batch(inputs, out)
         if self.model.training and self.num_iterations > 1:
-            # Not there in the first pass, by the model that generated them.
+            # Not there in the first pass, whose model is the one that generated them.
             inputs.setdefault("old_per_token_logps", out.log_probs)
         # DDP takes the mean over processes; the normalizers are already those of all of them.
         scaled: Tensor = out.loss * self.accelerator.num_processes
@@ -266,7 +267,7 @@ class SRPOTrainer(GRPOTrainer):
         """Log TRL's metrics of a micro-batch and, at the end of an optimizer step, the means of ours."""
         training = self.model.training
         logged = self._metrics["train" if training else "eval"]
-        means = micro_batch_metrics(inputs, out, valid_tokens(inputs), self.args, self.accelerator)
+        means = micro_batch_metrics(inputs, out, valid_tokens(inputs), self.args, self.accelerator, training=training)
         self._metric_sums = {name: value + self._metric_sums.get(name, 0) for name, value in out.metrics.items()}
         if not training or (self._step + 1) % self.args.gradient_accumulation_steps == 0:
             names = list(self._metric_sums)
