@@ -30,7 +30,7 @@ from srpo_kernels.integrations.trl.head import (
 )
 from tests.test_trl_trainer import scored_batch
 from tests.tiny_models import ARCHITECTURES, tiny_model_of
-from tests.tiny_trainer import ScriptedSRPO, tiny_model, tiny_trainer
+from tests.tiny_trainer import ScriptedSRPO, tiny_trainer
 
 # Positions that are learnt, counted from a mask or an offset, rotary, in the attention's bias, or a state's.
 ACCEPTED = (

@@ -8,7 +8,12 @@ extended: `_calculate_rewards` and `_generate_and_score_completions` (who is dis
 `_prepare_inputs` (the teacher, at the start of each optimizer step) and `_compute_loss`.
 """
 
-from srpo_kernels.integrations.trl.config import SRPOTrainerConfig
-from srpo_kernels.integrations.trl.trainer import SRPOTrainer
+try:
+    from srpo_kernels.integrations.trl.config import SRPOTrainerConfig
+    from srpo_kernels.integrations.trl.trainer import SRPOTrainer
+except ImportError as error:
+    raise ImportError(
+        f"srpo_kernels.integrations.trl needs what pip install 'srpo-kernels[trl]' installs: {error}"
+    ) from error
 
 __all__ = ["SRPOTrainer", "SRPOTrainerConfig"]
