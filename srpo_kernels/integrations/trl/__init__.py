@@ -9,7 +9,12 @@ extended, `_calculate_rewards` and `_generate_and_score_completions` (who is dis
 `_get_per_token_logps_and_entropies` (the old and the reference policy).
 """
 
-from srpo_kernels.integrations.trl.config import SRPOTrainerConfig
-from srpo_kernels.integrations.trl.trainer import SRPOTrainer
+try:
+    from srpo_kernels.integrations.trl.config import SRPOTrainerConfig
+    from srpo_kernels.integrations.trl.trainer import SRPOTrainer
+except ImportError as error:
+    raise ImportError(
+        f"srpo_kernels.integrations.trl needs what pip install 'srpo-kernels[trl]' installs: {error}"
+    ) from error
 
 __all__ = ["SRPOTrainer", "SRPOTrainerConfig"]
