@@ -189,7 +189,9 @@ def _probability_size(case: Case, name: str, exact: Results) -> float:
     if case.operation == "srpo_loss":
         coefficient = _largest_coefficient(case, config, exact)
     if name.startswith("metric"):
-        return max(coefficient, 1.0) * case.inputs["target_ids"].numel()
+        rows = case.inputs["target_ids"].numel()
+        # A sum of log-probs, each rounded at its own size.
+        return max(coefficient, 1.0) * rows + math.sqrt(rows) * largest(_finite(exact["log_probs"]))
     if not name.startswith("grad"):
         return coefficient
     if case.operation == "srpo_loss":
