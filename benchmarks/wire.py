@@ -14,8 +14,9 @@ _MARKER = "wire:layouts"
 _FILE_WIDTH = 200
 # What opens every call: three integers.
 OPENING_BYTES = 3 * 8
-# Of fp32 sums of one model.
+# Of fp32 sums of one model, and of two side by side, which have one more.
 _SUMS = 5
+_PAIR = 11
 
 
 class Traffic(NamedTuple):
@@ -42,7 +43,7 @@ def distillation_numbers(mode: str, divergence: str, topk: int) -> list[int]:
         return [_SUMS + 2 * topk, _SUMS + topk]
     if mode == "sampled":
         return [2 * _SUMS]
-    return [2 * _SUMS, 2] if divergence == "jsd" else [2 * _SUMS]
+    return [_PAIR, 2] if divergence == "jsd" else [_PAIR]
 
 
 def loss_traffic(

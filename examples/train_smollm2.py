@@ -139,9 +139,9 @@ def train(
                 guided,
                 teacher.lm_head.weight,
                 mask=rollouts.mask & sdpo_mask[:, None],
-                temperature=config.temperature,
+                config=config,
             )
-            normalizers = sk.Normalizers.from_batch(rollouts.mask, sdpo_mask, stats.entropy, config.dw_beta)
+            normalizers = sk.Normalizers.from_batch(rollouts.mask, sdpo_mask, stats.entropy, config=config)
 
         batch = {
             "target_ids": rollouts.response_ids,

@@ -69,17 +69,13 @@ def reduction_factors(valid: Tensor, sequence_ids: Tensor, normalizers: Any, con
     """What multiplies each valid token's loss, in either branch: they share one denominator. Paper 3.3.
 
     ``token``: ``1 / N_tokens``, every valid token of either branch; ``sequence``:
-    ``1 / (len_i · n_sequences)``; ``constant``: ``1 / (n_sequences · max_length)``. Global counts come from
-    ``normalizers`` where given.
+    ``1 / (len_i · n_sequences)``; ``constant``: ``1 / (n_sequences · max_length)``, sequences being those with a
+    valid token. Global counts come from ``normalizers`` where given.
     """
     if config.reduction == "token":
         tokens: Tensor = valid.sum() if normalizers is None else normalizers.token_count
         return torch.ones(valid.shape, dtype=dtype, device=valid.device) / tokens
-    sequences: Tensor | int
-    if normalizers is not None:
-        sequences = normalizers.sequence_count
-    else:
-        sequences = len(valid) if valid.ndim == 2 else len(torch.unique(sequence_ids[valid]))
+    sequences = len(torch.unique(sequence_ids[valid])) if normalizers is None else normalizers.sequence_count
     lengths = policy.sequence_sum(valid.to(dtype), sequence_ids)
     if config.reduction == "constant":
         lengths = torch.full_like(lengths, config.max_length)

@@ -79,12 +79,7 @@ def to_units_(z: Tensor, spec: RowSpec, slope: Tensor | None = None, *, finite: 
         return
     z.mul_(spec.logit_scale / spec.softcap).tanh_()
     if slope is not None:
-        slope_of_tanh_(slope.copy_(z), spec)
-
-
-def slope_of_tanh_(tanh: Tensor, spec: RowSpec) -> None:
-    """Turn a tanh into the transform's derivative there, in place."""
-    tanh.square_().neg_().add_(1.0).mul_(spec.scale)
+        slope.copy_(z).square_().neg_().add_(1.0).mul_(spec.scale)
 
 
 def to_bits_(z: Tensor, spec: RowSpec, slope: Tensor | None = None, *, finite: bool) -> Tensor:

@@ -6,6 +6,7 @@ import functools
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from enum import Enum
 from typing import Any, Literal, get_args
 
 from srpo_kernels.checks import require_count, require_number
@@ -40,10 +41,11 @@ class SRPOConfig:
         delta: upper bound of the unclipped rho; > 0, for ``"grpo"`` and ``"gspo"`` only. None: no bound.
         dual_clip: the loss is at most ``-dual_clip * A`` where ``A < 0``; > 1, for ``"grpo"`` and ``"gspo"``
             only. None: no bound.
-        log_ratio_clamp: bound of ``|log rho|`` (nats); > 0. None: no bound.
+        log_ratio_clamp: bound of ``|log rho|`` (nats), and of ``|d|`` in ``"k3"``, beyond which the gradient is 0;
+            > 0. None: 80, like any larger number: fp32 has no exponentials of more.
         kl_coef: weight of the divergence from ``ref_log_probs``; >= 0.
         kl_type: its estimator, with ``d = log_probs - ref_log_probs``: ``"k1"`` is ``d``, ``"k2"`` is
-            ``d**2 / 2``, ``"k3"`` is ``exp(-d) + d - 1``.
+            ``d**2 / 2``, ``"k3"`` is ``exp(-d) + d - 1`` with ``|d|`` at most ``log_ratio_clamp``.
         entropy_coef: weight of the bonus ``H(p)``, which the loss subtracts; of either sign.
         divergence: the distillation branch: ``"forward_kl"`` is ``KL(q || p)``, ``"reverse_kl"`` is
             ``KL(p || q)``, ``"jsd"`` is ``(1 - alpha) KL(p || m) + alpha KL(q || m)`` with the mixture
@@ -62,7 +64,8 @@ class SRPOConfig:
         softcap: bounds the scaled logits; > 0. None: no bound.
         reduction: ``"token"`` divides the sum by the valid tokens of both branches; ``"sequence"`` takes the
             mean of each sequence, then that of the sequences; ``"constant"`` divides by sequences times
-            ``max_length``.
+            ``max_length``. A sequence without a valid token does not count, padded or packed; TRL counts it, which
+            ``Normalizers.sequence_count`` can say.
         max_length: the length of ``"constant"`` (tokens); >= 1. None with the other reductions.
         count_inactive: also compute the log-probs of tokens that cannot move a weight, for the metrics.
 
@@ -143,6 +146,33 @@ class SRPOConfig:
         require_number("alpha", alpha, *_RANGES["alpha"])
         divergence: Divergence = "forward_kl" if alpha == 0 else "reverse_kl" if alpha == 1 else "jsd"
         return cls(divergence=divergence, alpha=alpha, **options)
+
+
+class Unset(Enum):
+    """The type of ``UNSET``, the default of a keyword in whose place a ``config`` can stand."""
+
+    UNSET = "SRPOConfig's default"
+
+
+UNSET = Unset.UNSET
+
+
+def resolve_options(config: SRPOConfig | None, **keywords: Any) -> dict[str, Any]:
+    """The options that ``keywords`` names, checked: ``config``'s, or for want of one those given and the defaults.
+
+    Raises TypeError for a ``config`` of another type, ValueError for one beside a keyword.
+    """
+    given = {name: value for name, value in keywords.items() if value is not UNSET}
+    if config is None:
+        options = {name: given[name] if name in given else getattr(SRPOConfig, name) for name in keywords}
+        for name, value in options.items():
+            require_option(name, value)
+        return options
+    if not isinstance(config, SRPOConfig):
+        raise TypeError(f"config must be an SRPOConfig or None, got {type(config).__name__}")
+    if given:
+        raise ValueError(f"config must stand alone, got it beside {given}: config has these options too")
+    return {name: getattr(config, name) for name in keywords}
 
 
 def require_option(name: str, value: Any) -> None:

@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from srpo_kernels import backends, validation
-from srpo_kernels.config import SRPOConfig
+from srpo_kernels.config import UNSET, SRPOConfig, Unset, resolve_options
 from srpo_kernels.engine import loss_op, stats_op
 from srpo_kernels.engine.arguments import LossArguments, LossOptions, StatsArguments, StatsOptions
 from srpo_kernels.engine.gemm import accumulation_dtype
@@ -45,6 +45,9 @@ def srpo_loss(
     ones the divergence ``D_t`` from a stop-gradient self-teacher, weighted by the teacher's certainty ``w_t``; ``f_t``
     is the token's share of the one denominator. Source: arXiv 2604.02288, sections 3.1 to 3.3.
 
+    A logit below -1e30, minus infinity among them, counts as -1e30 before the logit transform: a token that both models
+    exclude adds nothing, and no path has a NaN for it; one that only the teacher excludes makes ``"reverse_kl"`` huge.
+
     Rows are response positions, ``[B, T]``, or packed ``[N]``; ``hidden`` at a row predicts ``target_ids`` there. Rows
     that cannot move a weight (masked ones, and policy rows with advantage 0 while ``kl_coef`` and ``entropy_coef`` are
     0) are never read. The gradients are computed in the forward: call it under ``torch.no_grad()`` for the loss alone.
@@ -67,12 +70,13 @@ def srpo_loss(
         sequence_ids: ``[N]``, integers: the sequence of a packed row. Required there for ``gspo`` and for the
             reductions ``"sequence"`` and ``"constant"``.
         normalizers: the counts of the whole optimizer batch; with them the losses of micro-batches add up to the loss
-            of the whole batch. None: this call is the whole batch.
+            of the whole batch. None: this call is the whole batch. A call that has all of their distillation rows warns
+            (RuntimeWarning) where the mean of its entropy weights is not 1: they are then those of other logits.
         vocab_parallel_group: the process group that holds the LM head in shards of its rows, in rank order: ``weight``,
             ``bias``, ``teacher_weight`` and ``teacher_bias`` are this rank's ``[V_r, ...]`` (uneven ones too, of one
             size for student and teacher), V is their sum, all else is the same on all ranks. Loss, log-probs and
             metrics are the same to the last bit on every rank; ``hidden`` gets the whole gradient, a shard its own. On
-            the wire, per row and rank: 5 numbers of a policy row, up to 12 of a fully distilled one, and H of dX; see
+            the wire, per row and rank: 5 numbers of a policy row, up to 13 of a fully distilled one, and H of dX; see
             docs/vocabulary_parallel.md. None: ``weight`` is the whole head.
         sequence_parallel_group: the process group whose ranks have other rows of the same sequences: what ``gspo`` and
             ``reduction="sequence"`` take over a sequence is then over its rows on all of them. A sequence is known by
@@ -131,9 +135,7 @@ def srpo_loss(
         ref_log_probs=ref_log_probs,
         is_weights=is_weights,
         sequence_ids=sequence_ids,
-        token_count=None if normalizers is None else normalizers.token_count,
-        dw_log_mean=None if normalizers is None else normalizers.dw_log_mean,
-        sequence_count=None if normalizers is None else normalizers.sequence_count,
+        **dict.fromkeys(Normalizers._fields) if normalizers is None else normalizers._asdict(),
     )
     groups = name_of(vocab_parallel_group), name_of(sequence_parallel_group)
     options = LossOptions(config.encode(), backend, workspace_bytes, *groups)
@@ -151,11 +153,12 @@ def token_stats(
     teacher_weight: Tensor | None = None,
     bias: Tensor | None = None,
     teacher_bias: Tensor | None = None,
-    divergence: str = "jsd",
-    alpha: float = 0.5,
-    temperature: float = 1.0,
-    logit_scale: float = 1.0,
-    softcap: float | None = None,
+    config: SRPOConfig | None = None,
+    divergence: str | Unset = UNSET,
+    alpha: float | Unset = UNSET,
+    temperature: float | Unset = UNSET,
+    logit_scale: float | Unset = UNSET,
+    softcap: float | Unset | None = UNSET,
     vocab_parallel_group: ProcessGroup | None = None,
     backend: str = "auto",
     engine: str = "auto",
@@ -176,14 +179,16 @@ def token_stats(
         teacher_weight: ``[V, H_t]``, detached. None: ``weight`` and ``bias``.
         bias: ``[V]``; carries gradient.
         teacher_bias: ``[V]``, detached.
-        divergence: ``"jsd"``, ``"forward_kl"`` (KL(q || p)) or ``"reverse_kl"`` (KL(p || q)).
-        alpha: the teacher's share in the mixture of jsd, in (0, 1).
-        temperature: divides the logits.
-        logit_scale: multiplies the logits, before the softcap.
-        softcap: bounds the logits to ``softcap * tanh(logits / softcap)``. None: no bound.
+        config: the loss's options, in place of the next five, which are its fields. A ``distillation_mode`` other
+            than ``"full"`` is refused with a teacher. None: the next five.
+        divergence: ``"jsd"``, ``"forward_kl"`` (KL(q || p)) or ``"reverse_kl"`` (KL(p || q)). Unset: jsd.
+        alpha: the teacher's share in the mixture of jsd, in (0, 1). Unset: 0.5.
+        temperature: divides the logits. Unset: 1.
+        logit_scale: multiplies the logits, before the softcap. Unset: 1.
+        softcap: bounds the logits to ``softcap * tanh(logits / softcap)``. Unset or None: no bound.
         vocab_parallel_group: the process group that holds the LM head in shards, as in ``srpo_loss``: statistics are
             the same to the last bit on every rank, and their upstream gradients must be the same too. On the wire, per
-            row and rank: 5 numbers, up to 12 with a teacher, and H of dX in the backward.
+            row and rank: 5 numbers, up to 13 with a teacher, and H of dX in the backward.
         backend: ``"auto"``, ``"torch"`` or ``"triton"``.
         engine: ``"rows"`` holds the logits of some rows at a time; ``"tile"`` holds none: projection and reductions in
             one kernel, whose results for a row are the same to the last bit in any batch. It has no gradient and no
@@ -203,8 +208,15 @@ def token_stats(
     with refused_together(vocab_parallel_group):
         validation.check_backend(backend)
         validation.check_engine(engine)
-        validation.check_transform(temperature, logit_scale, softcap)
-        validation.check_divergence(divergence, alpha)
+        described = resolve_options(
+            config,
+            divergence=divergence,
+            alpha=alpha,
+            temperature=temperature,
+            logit_scale=logit_scale,
+            softcap=softcap,
+        )
+        validation.check_stats_divergence(described, config, teacher_hidden)
         validation.check_head(hidden, weight, bias)
         validation.check_target_ids(target_ids, hidden)
         validation.check_mask(mask, hidden)
@@ -213,9 +225,12 @@ def token_stats(
         backend = backends.resolve_backend(backend, hidden.device, dtype)
         validation.check_workspace(workspace_bytes)
     call = StatsArguments(hidden, weight, bias, target_ids, mask, teacher_hidden, teacher_weight, teacher_bias)
-    group = name_of(vocab_parallel_group)
     options = StatsOptions(
-        divergence, alpha, temperature, logit_scale, softcap, backend, engine, workspace_bytes, group
+        **described,
+        backend=backend,
+        engine=engine,
+        workspace_bytes=workspace_bytes,
+        vocab_parallel_group=name_of(vocab_parallel_group),
     )
     result = stats_op.token_stats(call, options)
     if teacher_hidden is None:
@@ -229,9 +244,10 @@ def teacher_stats(
     *,
     mask: Tensor | None = None,
     teacher_bias: Tensor | None = None,
-    temperature: float = 1.0,
-    logit_scale: float = 1.0,
-    softcap: float | None = None,
+    config: SRPOConfig | None = None,
+    temperature: float | Unset = UNSET,
+    logit_scale: float | Unset = UNSET,
+    softcap: float | Unset | None = UNSET,
     vocab_parallel_group: ProcessGroup | None = None,
     backend: str = "auto",
     engine: str = "auto",
@@ -246,9 +262,10 @@ def teacher_stats(
         teacher_weight: ``[V, H_t]``.
         mask: ``[...]``, bool: rows to compute; the others are never read and are 0. None: all.
         teacher_bias: ``[V]``.
-        temperature: divides the logits.
-        logit_scale: multiplies the logits, before the softcap.
-        softcap: bounds the logits to ``softcap * tanh(logits / softcap)``. None: no bound.
+        config: the loss's options, in place of the next three, which are its fields. None: the next three.
+        temperature: divides the logits. Unset: 1.
+        logit_scale: multiplies the logits, before the softcap. Unset: 1.
+        softcap: bounds the logits to ``softcap * tanh(logits / softcap)``. Unset or None: no bound.
         vocab_parallel_group: the process group that holds ``teacher_weight`` and ``teacher_bias`` in shards, as in
             ``srpo_loss``. On the wire, per row and rank: 5 numbers.
         backend: ``"auto"``, ``"torch"`` or ``"triton"``.
@@ -266,7 +283,7 @@ def teacher_stats(
     with refused_together(vocab_parallel_group):
         validation.check_backend(backend)
         validation.check_engine(engine)
-        validation.check_transform(temperature, logit_scale, softcap)
+        described = resolve_options(config, temperature=temperature, logit_scale=logit_scale, softcap=softcap)
         validation.check_head(
             teacher_hidden, teacher_weight, teacher_bias, ("teacher_hidden", "teacher_weight", "teacher_bias")
         )
@@ -279,9 +296,7 @@ def teacher_stats(
     result = stats_op.token_stats(
         StatsArguments(hidden, weight, bias, target_ids=None, mask=mask),
         StatsOptions(
-            temperature=temperature,
-            logit_scale=logit_scale,
-            softcap=softcap,
+            **described,
             backend=backend,
             engine=engine,
             workspace_bytes=workspace_bytes,

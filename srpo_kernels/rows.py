@@ -100,9 +100,8 @@ class RowStats(NamedTuple):
 class DivergenceStats(NamedTuple):
     """Both models' reductions and the divergence between them, ``[n]`` or ``[n, 1]`` as in ``RowStats``.
 
-    ``center`` ``[n, 1]``, as wide as the log-sum-exps, is what the gradient subtracts: for jsd ``KL(p || m)``, from the
-    log-ratio to the mixture; for reverse_kl the student's mean of ``z - y``, from the difference of the logits, so that
-    neither log-sum-exp has a part in it; 0 for forward_kl.
+    ``center`` ``[n, 1]``, as wide as the log-sum-exps, is what the gradient subtracts from the log-ratio:
+    ``KL(p || m)`` for jsd, the divergence itself for reverse_kl, 0 for forward_kl.
     """
 
     log_probs: Tensor

@@ -5,8 +5,8 @@ the buffer's size is allocated. A pass *consumes* the logits: what it leaves in 
 wants to find there, so that no exponential is taken twice. A gradient is the buffer times a factor per row, which the
 products apply to their ``[n, H]`` side: a pass over the buffer less.
 
-- ``row_stats`` leaves probabilities, or their logarithms where the gradient needs them (entropy, softcap), or the
-  logits where there is a support; ``log_prob_gradient_`` turns any of them into dlogits.
+- ``row_stats`` leaves probabilities, or their logarithms where the gradient needs them (entropy), or the logits where
+  there is a softcap or a support; ``log_prob_gradient_`` turns any of them into dlogits.
 - ``divergence_stats`` leaves dD/dlogits up to the factor of ``divergence_gradient_``.
 """
 
@@ -31,7 +31,6 @@ from srpo_kernels.blocks_torch import (
     nats_per_unit,
     scratch,
     slope_of_bits,
-    slope_of_tanh_,
     softmax,
     to_bits_,
     to_units_,
@@ -39,8 +38,7 @@ from srpo_kernels.blocks_torch import (
 from srpo_kernels.checks import refuse_name
 from srpo_kernels.rows import DivergenceStats, Dlogits, Holds, RowSpec, RowStats, support_coefficients
 from srpo_kernels.slices_torch import slice_gradient_
-from srpo_kernels.sums import finish_support
-from srpo_kernels.types import wide_dtype
+from srpo_kernels.sums import finish_row, finish_support
 
 __all__ = [
     "divergence_gradient_",
@@ -60,25 +58,30 @@ def row_stats(
     support_ids: Tensor | None = None,
     entropy: bool = False,
 ) -> RowStats:
-    """Leave probabilities in ``logits``; with ``entropy`` or a softcap, their log2; with a support, the logits."""
+    """Leave probabilities in ``logits``, with ``entropy`` their log2, with a softcap or a support the logits."""
+    slope = nats_per_unit(spec)
     if spec.topk and support_ids is None:
         support_ids = logits.topk(spec.topk, dim=1).indices
     if support_ids is not None:
         sums, units = slices_torch.support_sums(logits, spec, target_ids=target_ids, support_ids=support_ids)
-        return finish_support(sums, units, support_ids, spec, nats_per_unit(spec), entropy=entropy)
-    keep_logs = entropy or spec.softcap is not None
-    holds = Holds.LOG2_PROBABILITIES if keep_logs else Holds.PROBABILITIES
+        return finish_support(sums, units, support_ids, spec, slope, entropy=entropy)
+    if spec.softcap is not None:
+        # The transform's derivative wants the tanh: a probability is too far from it.
+        (sums,) = slices_torch.model_sums(logits, None, spec, target_ids=target_ids)
+        return finish_row(sums, slope, entropy=entropy)
+    holds = Holds.LOG2_PROBABILITIES if entropy else Holds.PROBABILITIES
     parts = []
-    for rows, work in blocks(logits, 1 if keep_logs else 0, buffers=1):
+    for rows, work in blocks(logits, 1 if entropy else 0, buffers=1):
         z = logits[rows]
         shift = to_bits_(z, spec, finite=entropy)
         target_bits = bits_at(z, target_ids[rows, None], shift, spec)
-        p = work[0] if keep_logs else z
+        p = work[0] if entropy else z
         log_sum = softmax(z, out=p).log2_()
-        log_probs = (target_bits - log_sum).mul_(NATS).squeeze(1)
-        if keep_logs:
+        log_probs = (target_bits - log_sum).squeeze(1).mul_(NATS).clamp_max_(0.0)
+        entropies = None
+        if entropy:
             z.sub_(log_sum)
-        entropies = dot(p, z, out=p).squeeze(1).mul_(-NATS) if entropy else None
+            entropies = dot(p, z, out=p).squeeze(1).mul_(-NATS).clamp_min_(0.0)
         parts.append(RowStats(log_probs, logsumexp(shift, log_sum, spec), entropies, None, None, None, holds))
     return RowStats.concatenate(parts)
 
@@ -109,8 +112,8 @@ def divergence_stats(
             floor_(z)
         total = softmax(z, out=p)
         log_sum = total.log2()
-        log_probs = (target_bits - log_sum).mul_(NATS)
-        entropies = (log_sum - dot(p, z, out=work)).squeeze(1).mul_(NATS) if entropy else None
+        log_probs = (target_bits - log_sum).mul_(NATS).clamp_max_(0.0)
+        entropies = (log_sum - dot(p, z, out=work)).squeeze(1).mul_(NATS).clamp_min_(0.0) if entropy else None
         teacher_shift = to_bits_(y, spec, finite=not jsd)
         if jsd:
             floor_(y)
@@ -135,7 +138,10 @@ def divergence_stats(
                 divergence = center - log_totals
             case unknown:
                 refuse_name("divergence", unknown)
-        wide_center = center.to(shift) * NATS if anchor is None else anchor.mean_gap(log_ratio, center, spec)
+        log_sums = logsumexp(shift, log_sum, spec), logsumexp(teacher_shift, teacher_log_sum, spec)
+        wide_center = center.to(shift) * NATS
+        if anchor is not None:
+            wide_center = anchor.mean_log_ratio(log_ratio, center, log_sums[0] - log_sums[1], spec)
         if gradient:
             # The spare buffer holds p times the log-ratio.
             divergence_gradient(spare, p, q, center, spec, out=z)
@@ -144,10 +150,10 @@ def divergence_stats(
         parts.append(
             DivergenceStats(
                 log_probs.squeeze(1),
-                logsumexp(shift, log_sum, spec),
+                log_sums[0],
                 entropies,
-                logsumexp(teacher_shift, teacher_log_sum, spec),
-                teacher_entropy.squeeze(1) * NATS,
+                log_sums[1],
+                teacher_entropy.squeeze(1).clamp_min(0.0) * NATS,
                 divergence.squeeze(1).clamp_min(0.0) * NATS,
                 wide_center,
                 holds,
@@ -157,14 +163,15 @@ def divergence_stats(
 
 
 class _Anchor(NamedTuple):
-    """Where the student's maximum is, ``[n, 1]``, and the student's unit there less the teacher's.
+    """Where the student's maximum is, ``[n, 1]``, and both models' units there.
 
-    The slices' gradient subtracts the student's mean of ``z - y`` from the difference of the units, and has to find the
-    very same number at the maximum of a row that has nothing beside it.
+    The gradient of a slice subtracts the mean log-ratio from log-ratios that it finds itself: for a row that has one
+    token alone, the mean has to be that token's to the last digit.
     """
 
     ids: Tensor
-    gap: Tensor
+    units: Tensor
+    teacher_units: Tensor
 
     @classmethod
     def of(cls, z: Tensor, y: Tensor, spec: RowSpec) -> _Anchor:
@@ -172,12 +179,13 @@ class _Anchor(NamedTuple):
         ids = argmax(z)
         pair = torch.cat([z.gather(1, ids), y.gather(1, ids)], dim=1)
         to_units_(pair, spec)
-        return cls(ids, pair[:, :1] - pair[:, 1:])
+        return cls(ids, pair[:, :1], pair[:, 1:])
 
-    def mean_gap(self, gaps: Tensor, mean: Tensor, spec: RowSpec) -> Tensor:
-        """The mean of ``z - y`` in nats, wide, from the differences in bits below both maxima, and their mean."""
-        wide = wide_dtype(mean.device)
-        return nats_per_unit(spec) * self.gap.to(wide) + NATS * (mean - gaps.gather(1, self.ids)).to(wide)
+    def mean_log_ratio(self, gaps: Tensor, mean: Tensor, log_sum_gap: Tensor, spec: RowSpec) -> Tensor:
+        """In nats, wide, from the differences in bits below both maxima, their mean, and that of the log-sum-exps."""
+        there = self.units.to(log_sum_gap) - self.teacher_units.to(log_sum_gap)
+        beside = NATS * (mean - gaps.gather(1, self.ids)).to(log_sum_gap)
+        return nats_per_unit(spec) * there + beside - log_sum_gap
 
 
 def log_prob_gradient_(
@@ -211,19 +219,14 @@ def log_prob_gradient_(
         return _dlogits(logits, -grad_log_probs * spec.constant_slope, dtype)
     _require(stats.holds, Holds.LOG2_PROBABILITIES)
     at_ids, outside = support_coefficients(log_probs, grad_log_probs, grad_tail, stats.log_tail)
-    for rows, (p, slope) in blocks(logits, 2, buffers=1):
+    for rows, (p,) in blocks(logits, 1, buffers=1):
         z = logits[rows]
-        if spec.softcap is not None:
-            torch.add(stats.logsumexp[rows].to(z.dtype), z, alpha=NATS, out=slope)
-            slope_of_tanh_(slope.mul_(spec.temperature / spec.softcap), spec)
         torch.exp2(z, out=p)
         if grad_entropy is not None and stats.entropy is not None:
             z.add_(stats.entropy[rows, None] / NATS).mul_(p).mul_(-NATS * grad_entropy[rows, None])
         else:
             z.zero_()
         z.add_(p.mul_(outside[rows, None]).scatter_(1, ids[rows], at_ids[rows]))
-        if spec.softcap is not None:
-            z.mul_(slope)
     return _dlogits(logits, torch.full_like(outside, spec.constant_slope)[:, None], dtype)
 
 

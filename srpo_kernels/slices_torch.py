@@ -64,12 +64,12 @@ def model_sums(logits: Tensor, teacher_logits: Tensor | None, spec: RowSpec, *, 
         y, gap, work = pair
         to_units_(y.copy_(teacher_logits[rows]), spec)
         nowhere = torch.full_like(target, LOWEST)
-        z_ids, y_ids = argmax(z), argmax(y)
+        ids = argmax(z)
+        anchor, z_max, y_max = y.gather(1, ids), z.gather(1, ids), y.amax(1, keepdim=True)
         torch.sub(z, y, out=gap)
-        anchors = y.gather(1, z_ids).squeeze(1), z.gather(1, y_ids).squeeze(1)
-        student = _sums(z, gap, gap.gather(1, z_ids), target, e, work, by)
-        teacher = _sums(y, gap, gap.gather(1, y_ids), nowhere, e, work, by)
-        parts.append([student._replace(anchor=anchors[0]), teacher._replace(anchor=anchors[1])])
+        student = _sums(z, gap, z_max - anchor, target, e, work, by)
+        teacher = _sums(y, gap, z_max - y_max, nowhere, e, work, by)
+        parts.append([student._replace(anchor=anchor.squeeze(1)), teacher])
     return [_concatenate(model) for model in zip(*parts, strict=True)]
 
 
@@ -165,7 +165,7 @@ def slice_gradient_(
             y = teacher_logits[rows]
             to_units_(y, spec)
             if spec.divergence == "reverse_kl":
-                y = torch.sub(z, y, out=y)
+                _to_log_ratio_(y, z, stats.select(rows), spec, work)
         normalize_(z, stats.logsumexp[rows], spec)
         torch.exp2(z, out=p)
         torch.mul(p, -grads.log_probs[rows, None], out=total)
@@ -180,15 +180,24 @@ def slice_gradient_(
     return logits.to(dtype)
 
 
+def _to_log_ratio_(y: Tensor, z: Tensor, stats: DivergenceStats, spec: RowSpec, work: Tensor) -> None:
+    """Turn the teacher's units into the log-ratio less its mean, in bits.
+
+    Each model's units less their log-sum-exp, the teacher's less the mean of the log-ratio as well: of a row that has
+    one token alone both are exactly 0 there.
+    """
+    origin = stats.logsumexp / nats_per_unit(spec)
+    teacher_origin = (stats.teacher_logsumexp - stats.center) / nats_per_unit(spec)
+    high, teacher_high = origin.to(y.dtype), teacher_origin.to(y.dtype)
+    low = ((origin - high) - (teacher_origin - teacher_high)).to(y.dtype)
+    torch.sub(torch.sub(z, high, out=work), y.sub_(teacher_high), out=y).sub_(low).mul_(bits_per_unit(spec, y.dtype))
+
+
 def _divergence_gradient(
     p: Tensor, y: Tensor, stats: DivergenceStats, spec: RowSpec, q: Tensor, work: Tensor, out: Tensor
 ) -> None:
-    """dD/dz up to ``slope_of_bits``, from p and the teacher's units; for reverse_kl from ``z - y`` in units."""
+    """dD/dz up to ``slope_of_bits``, from p and the teacher's units; for reverse_kl from ``_to_log_ratio_``."""
     if spec.divergence == "reverse_kl":
-        # The center in two parts: it must not be rounded like a logit.
-        center = stats.center / nats_per_unit(spec)
-        high = center.to(y.dtype)
-        y.sub_(high).sub_((center - high).to(y.dtype)).mul_(bits_per_unit(spec, y.dtype))
         torch.mul(p, y, out=out)
         return
     normalize_(y, stats.teacher_logsumexp, spec)
@@ -200,9 +209,9 @@ def _divergence_gradient(
 
 
 def _sums(
-    units: Tensor, gap: Tensor | None, anchor: Tensor | None, target: Tensor, e: Tensor, work: Tensor, by: float
+    units: Tensor, gap: Tensor | None, origin: Tensor | None, target: Tensor, e: Tensor, work: Tensor, by: float
 ) -> ModelSums:
-    """The sums over units of ``by`` bits, which end up relative to their maximum; ``gap`` is relative to ``anchor``.
+    """The sums over units of ``by`` bits, which end up relative to their maximum; ``gap`` is relative to ``origin``.
 
     ``work`` may be ``e`` where there is no gap. A logit is rounded once more only after its row's maximum is off.
     """
@@ -211,8 +220,8 @@ def _sums(
     total = torch.mul(units, by, out=e).exp2_().sum(1)
     weighted = dot(e, units, out=units).squeeze(1)
     gaps = torch.zeros_like(total)
-    if gap is not None and anchor is not None:
-        gaps = dot(torch.sub(gap, anchor, out=work), e, out=work).squeeze(1)
+    if gap is not None and origin is not None:
+        gaps = dot(torch.sub(gap, origin, out=work), e, out=work).squeeze(1)
     return ModelSums(maximum.squeeze(1), total, weighted, gaps, target)
 
 

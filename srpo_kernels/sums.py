@@ -22,9 +22,9 @@ class ModelSums(NamedTuple):
     A unit is what a backend counts logits in: one is ``slope`` nats.
 
     ``total`` is of e, ``weighted`` of e x. ``target`` is the unit of the target where it is in this part, else below
-    any logit. Of two models side by side, ``anchor`` is the other one's unit where this one's maximum is, and ``gap``
-    the sum of e times the student's unit minus the teacher's, less that difference at the maximum; of a model alone
-    they are None and 0.
+    any logit. Of two models side by side, ``gap`` is the sum of e times the student's unit minus the teacher's: the
+    student's less that difference where its own maximum is, the teacher's less that of both maxima. The teacher's unit
+    where the student's maximum is, is the student's ``anchor``. For a model alone the gap is 0.
 
     Sums are relative to the maximum because most rows of a language model have hardly anything beside it: what is left
     would be lost to the rounding of the logits themselves.
@@ -38,9 +38,15 @@ class ModelSums(NamedTuple):
     anchor: Tensor | None = None
 
     @classmethod
-    def unpack(cls, sums: Tensor) -> ModelSums:
-        """The fields of ``[..., 5]``, or with an anchor ``[..., 6]``, as the kernels write them."""
-        return cls(*sums.unbind(-1))
+    def unpack(cls, sums: Tensor) -> list[ModelSums]:
+        """Of ``[..., 5]`` for a model alone, of ``[..., 11]`` for student and teacher, as the kernels write them."""
+        first, *second = sums.split([5] if sums.shape[-1] == 5 else [6, 5], dim=-1)
+        return [cls(*first.unbind(-1)), *(cls(*x.unbind(-1)) for x in second)]
+
+    @staticmethod
+    def pack(models: Sequence[ModelSums]) -> Tensor:
+        """The opposite of ``unpack``."""
+        return torch.stack([x for model in models for x in model if x is not None], dim=-1)
 
     @classmethod
     def of_support(cls, units: Tensor, slope: float) -> ModelSums:
@@ -50,10 +56,6 @@ class ModelSums(NamedTuple):
         e = torch.exp(slope * x)
         return cls(maximum, e.sum(1), (e * x).sum(1), torch.zeros_like(maximum), maximum)
 
-    def pack(self) -> Tensor:
-        """The opposite of ``unpack``."""
-        return torch.stack([x for x in self if x is not None], dim=-1)
-
     def logsumexp(self, slope: float) -> Tensor:
         """In nats, in the widest dtype: in fp32 it would be rounded like a logit."""
         wide = wide_dtype(self.maximum.device)
@@ -61,27 +63,27 @@ class ModelSums(NamedTuple):
 
     def log_probs(self, slope: float) -> Tensor:
         """The target's, in nats."""
-        return slope * (self.target - self.maximum) - self.total.log()
+        return (slope * (self.target - self.maximum) - self.total.log()).clamp_max(0.0)
 
     def entropy(self, slope: float) -> Tensor:
         """In nats."""
-        return self.total.log() - slope * self.weighted / self.total
+        return (self.total.log() - slope * self.weighted / self.total).clamp_min(0.0)
 
 
 def merge(parts: Sequence[ModelSums], slope: float) -> list[ModelSums]:
     """The sums of whole rows, of one model or of student and teacher, from parts that lie along dimension 0."""
+    maxima, places = zip(*(model.maximum.max(0) for model in parts), strict=True)
+    shifts = [model.maximum - maximum for model, maximum in zip(parts, maxima, strict=True)]
     merged = []
-    # The gap is the student's unit minus the teacher's: its sign in the teacher's anchor is the other one.
-    for model, sign in zip(parts, (1.0, -1.0), strict=False):
-        maximum, first = model.maximum.max(0)
-        shift = model.maximum - maximum
-        decay = torch.exp(slope * shift)
-        total = model.total * decay
-        weighted = (model.weighted + shift * model.total) * decay
-        gap, anchor = model.gap * decay, None
+    for model, maximum, place, shift in zip(parts, maxima, places, shifts, strict=True):
+        anchor, gap_shift = None, shifts[0] - shift
         if model.anchor is not None:
-            anchor = model.anchor.gather(0, first[None]).squeeze(0)
-            gap = (model.gap + sign * (shift - (model.anchor - anchor)) * model.total) * decay
+            anchor = model.anchor.gather(0, place[None]).squeeze(0)
+            gap_shift = shift - (model.anchor - anchor)
+        decay = torch.exp(slope * shift)
+        weighted = (model.weighted + shift * model.total) * decay
+        gap = (model.gap + gap_shift * model.total) * decay
+        total = model.total * decay
         merged.append(ModelSums(maximum, total.sum(0), weighted.sum(0), gap.sum(0), model.target.amax(0), anchor))
     return merged
 
@@ -91,20 +93,20 @@ Combine = Callable[[list[ModelSums], float], list[ModelSums]]
 
 
 def divergences(student: ModelSums, teacher: ModelSums, slope: float) -> tuple[Tensor, Tensor, Tensor]:
-    """``KL(q || p)`` and ``KL(p || q)`` of student p and teacher q in nats, and p's mean of ``z - y``, wide, in nats.
+    """``KL(q || p)`` and ``KL(p || q)`` of student p and teacher q, in nats, and the latter once more in a wide dtype.
 
-    Rounding can take neither divergence below 0.
+    Rounding can take the first two below 0, where they stop; the third is what a gradient subtracts.
     """
     assert student.anchor is not None
-    assert teacher.anchor is not None
     # The logarithm of the ratio, not the difference of logarithms: of models that are nearly equal it is nearly 0.
     log_totals = (student.total / teacher.total).log()
-    own, others = student.gap / student.total, teacher.gap / teacher.total
-    forward_kl = slope * ((student.maximum - teacher.anchor) - others) + log_totals
+    own = student.gap / student.total
+    forward_kl = log_totals - slope * teacher.gap / teacher.total
     reverse_kl = slope * ((teacher.maximum - student.anchor) + own) - log_totals
     wide = wide_dtype(own.device)
-    mean_gap = slope * ((student.maximum - student.anchor).to(wide) + own.to(wide))
-    return forward_kl.clamp_min(0.0), reverse_kl.clamp_min(0.0), mean_gap
+    mean_gap = slope * (student.maximum.to(wide) - student.anchor.to(wide) + own.to(wide))
+    center = mean_gap - (student.logsumexp(slope) - teacher.logsumexp(slope))
+    return forward_kl.clamp_min(0.0), reverse_kl.clamp_min(0.0), center
 
 
 def finish_row(sums: ModelSums, slope: float, *, entropy: bool) -> RowStats:
@@ -117,12 +119,12 @@ def finish_divergence(
     student: ModelSums, teacher: ModelSums, spec: RowSpec, slope: float, *, entropy: bool
 ) -> DivergenceStats:
     """What both models' sums say; jsd takes a pass of its own over the logits, its divergence is reverse_kl here."""
-    forward_kl, reverse_kl, mean_gap = divergences(student, teacher, slope)
+    forward_kl, reverse_kl, wide_reverse_kl = divergences(student, teacher, slope)
     match spec.divergence:
         case "forward_kl":
-            divergence, center = forward_kl, torch.zeros_like(mean_gap)
+            divergence, center = forward_kl, torch.zeros_like(wide_reverse_kl)
         case "reverse_kl" | "jsd":
-            divergence, center = reverse_kl, mean_gap
+            divergence, center = reverse_kl, wide_reverse_kl
         case unknown:
             refuse_name("divergence", unknown)
     return DivergenceStats(

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from srpo_kernels.checks import BOOL, FLOATING, INTEGER, require_number, require_shape, require_tensor
+from srpo_kernels.checks import BOOL, FLOATING, INTEGER, require_shape, require_tensor
+from srpo_kernels.config import UNSET, SRPOConfig, Unset, resolve_options
 from srpo_kernels.distributed import gather_ranks
 
 METRICS = (
@@ -50,8 +52,10 @@ class SRPOOutput(NamedTuple):
     """What ``srpo_loss`` returns.
 
     ``loss``: scalar, carries gradient. ``metrics``: detached scalar sums and counts, which add up over
-    micro-batches and ranks; ``summarize_metrics`` makes means of them. ``log_probs``: ``target_ids``' shape,
-    in nats, detached, 0 for rows that were not computed.
+    micro-batches and ranks; ``summarize_metrics`` makes means of them. ``nonfinite_rows`` counts the rows
+    whose loss is not finite, or whose gradient: by the hidden states, in fp32, before a fp16 model's dtype or an
+    upstream factor can overflow. ``log_probs``: ``target_ids``' shape, in nats, detached, 0 for rows that were not
+    computed.
     """
 
     loss: Tensor
@@ -85,8 +89,8 @@ class Normalizers(NamedTuple):
     With those of the whole batch, the losses of its parts add up to the loss of the whole. ``token_count``:
     valid tokens of both branches. ``dw_log_mean``: ``log(mean(exp(-dw_beta * H)))`` over the valid
     distillation tokens, ``H`` the teacher's entropy; 0 without any. ``sdpo_count``: the tokens of that mean;
-    ``merge`` needs it. ``sequence_count``: sequences, the fully masked ones of a ``[B, T]`` batch included;
-    None where not known. Source: SRPO (arXiv 2604.02288), sections 3.2 and 3.3.
+    ``merge`` needs it. ``sequence_count``: sequences that have a valid token; None where not known. Source:
+    SRPO (arXiv 2604.02288), sections 3.2 and 3.3.
     """
 
     token_count: Tensor
@@ -100,8 +104,10 @@ class Normalizers(NamedTuple):
         mask: Tensor,
         sdpo_mask: Tensor | None,
         teacher_entropy: Tensor | None,
-        dw_beta: float,
+        dw_beta: float | Unset = UNSET,
         sequence_ids: Tensor | None = None,
+        *,
+        config: SRPOConfig | None = None,
     ) -> Normalizers:
         """The normalizers of one micro-batch.
 
@@ -111,18 +117,23 @@ class Normalizers(NamedTuple):
             teacher_entropy: ``mask``'s shape, or the routed entries of its first dimension alone, in order:
                 ``[B_sdpo, T]`` (packed: ``[N_sdpo]``). Read at valid distillation tokens only; may be None
                 when there are none, or ``dw_beta`` is 0.
-            dw_beta: strength of the entropy-aware weight (per nat); >= 0.
+            dw_beta: strength of the entropy-aware weight (per nat); >= 0. Unset: ``config.dw_beta``.
             sequence_ids: ``[N]``, integers: the sequence of a packed row. None: ``sequence_count`` is None. A
                 sequence must lie in one micro-batch as a whole.
+            config: the loss's options, in place of ``dw_beta``. The entropies are those of its logits where
+                ``teacher_stats`` got the same ``config``.
 
         Returns:
             int64 counts and the fp64 log-mean (fp32 on a device without fp64).
 
         Raises:
             TypeError: an argument of the wrong type or dtype.
-            ValueError: a wrong shape, device or value, or no ``teacher_entropy`` where it is needed.
+            ValueError: a wrong shape, device or value, no ``teacher_entropy`` where it is needed, or not one of
+                ``dw_beta`` and ``config``.
         """
-        require_number("dw_beta", dw_beta, ">= 0", lambda value: value >= 0)
+        if config is None and dw_beta is UNSET:
+            raise ValueError("dw_beta or config is required, got neither")
+        dw_beta = float(resolve_options(config, dw_beta=dw_beta)["dw_beta"])
         require_tensor("mask", mask, BOOL)
         if mask.dim() not in (1, 2):
             raise ValueError(f"mask must have shape [B, T] or [N], got {list(mask.shape)}")
@@ -152,8 +163,7 @@ class Normalizers(NamedTuple):
         ``Normalizers``, ValueError for one without ``sdpo_count``.
         """
         for other in others:
-            if not isinstance(other, Normalizers):
-                raise TypeError(f"others must be Normalizers, got {type(other).__name__}")
+            require_normalizers("others", other)
         return _merge_rows(torch.stack([part._to_row() for part in (self, *others)]))
 
     def all_reduce(self, group: dist.ProcessGroup | None = None) -> Normalizers:
@@ -167,9 +177,31 @@ class Normalizers(NamedTuple):
 
     def _to_row(self) -> Tensor:
         """``[4]``, NaN for None."""
+        require_normalizers("Normalizers", self)
         dtype = wide_dtype(self.token_count.device)
         unknown = self.dw_log_mean.new_full((), math.nan)
         return torch.stack([(unknown if field is None else field).to(dtype) for field in self])
+
+
+def require_normalizers(name: str, value: object) -> Normalizers:
+    """Raise TypeError or ValueError unless ``value`` is a ``Normalizers`` of scalar tensors; reads no data."""
+    if not isinstance(value, Normalizers):
+        raise TypeError(f"{name} must be Normalizers, got {type(value).__name__}")
+    for field, number in value._asdict().items():
+        if number is not None or field not in value._field_defaults:
+            # FSDP casts the floating arguments of a forward: half of the digits would be gone.
+            exact = (torch.float32, torch.float64)
+            require_tensor(f"{name}.{field}", number, exact if field == "dw_log_mean" else (*INTEGER, *exact))
+            require_shape(f"{name}.{field}", number, [()], "a scalar")
+    return value
+
+
+def require_counts(name: str, values: Mapping[str, float]) -> None:
+    """Raise ValueError unless these fields of a ``Normalizers`` are finite, and counts not negative."""
+    for field, value in values.items():
+        if not (math.isfinite(value) and (value >= 0.0 or field == "dw_log_mean")):
+            expected = "finite" if field == "dw_log_mean" else "finite and >= 0"
+            raise ValueError(f"{name}.{field} must be {expected}, got {value}")
 
 
 def wide_dtype(device: torch.device) -> torch.dtype:
@@ -179,9 +211,12 @@ def wide_dtype(device: torch.device) -> torch.dtype:
 
 def _merge_rows(rows: Tensor) -> Normalizers:
     token_count, log_mean, sdpo_count, sequence_count = rows.unbind(1)
-    sdpo_known, sequences_known = rows[:, 2:].isnan().any(0).logical_not().tolist()
-    if not sdpo_known:
+    parts = [dict(zip(Normalizers._fields, row, strict=True)) for row in rows.tolist()]
+    if any(math.isnan(part["sdpo_count"]) for part in parts):
         raise ValueError("sdpo_count must be known to merge Normalizers, got None for at least one of them")
+    sequences_known = not any(math.isnan(part["sequence_count"]) for part in parts)
+    for part in parts:
+        require_counts("Normalizers", {k: x for k, x in part.items() if sequences_known or k != "sequence_count"})
     total = sdpo_count.sum()
     log_sum = (sdpo_count.log() + log_mean).logsumexp(0)
     return Normalizers(
@@ -206,7 +241,7 @@ def _count_sequences(mask: Tensor, sequence_ids: Tensor | None) -> Tensor | None
     if mask.dim() == 2:
         if sequence_ids is not None:
             raise ValueError(f"sequence_ids is for packed rows: mask must be [N], got {list(mask.shape)}")
-        return torch.tensor(len(mask), device=mask.device)
+        return mask.any(1).sum()
     if sequence_ids is None:
         return None
     require_tensor("sequence_ids", sequence_ids, INTEGER, mask.device)

@@ -5,13 +5,15 @@ None reads tensor data: that costs a synchronisation, and the engine does it whe
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Mapping
+from typing import Any
+
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from srpo_kernels.checks import BOOL, FLOATING, INTEGER, require_shape, require_tensor
-from srpo_kernels.config import SRPOConfig, require_mixture, require_option
-from srpo_kernels.types import Normalizers
+from srpo_kernels.config import SRPOConfig, require_mixture
+from srpo_kernels.types import require_normalizers
 
 _BACKENDS = ("auto", "torch", "triton")
 _ENGINES = ("auto", "rows", "tile")
@@ -50,17 +52,14 @@ def check_workspace(workspace_bytes: object) -> None:
         raise TypeError(f"workspace_bytes must be an int or None, got {type(workspace_bytes).__name__}")
 
 
-def check_transform(temperature: float, logit_scale: float, softcap: float | None) -> None:
-    """The logit transform's numbers, in the ranges of ``SRPOConfig``."""
-    for name, value in (("temperature", temperature), ("logit_scale", logit_scale), ("softcap", softcap)):
-        require_option(name, value)
-
-
-def check_divergence(divergence: str, alpha: float) -> None:
-    """The divergence's name and number, in the ranges of ``SRPOConfig``."""
-    require_option("divergence", divergence)
-    require_option("alpha", alpha)
-    require_mixture(divergence, alpha)
+def check_stats_divergence(options: Mapping[str, Any], config: SRPOConfig | None, teacher_hidden: object) -> None:
+    """The divergence of ``token_stats``, which is that of the whole vocabulary."""
+    require_mixture(options["divergence"], options["alpha"])
+    if config is not None and config.distillation_mode != "full" and teacher_hidden is not None:
+        raise ValueError(
+            "config.distillation_mode must be 'full' where token_stats has a teacher: its divergence is that of the "
+            f"whole vocabulary, got {config.distillation_mode!r}"
+        )
 
 
 def check_head(
@@ -200,9 +199,6 @@ def check_options(
         if sequence_parallel_group is not None:
             raise ValueError("normalizers is required with sequence_parallel_group: a call sees a part of the batch")
         return
-    if not isinstance(normalizers, Normalizers):
-        raise TypeError(f"normalizers must be a Normalizers or None, got {type(normalizers).__name__}")
+    normalizers = require_normalizers("normalizers", normalizers)
     if config.reduction != "token" and normalizers.sequence_count is None:
         raise ValueError(f"normalizers.sequence_count is required when reduction={config.reduction!r}, got None")
-    # FSDP casts the floating arguments of a forward: half of the digits of every weight would be gone.
-    require_tensor("normalizers.dw_log_mean", normalizers.dw_log_mean, (torch.float32, torch.float64))

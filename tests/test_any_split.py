@@ -61,10 +61,8 @@ def steps(draw: st.DrawFn, ranks: int) -> Step:
     inputs["sdpo_mask"] = assign(rows[0], 2) > 0
     inputs["mask"] &= torch.rand(rows, generator=torch.Generator().manual_seed(0)) < draw(st.sampled_from([1.0, 0.4]))
     packed = len(rows) == 1
-    sequences, count = torch.arange(rows[0]), rows[0]
-    if packed:
-        sequences = torch.unique(inputs["sequence_ids"], return_inverse=True)[1]
-        count = len(torch.unique(inputs["sequence_ids"][inputs["mask"]]))
+    sequences = torch.unique(inputs["sequence_ids"], return_inverse=True)[1] if packed else torch.arange(rows[0])
+    count = len(torch.unique((sequences if packed else sequences[:, None].expand(rows))[inputs["mask"]]))
 
     micro_batch = assign(len(sequences), accumulation)[sequences]
     replica = assign(len(sequences), replicas)[sequences]

@@ -144,7 +144,8 @@ def test_statistics_at_any_length_are_compiled_twice_at_most(teacher: bool) -> N
 def test_statistics_follow_their_options() -> None:
     inputs = head_inputs(0, (4, 6), 8, 33, teacher_size=5)
     function, _ = compiled(token_stats)
-    for options in ({}, {"divergence": "reverse_kl"}, {"temperature": 0.7}, {"temperature": 0.6, "softcap": 5.0}):
+    keywords = ({}, {"divergence": "reverse_kl"}, {"temperature": 0.7}, {"temperature": 0.6, "softcap": 5.0})
+    for options in (*keywords, {"config": SRPOConfig(divergence="forward_kl", softcap=5.0)}):
         assert_same(statistics_of(function, inputs, **options), statistics_of(token_stats, inputs, **options), 0.0)
 
 

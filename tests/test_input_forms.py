@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 import reference
-from srpo_kernels import SRPOConfig, srpo_loss, teacher_stats, token_stats
-from srpo_kernels.config import DIVERGENCES, LOSS_TYPES
+from srpo_kernels import Normalizers, SRPOConfig, srpo_loss, teacher_stats, token_stats
+from srpo_kernels.config import DIVERGENCES, LOSS_TYPES, REDUCTIONS
 from tests.comparison import assert_same, gradients, run_loss, with_leaves
-from tests.strategies import LEAVES, Inputs, cast, head_inputs, loss_inputs
+from tests.strategies import LEAVES, SHARED, Inputs, cast, head_inputs, loss_inputs, take
 
 
 @pytest.fixture
@@ -71,6 +71,33 @@ def test_int32_target_ids(inputs: Inputs) -> None:
 def test_expanded_advantages_and_routes(inputs: Inputs) -> None:
     expanded = {name: inputs[name][:, None].expand(6, 7) for name in ("advantages", "sdpo_mask")}
     assert_same(run_loss(srpo_loss, inputs | expanded), run_loss(srpo_loss, inputs), 0.0)
+
+
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("function", [srpo_loss, reference.srpo_loss], ids=["library", "reference"])
+def test_a_sequence_without_a_valid_token_changes_nothing(
+    inputs: Inputs, function: Callable[..., Any], loss_type: str, reduction: str
+) -> None:
+    """Padded or packed, with its masked rows or without, counted here or by ``Normalizers``."""
+    config = SRPOConfig(loss_type=loss_type, reduction=reduction, max_length=9 if reduction == "constant" else None)
+    inputs["mask"][[1, 4]] = False
+    mask = inputs["mask"]
+    expected = run_loss(function, take(inputs, mask.any(1).nonzero().squeeze(1)), config=config)["loss"]
+    torch.testing.assert_close(run_loss(function, inputs, config=config)["loss"], expected)
+
+    per_sequence = {name: inputs[name][:, None].expand_as(mask) for name in ("advantages", "sdpo_mask")}
+    rows = inputs | per_sequence | {"sequence_ids": torch.arange(6)[:, None].expand_as(mask)}
+    for chosen in (torch.ones_like(mask), mask):
+        packed = {name: x if name in SHARED else x[chosen] for name, x in rows.items()}
+        torch.testing.assert_close(run_loss(function, packed, config=config)["loss"], expected)
+        ids = packed["sequence_ids"]
+        entropy = teacher_stats(packed["teacher_hidden"], inputs["weight"], teacher_bias=inputs["bias"]).entropy
+        norms = Normalizers.from_batch(packed["mask"], packed["sdpo_mask"], entropy, sequence_ids=ids, config=config)
+        for form in (packed, inputs):
+            given = run_loss(function, form, config=config, normalizers=norms)["loss"]
+            torch.testing.assert_close(given, expected)
+        assert norms.sequence_count == Normalizers.from_batch(mask, None, None, 0.0).sequence_count == 4
 
 
 def test_advantages_that_require_grad_get_none(inputs: Inputs) -> None:

@@ -10,7 +10,7 @@ from hypothesis import given
 from torch import Tensor
 
 from reference.logits import entropy, head_logits
-from srpo_kernels import Normalizers, SRPOConfig, TeacherStats, srpo_loss, teacher_stats
+from srpo_kernels import Normalizers, SRPOConfig, TeacherStats, srpo_loss, teacher_stats, token_stats
 from tests.comparison import assert_same, largest, run_loss
 from tests.strategies import Case, Inputs, cast, each_backend, for_backend, head_inputs, loss_inputs, stats_cases
 
@@ -94,7 +94,105 @@ def test_its_entropies_give_the_normalizers_of_the_batch(routed_only: bool) -> N
     teacher = teacher_of(inputs)
     if routed_only:
         teacher |= {"teacher_hidden": inputs["teacher_hidden"][routed], "mask": mask[routed]}
-    stats = teacher_stats(**teacher, temperature=0.7)
-    normalizers = Normalizers.from_batch(mask, routed, stats.entropy, config.dw_beta)
+    stats = teacher_stats(**teacher, config=config)
+    normalizers = Normalizers.from_batch(mask, routed, stats.entropy, config=config)
     given = run_loss(srpo_loss, inputs, config=config, normalizers=normalizers)
     assert_same(given, run_loss(srpo_loss, inputs, config=config), 1e-12)
+
+
+DESCRIBED = SRPOConfig(
+    temperature=0.7, logit_scale=0.5, softcap=5.0, divergence="reverse_kl", alpha=0.9, dw_beta=3.0, topk=3
+)
+
+
+def test_a_config_stands_in_for_the_keywords() -> None:
+    inputs = head_inputs(0, (4, 6), 8, 33, teacher_size=5)
+    keywords = {name: getattr(DESCRIBED, name) for name in OPTIONS}
+    teacher = teacher_of(inputs)
+    expected = teacher_stats(**teacher, **keywords)
+    assert_same(teacher_stats(**teacher, config=DESCRIBED)._asdict(), expected._asdict(), 0.0)
+    keywords |= {"divergence": DESCRIBED.divergence, "alpha": DESCRIBED.alpha}
+    stats = token_stats(**inputs, **keywords)
+    assert_same(token_stats(**inputs, config=DESCRIBED)._asdict(), stats._asdict(), 0.0)
+    batch = inputs["mask"], inputs["mask"], expected.entropy
+    assert Normalizers.from_batch(*batch, config=DESCRIBED) == Normalizers.from_batch(*batch, DESCRIBED.dw_beta)
+
+
+@pytest.mark.parametrize("config", [SRPOConfig(temperature=0.7, softcap=3.0), SRPOConfig(logit_scale=2.0, dw_beta=0.5)])
+def test_with_the_config_of_the_loss_the_mean_weight_is_one(config: SRPOConfig) -> None:
+    inputs = loss_inputs(1, (6, 5), teacher_size=5, config=config)
+    stats = teacher_stats(**teacher_of(inputs), config=config)
+    normalizers = Normalizers.from_batch(inputs["mask"], inputs["sdpo_mask"], stats.entropy, config=config)
+    given = run_loss(srpo_loss, inputs, config=config, normalizers=normalizers)
+    assert_same(given, run_loss(srpo_loss, inputs, config=config), 1e-12)
+
+
+@pytest.mark.parametrize("name", ["temperature", "logit_scale", "softcap", "divergence", "alpha", "dw_beta"])
+def test_a_config_and_a_keyword_are_not_both_taken(name: str) -> None:
+    """A value that is the default too: only one of them says what the logits are."""
+    inputs = head_inputs(0, (4, 6), 8, 33, teacher_size=5)
+    both = {"config": DESCRIBED, name: getattr(SRPOConfig, name)}
+    message = f"config must stand alone, got it beside.*{name}"
+    if name == "dw_beta":
+        with pytest.raises(ValueError, match=message):
+            Normalizers.from_batch(inputs["mask"], None, None, **both)
+        return
+    with pytest.raises(ValueError, match=message):
+        token_stats(**inputs, **both)
+    if name in OPTIONS:
+        with pytest.raises(ValueError, match=message):
+            teacher_stats(**teacher_of(inputs), **both)
+
+
+def test_a_divergence_that_token_stats_does_not_compute_is_refused() -> None:
+    inputs, config = head_inputs(0, (4, 6), 8, 33), SRPOConfig(distillation_mode="topk")
+    with pytest.raises(ValueError, match=r"config\.distillation_mode must be 'full'.*got 'topk'"):
+        token_stats(**inputs, config=config)
+    assert token_stats(**inputs | {"teacher_hidden": None}, config=config).divergence is None
+
+
+@pytest.mark.parametrize("config", [{"temperature": 0.7}, 0.7, SRPOConfig])
+def test_what_is_no_config_is_refused(config: object) -> None:
+    inputs = head_inputs(0, (4, 6), 8, 33)
+    with pytest.raises(TypeError, match="config must be an SRPOConfig or None, got"):
+        token_stats(**inputs, config=config)
+    with pytest.raises(TypeError, match="config must be an SRPOConfig or None, got"):
+        teacher_stats(inputs["hidden"], inputs["weight"], config=config)
+    with pytest.raises(TypeError, match="config must be an SRPOConfig or None, got"):
+        Normalizers.from_batch(inputs["mask"], None, None, config=config)
+
+
+def test_normalizers_need_the_strength_of_the_weights() -> None:
+    with pytest.raises(ValueError, match="dw_beta or config is required, got neither"):
+        Normalizers.from_batch(torch.ones(2, 3, dtype=torch.bool), None, None)
+
+
+def of_other_logits(inputs: Inputs, config: SRPOConfig) -> Normalizers:
+    """Normalizers from entropies without the logit transform."""
+    entropy = teacher_stats(**teacher_of(inputs)).entropy
+    return Normalizers.from_batch(inputs["mask"], inputs["sdpo_mask"], entropy, config=config)
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_a_whole_batch_whose_mean_weight_is_not_one_is_named(compiled: bool) -> None:
+    call = torch.compile(srpo_loss, backend="aot_eager", fullgraph=True) if compiled else srpo_loss
+    config = SRPOConfig(temperature=0.7)
+    inputs = loss_inputs(1, (6, 5), teacher_size=5, config=config)
+    with pytest.warns(RuntimeWarning, match=r"normalizers\.dw_log_mean.*mean 2.01 in place of 1.*the config of this"):
+        out = call(**inputs, config=config, normalizers=of_other_logits(inputs, config))
+    assert out.metrics["dw_weight_sum"] / out.metrics["sdpo_tokens"] > 1.1
+
+
+@pytest.mark.parametrize("dw_beta", [0.0, 0.1, 1.0, 30.0])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_nothing_is_said_of_a_batch_that_may_be_right(dtype: torch.dtype, dw_beta: float) -> None:
+    config = SRPOConfig(temperature=0.7, dw_beta=dw_beta)
+    inputs = cast(loss_inputs(1, (6, 5), teacher_size=5, config=config), dtype)
+    teacher = teacher_stats(**teacher_of(inputs), config=config)
+    whole = Normalizers.from_batch(inputs["mask"], inputs["sdpo_mask"], teacher.entropy, config=config)
+    srpo_loss(**inputs, config=config, normalizers=whole)
+    if dw_beta:
+        # A part of a batch has any mean, and normalizers made by hand do not say of what rows.
+        other = of_other_logits(inputs, config)
+        for unknown in (other.merge(other), other._replace(sdpo_count=None)):
+            srpo_loss(**inputs, config=config, normalizers=unknown)

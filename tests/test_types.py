@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from srpo_kernels.types import Normalizers
+from srpo_kernels import Normalizers, SRPOConfig, srpo_loss
+from tests.strategies import loss_inputs
 
 
 class Batch(NamedTuple):
@@ -58,7 +59,7 @@ def test_from_batch_counts_and_averages_the_valid_tokens(batch: Batch, dw_beta: 
     log_mean = math.log(math.fsum(weights) / len(weights)) if weights else 0.0
     assert normalizers.token_count == batch.mask.sum()
     assert normalizers.sdpo_count == len(weights)
-    assert normalizers.sequence_count == len(batch.mask)
+    assert normalizers.sequence_count == batch.mask.any(1).sum()
     assert float(normalizers.dw_log_mean) == pytest.approx(log_mean, abs=1e-12)
     assert [value.dtype for value in normalizers] == [torch.int64, torch.float64, torch.int64, torch.int64]
     assert all(value.shape == () for value in normalizers)
@@ -85,9 +86,9 @@ def test_packed_rows_count_as_the_batch_does(batch: Batch) -> None:
     sdpo_mask = sdpo_mask.expand_as(batch.mask).flatten()
     sequence_ids = torch.arange(len(batch.mask))[:, None].expand_as(batch.mask).flatten() * 7 - 3
     entropy = batch.entropy.flatten()
-    whole = Normalizers.from_batch(*batch, 1.0)
-    # Packed, a sequence without a valid row is not there.
-    expected = whole._replace(sequence_count=batch.mask.any(1).sum())
+    expected = Normalizers.from_batch(*batch, 1.0)
+    valid = [values[mask] for values in (mask, sdpo_mask, entropy)]
+    assert_equal(Normalizers.from_batch(*valid, 1.0, sequence_ids[mask]), expected)
     assert_equal(Normalizers.from_batch(mask, sdpo_mask, entropy, 1.0, sequence_ids), expected)
     assert_equal(Normalizers.from_batch(mask, sdpo_mask, entropy[sdpo_mask], 1.0, sequence_ids), expected)
     assert Normalizers.from_batch(mask, sdpo_mask, entropy, 1.0).sequence_count is None
@@ -209,3 +210,65 @@ def test_no_teacher_is_needed_where_no_weight_depends_on_it() -> None:
     assert Normalizers.from_batch(BOOLS, BOOLS[:, 0], None, 0.0).sdpo_count == 12
     assert Normalizers.from_batch(~BOOLS, BOOLS[:, 0], None, 1.0).sdpo_count == 0
     assert Normalizers.from_batch(BOOLS, None, None, 1.0).sdpo_count == 0
+
+
+GOOD = Normalizers(torch.tensor(12), torch.tensor(-2.0), torch.tensor(5), torch.tensor(3))
+BAD_FIELDS: list[tuple[str, Any, type[Exception], str]] = [
+    ("token_count", 12, TypeError, "torch.Tensor, got int"),
+    ("token_count", None, TypeError, "torch.Tensor, got NoneType"),
+    ("token_count", torch.tensor(True), TypeError, "int64.*got bool"),
+    ("token_count", torch.tensor(12.0).bfloat16(), TypeError, "got bfloat16"),
+    ("token_count", torch.tensor(1 + 0j), TypeError, "got complex64"),
+    ("token_count", torch.tensor([12]), ValueError, r"shape \[\].*scalar.*got \[1\]"),
+    ("token_count", torch.tensor(-1), ValueError, "finite and >= 0, got -1"),
+    ("token_count", torch.tensor(math.nan), ValueError, "finite and >= 0, got nan"),
+    ("token_count", torch.tensor(math.inf), ValueError, "finite and >= 0, got inf"),
+    ("dw_log_mean", -2.0, TypeError, "torch.Tensor, got float"),
+    ("dw_log_mean", torch.tensor(-2), TypeError, "float32 or float64, got int64"),
+    ("dw_log_mean", torch.tensor(-2.0).half(), TypeError, "float32 or float64, got float16"),
+    ("dw_log_mean", torch.zeros(2), ValueError, r"scalar.*got \[2\]"),
+    ("dw_log_mean", torch.tensor(math.nan), ValueError, "finite, got nan"),
+    ("dw_log_mean", torch.tensor(-math.inf), ValueError, "finite, got -inf"),
+    ("sdpo_count", 5, TypeError, "torch.Tensor, got int"),
+    ("sdpo_count", torch.tensor(-5), ValueError, "finite and >= 0, got -5"),
+    ("sequence_count", torch.tensor(False), TypeError, "got bool"),
+    ("sequence_count", torch.tensor(-3), ValueError, "finite and >= 0, got -3"),
+    ("sequence_count", torch.ones(3, 1), ValueError, r"scalar.*got \[3, 1\]"),
+]
+
+
+@pytest.mark.parametrize(("field", "value", "error", "message"), BAD_FIELDS)
+def test_normalizers_that_no_batch_has_are_refused(
+    field: str, value: Any, error: type[Exception], message: str
+) -> None:
+    bad = GOOD._replace(**{field: value})
+    inputs = loss_inputs(0, (3, 4))
+    srpo_loss(**inputs, normalizers=GOOD, config=SRPOConfig(reduction="sequence"))
+    for use in (
+        lambda: srpo_loss(**inputs, normalizers=bad, config=SRPOConfig(reduction="sequence")),
+        lambda: bad.merge(GOOD),
+        lambda: GOOD.merge(bad),
+        bad.all_reduce,
+    ):
+        with pytest.raises(error, match=rf"\.{field} must.*{message}"):
+            use()
+
+
+@pytest.mark.parametrize(("field", "reduction"), [("token_count", "token"), ("sequence_count", "sequence")])
+def test_a_count_of_0_does_not_go_with_rows(field: str, reduction: str) -> None:
+    inputs = loss_inputs(0, (3, 4))
+    none = GOOD._replace(**{field: torch.tensor(0)})
+    with pytest.raises(ValueError, match=rf"normalizers\.{field} must count the valid rows of this call too, got 0"):
+        srpo_loss(**inputs, normalizers=none, config=SRPOConfig(reduction=reduction))
+    inputs["mask"][:] = False
+    assert srpo_loss(**inputs, normalizers=none, config=SRPOConfig(reduction=reduction)).loss == 0
+
+
+def test_a_count_may_be_a_mean_over_ranks() -> None:
+    """What a trainer whose gradients are averaged over ranks may divide by, in place of a factor of the loss."""
+    inputs = loss_inputs(0, (3, 4))
+    half, whole = (
+        srpo_loss(**inputs, normalizers=GOOD._replace(token_count=count)).loss
+        for count in (torch.tensor(0.5), torch.tensor(1))
+    )
+    torch.testing.assert_close(half, 2.0 * whole)

@@ -163,9 +163,9 @@ def _update(
         return {}
     rollouts, rows = batch.rollouts, moving.nonzero().squeeze(1)
     entropy = sk.teacher_stats(
-        batch.teacher_hidden, teacher.lm_head.weight, mask=rollouts.mask & batch.sdpo_mask[:, None]
+        batch.teacher_hidden, teacher.lm_head.weight, mask=rollouts.mask & batch.sdpo_mask[:, None], config=config
     ).entropy
-    normalizers = sk.Normalizers.from_batch(rollouts.mask, batch.sdpo_mask, entropy, config.dw_beta)
+    normalizers = sk.Normalizers.from_batch(rollouts.mask, batch.sdpo_mask, entropy, config=config)
     hidden = response_hidden(model, *(tensor[rows] for tensor in rollouts[:4]))
 
     def loss(advantages: Tensor, *, distills: bool = True) -> sk.SRPOOutput:

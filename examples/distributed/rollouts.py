@@ -114,6 +114,6 @@ def global_normalizers(teacher: nn.Module, micro_batches: Sequence[Rollouts], co
     """The normalizers of all micro-batches of all ranks: one collective of 32 bytes per rank, for every rank."""
     parts = []
     for batch in micro_batches:
-        entropy = sk.teacher_stats(teacher_states(teacher, batch), teacher.lm_head.weight).entropy
-        parts.append(sk.Normalizers.from_batch(batch.mask, batch.sdpo_mask, entropy, config.dw_beta))
+        stats = sk.teacher_stats(teacher_states(teacher, batch), teacher.lm_head.weight, config=config)
+        parts.append(sk.Normalizers.from_batch(batch.mask, batch.sdpo_mask, stats.entropy, config=config))
     return parts[0].merge(*parts[1:]).all_reduce()

@@ -26,9 +26,12 @@ def gspo_loss(
 ) -> Tensor:
     """This rank's part of the loss, for its positions ``[B, T_rank]`` of every sequence; advantages are ``[B]``."""
     group = dist.group.WORLD if group is None else group
-    norms = sk.Normalizers.from_batch(mask, None, None, dw_beta=0.0).all_reduce(group)
-    # Every rank has counted every sequence.
-    norms = norms._replace(sequence_count=torch.tensor(len(mask)))
+    config = sk.SRPOConfig(loss_type="gspo")
+    norms = sk.Normalizers.from_batch(mask, None, None, config=config).all_reduce(group)
+    # Each rank has counted every sequence that it has a token of.
+    lengths = mask.sum(1)
+    dist.all_reduce(lengths, group=group)
+    norms = norms._replace(sequence_count=(lengths > 0).sum())
     out = sk.srpo_loss(
         hidden,
         weight,
@@ -38,7 +41,7 @@ def gspo_loss(
         old_log_probs=old_log_probs,
         normalizers=norms,
         sequence_parallel_group=group,
-        config=sk.SRPOConfig(loss_type="gspo"),
+        config=config,
     )
     return out.loss
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 class LossArguments(NamedTuple):
-    """The tensors of a call of ``srpo_loss`` in its caller's shapes; the last three are those of ``Normalizers``."""
+    """The tensors of a call of ``srpo_loss`` in its caller's shapes; the last four are ``Normalizers``' fields."""
 
     hidden: Tensor
     weight: Tensor
@@ -30,6 +30,7 @@ class LossArguments(NamedTuple):
     sequence_ids: Tensor | None
     token_count: Tensor | None
     dw_log_mean: Tensor | None
+    sdpo_count: Tensor | None
     sequence_count: Tensor | None
 
 

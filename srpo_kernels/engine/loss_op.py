@@ -15,6 +15,7 @@ from srpo_kernels.engine.batch import Needs
 from srpo_kernels.engine.fused import FusedPass
 from srpo_kernels.engine.gemm import accumulation_dtype
 from srpo_kernels.engine.prepare import flat_rows, prepare_loss
+from srpo_kernels.engine.row_values import warn_of_weights
 from srpo_kernels.engine.sharded import row_passes
 from srpo_kernels.engine.vocabulary import agree
 from srpo_kernels.types import METRICS
@@ -37,10 +38,12 @@ def _forward(*arguments: Any) -> tuple[Tensor, ...]:
     with torch.autocast(call.hidden.device.type, enabled=False):
         vocabulary = agree(call, options, needs)
         passes = row_passes(options.backend, vocabulary)
-        batch, plan = prepare_loss(call, config, options, needs, passes, vocabulary)
+        batch, plan, is_whole = prepare_loss(call, config, options, needs, passes, vocabulary)
         dtype = accumulation_dtype(call.hidden, call.weight)
         with workspace.borrowed(plan.buffer_rows, len(call.weight), dtype, call.hidden.device) as buffer:
             result = FusedPass(batch, plan, config, needs, passes, vocabulary, buffer).run()
+    if is_whole and config.dw_beta > 0.0:
+        warn_of_weights(result.metrics["dw_weight_sum"], len(plan.order.distillation), config)
     grad_hidden = None if result.grad_hidden is None else result.grad_hidden.view(call.hidden.shape)
     return (
         result.loss,
@@ -121,7 +124,7 @@ _operator = torch.library.custom_op(
         "(Tensor hidden, Tensor weight, Tensor? bias, Tensor target_ids, Tensor? advantages, Tensor? mask, "
         "Tensor? sdpo_mask, Tensor? teacher_hidden, Tensor? teacher_weight, Tensor? teacher_bias, "
         "Tensor? old_log_probs, Tensor? ref_log_probs, Tensor? is_weights, Tensor? sequence_ids, "
-        "Tensor? token_count, Tensor? dw_log_mean, Tensor? sequence_count, "
+        "Tensor? token_count, Tensor? dw_log_mean, Tensor? sdpo_count, Tensor? sequence_count, "
         "str config, str backend, SymInt? workspace_bytes, str? vocab_parallel_group, str? sequence_parallel_group, "
         f"{ops.NEEDS}) "
         f"-> (Tensor loss, Tensor log_probs, Tensor metrics, {ops.GRADIENTS})"

@@ -24,6 +24,7 @@ from srpo_kernels.engine.stats import StatsCall
 from srpo_kernels.engine.vocabulary import Vocabulary
 from srpo_kernels.objective import RowInputs
 from srpo_kernels.rows import RowPasses, RowSpec
+from srpo_kernels.types import Normalizers
 
 
 def flat_rows(states: Tensor) -> Tensor:
@@ -38,8 +39,11 @@ def prepare_loss(
     needs: Needs,
     passes: RowPasses,
     vocabulary: Vocabulary,
-) -> tuple[Batch, Plan]:
-    """Flatten a batch and lay out how it runs. Raises ValueError for values that ``srpo_loss`` refuses."""
+) -> tuple[Batch, Plan, bool]:
+    """Flatten a batch and lay out how it runs. Raises ValueError for values that ``srpo_loss`` refuses.
+
+    The last result says whether these are all distillation rows that the given normalizers count.
+    """
     group = None
     if options.sequence_parallel_group is not None and (config.loss_type == "gspo" or config.reduction == "sequence"):
         group = group_of(options.sequence_parallel_group)
@@ -47,19 +51,20 @@ def prepare_loss(
     memory = RowMemory.of(call.weight, dtype, passes, vocabulary)
     check_workspace(options.workspace_bytes, memory.floor(1 if call.sdpo_mask is None else 2))
     shape, device = call.target_ids.shape, call.target_ids.device
-    targets = call.target_ids.reshape(-1)
+    targets = call.target_ids.reshape(-1).long()
     valid = torch.ones_like(targets, dtype=torch.bool) if call.mask is None else call.mask.reshape(-1)
     routed = torch.zeros_like(valid) if call.sdpo_mask is None else _per_row(call.sdpo_mask, shape)
     advantages = targets.new_zeros(len(targets), dtype=dtype)
     if call.advantages is not None:
         advantages = _per_row(call.advantages.to(dtype), shape)
-    check_row_values(
+    numbers = check_row_values(
         targets,
         valid,
         routed,
         vocabulary.size,
         has_teacher=call.teacher_hidden is not None,
         has_advantages=call.advantages is not None,
+        **{name: getattr(call, name) for name in Normalizers._fields},
     )
     teacher_rows = torch.arange(len(targets), device=device)
     if call.teacher_hidden is not None and call.sdpo_mask is not None:
@@ -69,7 +74,7 @@ def prepare_loss(
     batch = Batch(
         hidden=flat_rows(call.hidden),
         head=Head(call.weight, call.bias),
-        target_ids=targets.long(),
+        target_ids=targets,
         inputs=RowInputs(
             advantages,
             _flat(call.old_log_probs, dtype),
@@ -102,7 +107,7 @@ def prepare_loss(
         gradients=int(needs.hidden) + int(needs.weight),
         log_mean_known=batch.log_mean is not None,
     )
-    return batch, plan
+    return batch, plan, numbers.get("sdpo_count") == len(order.distillation) > 0
 
 
 def tiles(call: StatsArguments, options: StatsOptions, needs: Needs, vocabulary: Vocabulary) -> bool:
@@ -151,7 +156,7 @@ def prepare_stats(
     if call.target_ids is None:
         targets = torch.zeros(call.hidden.shape[:-1], dtype=torch.int64, device=device).view(-1)
     else:
-        targets = call.target_ids.reshape(-1)
+        targets = call.target_ids.reshape(-1).long()
     if call.mask is None:
         rows = torch.arange(len(targets), device=device)
     else:
@@ -161,7 +166,7 @@ def prepare_stats(
         valid = nowhere.index_fill(0, rows, True)
         check_row_values(targets, valid, nowhere, vocabulary.size, has_teacher=True, has_advantages=True)
     return StatsCall(
-        target_ids=targets.long(),
+        target_ids=targets,
         rows=rows,
         spec=RowSpec(
             divergence=None if call.teacher_hidden is None else cast(Divergence, options.divergence),
@@ -237,21 +242,29 @@ def _factors(
     dtype: torch.dtype,
     group: ProcessGroup | None,
 ) -> Tensor:
-    """Each row's share of the loss, ``[N]``: one over the reduction's denominator."""
+    """Each row's share of the loss, ``[N]``: one over the reduction's denominator.
+
+    Only sequences with a valid row count: rows that are packed without the others could not tell of more.
+    """
     ones = torch.ones_like(valid, dtype=dtype)
     if config.reduction == "token" or sequences is None:
         tokens = valid.sum() if call.token_count is None else call.token_count
-        return ones / tokens.to(ones).clamp_min(1.0)
-    count = ones.new_tensor(num_sequences)
-    if call.sequence_count is not None:
-        count = call.sequence_count.to(ones)
-    count = count.clamp_min(1.0)
+        return ones / _divisor(tokens, ones)
+    lengths = sequences.new_zeros(num_sequences).index_add_(0, sequences, valid.long())
+    count = (lengths > 0).sum() if call.sequence_count is None else call.sequence_count
+    count = _divisor(count, ones)
     if config.reduction == "constant" and config.max_length is not None:
         return ones / (count * config.max_length)
     if config.reduction != "sequence":
         raise ValueError(f"reduction={config.reduction!r} is not implemented")
-    lengths = sum_ranks(torch.bincount(sequences[valid], minlength=num_sequences), group).to(ones).clamp_min(1.0)
+    lengths = sum_ranks(lengths, group).to(ones).clamp_min(1.0)
     return 1.0 / (count * lengths[sequences])
+
+
+def _divisor(count: Tensor, like: Tensor) -> Tensor:
+    """A count of valid rows or sequences, which may be a fraction: a mean over ranks; 1 where there are none."""
+    count = count.to(like)
+    return count.masked_fill(count == 0.0, 1.0)
 
 
 def _log_mean(log_mean: Tensor | None, config: SRPOConfig, dtype: torch.dtype, device: torch.device) -> Tensor | None:

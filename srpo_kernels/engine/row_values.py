@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import Tensor
 
 from srpo_kernels.checks import require_shape
+from srpo_kernels.config import SRPOConfig
+from srpo_kernels.types import require_counts, wide_dtype
 
 
 def check_row_values(
@@ -16,19 +20,48 @@ def check_row_values(
     *,
     has_teacher: bool,
     has_advantages: bool,
-) -> None:
-    """Ids in the vocabulary, a teacher where a valid row is routed, advantages where one is not: one host read."""
+    **normalizers: Tensor | None,
+) -> dict[str, float]:
+    """Ids in the vocabulary, a teacher where a valid row is routed, advantages where one is not: one host read.
+
+    ``target_ids`` are int64. Returns the ``normalizers`` that are there, as numbers.
+    """
     outside = valid & ((target_ids < 0) | (target_ids >= vocab_size))
-    flags = torch.stack([outside.any(), (valid & routed).any(), (valid & ~routed).any()]).tolist()
-    if flags[0]:
+    flags = outside.any(), (valid & routed).any(), (valid & ~routed).any()
+    given = {name: value for name, value in normalizers.items() if value is not None}
+    device = target_ids.device
+    values = torch.stack([x.to(device, wide_dtype(device)) for x in (*flags, *given.values())]).tolist()
+    if values[0]:
         row = int(outside.nonzero()[0])
+        wrong = int(target_ids[row])
+        ignored = ", the label of positions to ignore: mask=target_ids != -100 leaves them out" if wrong == -100 else ""
         raise ValueError(
-            f"target_ids must lie in [0, {vocab_size}) wherever mask is true, got {int(target_ids[row])} at row {row}"
+            f"target_ids must lie in [0, {vocab_size}) wherever mask is true, got {wrong} at row {row}{ignored}"
         )
-    if flags[1] and not has_teacher:
+    if values[1] and not has_teacher:
         raise ValueError("teacher_hidden is required when sdpo_mask routes a valid row to distillation, got None")
-    if flags[2] and not has_advantages:
+    if values[2] and not has_advantages:
         raise ValueError("advantages is required when a valid row is in the policy branch, got None")
+    numbers = dict(zip(given, values[3:], strict=True))
+    require_counts("normalizers", numbers)
+    for name in ("token_count", "sequence_count"):
+        if numbers.get(name) == 0 and (values[1] or values[2]):
+            raise ValueError(f"normalizers.{name} must count the valid rows of this call too, got 0")
+    return numbers
+
+
+def warn_of_weights(weight_sum: Tensor, count: int, config: SRPOConfig) -> None:
+    """Say that the entropy weights of a whole batch, ``count`` rows, have another mean than 1: one host read."""
+    mean = float(weight_sum) / count
+    # A teacher that ran twice in low precision has other entropies by some hundredths of a nat.
+    if abs(mean - 1.0) > 0.01 * max(1.0, config.dw_beta):
+        warnings.warn(
+            f"normalizers.dw_log_mean is not that of this batch: its {count} distillation rows, all that "
+            f"normalizers.sdpo_count counts, have weights of mean {mean:.3g} in place of 1. Give teacher_stats and "
+            "Normalizers.from_batch the config of this loss",
+            RuntimeWarning,
+            stacklevel=2,
+        )
 
 
 def check_workspace(workspace_bytes: int | None, floor: int) -> None:

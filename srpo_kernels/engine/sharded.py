@@ -50,7 +50,7 @@ class ShardedPasses:
         else:
             own = support_ids - self.vocabulary.first_id
             complement, units = self.slices.support_sums(logits, spec, target_ids=targets, support_ids=own)
-            gathered = self.vocabulary.gather(torch.cat([complement.pack(), units], dim=1))
+            gathered = self.vocabulary.gather(torch.cat([ModelSums.pack([complement]), units], dim=1))
             complement = _merge(gathered[..., :5], slope)
             units = gathered[..., 5:].amax(0)
         return finish_support(complement, units, support_ids, spec, slope, entropy=entropy)
@@ -61,7 +61,7 @@ class ShardedPasses:
         """No exchange: the sums wait for the next pass's."""
         slope, targets = self.slices.slope(spec), target_ids - self.vocabulary.first_id
         (sums,) = self.slices.model_sums(logits, None, spec, target_ids=targets)
-        gathered = self.vocabulary.gather_later(sums.pack())
+        gathered = self.vocabulary.gather_later(ModelSums.pack([sums]))
         return lambda: finish_row(_merge(gathered(), slope), slope, entropy=entropy)
 
     def _choose(
@@ -72,13 +72,13 @@ class ShardedPasses:
         # Ids travel as the bits of a number of the units' size.
         integers = torch.int32 if units.dtype == torch.float32 else torch.int64
         bits = pad(ids + self.vocabulary.first_id, (0, missing)).to(integers).view(units.dtype)
-        own = [complement.pack(), pad(units, (0, missing), value=LOWEST), bits]
+        own = [ModelSums.pack([complement]), pad(units, (0, missing), value=LOWEST), bits]
         sums, candidates, bits = self.vocabulary.gather(torch.cat(own, dim=1)).split([5, topk, topk], dim=2)
         candidates, bits = (x.movedim(0, 1).flatten(1) for x in (candidates, bits))
         chosen = candidates.topk(topk, dim=1)
         rest = ModelSums.of_support(candidates.scatter(1, chosen.indices, LOWEST), slope)
         rest = rest._replace(target=torch.full_like(rest.target, LOWEST))
-        complement = _merge(torch.cat([sums, rest.pack()[None]]), slope)
+        complement = _merge(torch.cat([sums, ModelSums.pack([rest])[None]]), slope)
         return complement, chosen.values, bits.contiguous().view(integers).gather(1, chosen.indices).long()
 
     def divergence_stats(
@@ -195,4 +195,4 @@ def row_stats_later(
 
 def _merge(sums: Tensor, slope: float) -> ModelSums:
     """The sums of whole rows from those of their parts, ``[parts, n, 5]``."""
-    return merge([ModelSums.unpack(sums)], slope)[0]
+    return merge(ModelSums.unpack(sums), slope)[0]

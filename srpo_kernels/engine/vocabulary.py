@@ -68,8 +68,7 @@ class Vocabulary:
         """The sums of whole rows, of one or both models, from this shard's."""
         if self.group is None:
             return parts
-        gathered = self.gather(torch.stack([model.pack() for model in parts], dim=-2))
-        return merge([ModelSums.unpack(model) for model in gathered.unbind(-2)], slope)
+        return merge(ModelSums.unpack(self.gather(ModelSums.pack(parts))), slope)
 
     def add_up_(self, partial: Tensor | None, rows: Tensor) -> None:
         """Put the sum over all shards in the place of the ``rows`` of ``partial`` ``[N, H]``; others are 0 in all."""

@@ -20,7 +20,7 @@ from srpo_kernels.types import wide_dtype
 
 def launch_row_stats(z: Tensor, y: Tensor | None, transform: Transform, target_ids: Tensor) -> list[ModelSums]:
     """The sums of the student, and of the teacher where there is one."""
-    models, fields = (1, 5) if y is None else (2, 12)
+    models, fields = (1, 5) if y is None else (2, 11)
     sums = z.new_empty(len(z), fields)
     vendor = vendor_of(z.device)
     launch = row_launch(models, vendor)
@@ -43,7 +43,7 @@ def launch_row_stats(z: Tensor, y: Tensor | None, transform: Transform, target_i
                 num_warps=launch.num_warps,
                 num_stages=launch.num_stages,
             )
-    return [ModelSums.unpack(model) for model in sums.chunk(models, dim=1)]
+    return ModelSums.unpack(sums)
 
 
 def launch_row_jsd(z: Tensor, y: Tensor, lse: Tensor, teacher_lse: Tensor, spec: RowSpec) -> Tensor:
@@ -114,21 +114,24 @@ def launch_row_grad(
     teacher = student if teacher_logsumexp is None else Base2.of(teacher_logsumexp, z.dtype)
     # What the log-sum-exps lack in fp32 scales a row's probabilities and shifts its log-ratios.
     by_log, by_divergence = by_log[:, None] * math.log(2.0), by_divergence[:, None]
-    missing, other = by_log * student.low, teacher.high
+    missing, extra = by_log * student.low, _shares(student, teacher, spec).to(z.dtype)
     if divergence == "forward_kl":
         by_divergence = by_divergence * (teacher.correction / student.correction)
-    elif divergence == "reverse_kl" and center is not None:
+    elif divergence == "reverse_kl" and center is not None and teacher_logsumexp is not None:
+        # Each model's units less their log-sum-exp, the teacher's less the mean of the log-ratio as well: of a row that
+        # has one token alone both are exactly 0 there.
         by_divergence = by_divergence * transform.slope
-        center_units = center / transform.slope
-        other = center_units.to(z.dtype)
-        missing = missing + by_divergence * (center_units - other).to(z.dtype)
+        origins = torch.cat([logsumexp, teacher_logsumexp - center], dim=1) / transform.slope
+        extra = origins.to(z.dtype)
+        low = origins - extra
+        missing = missing + by_divergence * (low[:, :1] - low[:, 1:]).to(z.dtype)
     elif divergence == "jsd" and center is not None:
         by_divergence = by_divergence * math.log(2.0)
         missing = missing + by_divergence * (student.low + (center / math.log(2.0)).to(z.dtype))
     by_p, by_p_at_ids = by_p[:, None] - missing, by_p_at_ids[:, None] - missing
     scale = spec.scale * student.correction
     terms = [x * scale for x in (by_p, by_log, by_divergence, by_p_at_ids)]
-    coefficients = torch.cat([student.high, other, *terms, _shares(student, teacher, spec).to(z.dtype)], dim=1)
+    coefficients = torch.cat([student.high, teacher.high, *terms, extra], dim=1)
     out = z
     if dtype != z.dtype:
         out = torch.empty_strided(z.shape, z.stride(), dtype=dtype, device=z.device)

@@ -20,6 +20,12 @@ TINY = tl.constexpr(1.1754943508222875e-38)
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
+# tanh x = x + TANH_3 x^3 + ... + TANH_9 x^9 up to a relative error of 8.4e-8 for |x| < 0.6: a minimax fit.
+TANH_3 = tl.constexpr(-0.3333259742909219)
+TANH_5 = tl.constexpr(0.13313115061876224)
+TANH_7 = tl.constexpr(-0.05221171705223954)
+TANH_9 = tl.constexpr(0.015612484045458383)
+
 # CDNA 3 wants a wait state between a transcendental and the use of its result, and the compiler, which sees to that
 # elsewhere, does not look into assembly.
 AMD_LOG = tl.constexpr("v_log_f32 $0, $1\n\ts_nop 0")
@@ -43,11 +49,22 @@ def load_units(row_ptr, columns, vocab_size, inner, SOFTCAP: tl.constexpr, VENDO
 def to_units(raw, inner, SOFTCAP: tl.constexpr, VENDOR: tl.constexpr):
     """The transform up to its factor; LOWEST stays as it is, minus infinity becomes it."""
     if SOFTCAP:
-        # tanh x = 1 - 2 / (1 + e^2x), off by 4e-7 at most: the softmax sees no relative error of a logit near 0.
-        capped = 1.0 - 2.0 * reciprocal(1.0 + tl.exp2(raw * (2.0 * LOG2_E * inner)), VENDOR)
-        return tl.where(raw == LOWEST, LOWEST, capped)
+        return tl.where(raw == LOWEST, LOWEST, tanh(raw * inner, VENDOR))
     # A NaN has to come through: it is how a caller learns of a broken row.
     return tl.maximum(raw, LOWEST, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def tanh(x, VENDOR: tl.constexpr):
+    """Good to two units in the last place, also near 0, where most logits under a softcap are.
+
+    ``1 - 2 / (1 + e^2x)`` has an absolute error of that size; below 0.6 a polynomial in x^2, which is fitted to the
+    least relative error, takes its place.
+    """
+    far = 1.0 - 2.0 * reciprocal(1.0 + tl.exp2(x * (2.0 * LOG2_E)), VENDOR)
+    u = x * x
+    near = tl.fma(x * u, tl.fma(u, tl.fma(u, tl.fma(u, TANH_9, TANH_7), TANH_5), TANH_3), x)
+    return tl.where(u < 0.36, near, far)
 
 
 @triton.jit

@@ -29,10 +29,10 @@ def row_grad_kernel(
 ):
     """Write dlogits of a row: in place (``out_ptr`` is ``z_ptr``) or into another buffer of any floating dtype.
 
-    ``coefficients`` ``[n, 8]``: student's and teacher's log-sum-exp in base 2, for reverse_kl the student's mean of
-    ``z - y`` in units in place of the teacher's; what multiplies p, p log2 p, the divergence's own term, and p at the
-    ids; the models' shares in the mixture. ``ids`` and ``id_grads`` ``[n, num_ids]`` are tokens whose logits have
-    gradients of their own; ids outside of ``[0, vocab_size)`` are another slice's.
+    ``coefficients`` ``[n, 8]``: student's and teacher's log-sum-exp in base 2; what multiplies p, p log2 p, the
+    divergence's own term, and p at the ids; two of the divergence's own: the models' shares in jsd's mixture, or what
+    reverse_kl takes from the student's and the teacher's units. ``ids`` and ``id_grads`` ``[n, num_ids]`` are tokens
+    whose logits have gradients of their own; ids outside of ``[0, vocab_size)`` are another slice's.
     """
     row = tl.program_id(0).to(tl.int64)
     z_row = z_ptr + row * z_stride_row
@@ -41,7 +41,7 @@ def row_grad_kernel(
     own = coefficients_ptr + row * 8
     z_lse2, y_lse2, by_p, by_log = tl.load(own), tl.load(own + 1), tl.load(own + 2), tl.load(own + 3)
     by_divergence, by_p_at_ids = tl.load(own + 4), tl.load(own + 5)
-    z_share, y_share = tl.load(own + 6), tl.load(own + 7)
+    z_own, y_own = tl.load(own + 6), tl.load(own + 7)
 
     # The logits at the ids are read before anything is overwritten, by any of the program's threads.
     k = tl.arange(0, BLOCK_IDS)
@@ -55,7 +55,7 @@ def row_grad_kernel(
     # The log-sum-exp may be that of the other tokens alone: by_p_at_ids is 0 then, and p must be finite.
     z_ids_lse2 = tl.maximum(z_lse2, z_ids * slope2 - 1.0)
     at_ids = _dlogits(
-        z_ids, y_ids, id_grads, z_ids_lse2, y_lse2, by_p_at_ids, by_log, by_divergence, z_share, y_share, slope2,
+        z_ids, y_ids, id_grads, z_ids_lse2, y_lse2, by_p_at_ids, by_log, by_divergence, z_own, y_own, slope2,
         DIVERGENCE, SOFTCAP, VENDOR,
     )  # fmt: skip
 
@@ -70,7 +70,7 @@ def row_grad_kernel(
         if DIVERGENCE != "none":
             y = load_units(y_row + start, columns, BLOCK, inner, SOFTCAP, VENDOR, False)
         dz = _dlogits(
-            z, y, 0.0, z_lse2, y_lse2, by_p, by_log, by_divergence, z_share, y_share, slope2,
+            z, y, 0.0, z_lse2, y_lse2, by_p, by_log, by_divergence, z_own, y_own, slope2,
             DIVERGENCE, SOFTCAP, VENDOR,
         )  # fmt: skip
         tl.store(out_row + start + columns, dz.to(out_ptr.dtype.element_ty))
@@ -81,7 +81,7 @@ def row_grad_kernel(
         if DIVERGENCE != "none":
             y_rest = load_units(y_row + whole, columns, rest, inner, SOFTCAP, VENDOR, True)
         dz_rest = _dlogits(
-            z_rest, y_rest, 0.0, z_lse2, y_lse2, by_p, by_log, by_divergence, z_share, y_share, slope2,
+            z_rest, y_rest, 0.0, z_lse2, y_lse2, by_p, by_log, by_divergence, z_own, y_own, slope2,
             DIVERGENCE, SOFTCAP, VENDOR,
         )  # fmt: skip
         tl.store(out_row + whole + columns, dz_rest.to(out_ptr.dtype.element_ty), mask=columns < rest)
@@ -100,8 +100,8 @@ def _dlogits(
     by_p,
     by_log,
     by_divergence,
-    z_share,
-    y_share,
+    z_own,
+    y_own,
     slope2,
     DIVERGENCE: tl.constexpr,
     SOFTCAP: tl.constexpr,
@@ -109,7 +109,7 @@ def _dlogits(
 ):
     """``own_grad + p (by_p + by_log log2 p + by_divergence r)``, r the log-ratio to the mixture.
 
-    For reverse KL r is ``z - y`` less its mean, so that a row that has one token alone gets exactly 0; forward KL has
+    For reverse KL r is less its mean, so that a row that has one token alone gets exactly 0; forward KL has
     ``- by_divergence q`` instead of that term. A softcap multiplies all of it by ``1 - tanh^2``.
     """
     tl.static_assert(
@@ -121,9 +121,9 @@ def _dlogits(
     if DIVERGENCE == "forward_kl":
         own_grad -= by_divergence * tl.exp2(tl.fma(y, slope2, -y_lse2))
     if DIVERGENCE == "reverse_kl":
-        factor += by_divergence * ((z - y) - y_lse2)
+        factor += by_divergence * ((z - z_own) - (y - y_own))
     if DIVERGENCE == "jsd":
-        log2_m = log2(mixture(p, tl.exp2(tl.fma(y, slope2, -y_lse2)), z_share, y_share), VENDOR)
+        log2_m = log2(mixture(p, tl.exp2(tl.fma(y, slope2, -y_lse2)), z_own, y_own), VENDOR)
         factor += by_divergence * (log2_p - log2_m)
     dz = own_grad + p * factor
     if SOFTCAP:

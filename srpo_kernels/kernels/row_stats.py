@@ -22,7 +22,7 @@ def row_stats_kernel(
     LANES: tl.constexpr,
     VENDOR: tl.constexpr,
 ):
-    """Write a row's ``ModelSums`` of the student z; with a teacher y those of both, as ``[2, 6]``.
+    """Write a row's ``ModelSums`` of the student z; with a teacher y those of both, 6 numbers and 5.
 
     Every logit is read once. The running sums belong to lanes, which meet after the loop.
     """
@@ -36,14 +36,14 @@ def row_stats_kernel(
     zeros = tl.zeros([LANES], tl.float32)
     z_max = zeros + LOWEST
     z_total, z_weighted, z_gap, z_anchor = zeros, zeros, zeros, z_max
-    y_max, y_total, y_weighted, y_gap, y_anchor = z_max, zeros, zeros, zeros, z_max
+    y_max, y_total, y_weighted, y_gap = z_max, zeros, zeros, zeros
     # Whole blocks without a mask, then one with: a mask would narrow the loads of every block to 4 bytes.
     for start in range(0, whole, BLOCK):
         z = load_units(z_row + start, columns, BLOCK, inner, SOFTCAP, VENDOR, False)
         if TEACHER:
             y = load_units(y_row + start, columns, BLOCK, inner, SOFTCAP, VENDOR, False)
-            z_max, z_total, z_weighted, z_gap, z_anchor, y_max, y_total, y_weighted, y_gap, y_anchor = _add_pair(
-                z_max, z_total, z_weighted, z_gap, z_anchor, y_max, y_total, y_weighted, y_gap, y_anchor, z, y, slope2
+            z_max, z_total, z_weighted, z_gap, z_anchor, y_max, y_total, y_weighted, y_gap = _add_pair(
+                z_max, z_total, z_weighted, z_gap, z_anchor, y_max, y_total, y_weighted, y_gap, z, y, slope2
             )
         else:
             z_max, z_total, z_weighted = _add(z_max, z_total, z_weighted, z, slope2)
@@ -51,8 +51,8 @@ def row_stats_kernel(
         z = load_units(z_row + whole, columns, vocab_size - whole, inner, SOFTCAP, VENDOR, True)
         if TEACHER:
             y = load_units(y_row + whole, columns, vocab_size - whole, inner, SOFTCAP, VENDOR, True)
-            z_max, z_total, z_weighted, z_gap, z_anchor, y_max, y_total, y_weighted, y_gap, y_anchor = _add_pair(
-                z_max, z_total, z_weighted, z_gap, z_anchor, y_max, y_total, y_weighted, y_gap, y_anchor, z, y, slope2
+            z_max, z_total, z_weighted, z_gap, z_anchor, y_max, y_total, y_weighted, y_gap = _add_pair(
+                z_max, z_total, z_weighted, z_gap, z_anchor, y_max, y_total, y_weighted, y_gap, z, y, slope2
             )
         else:
             z_max, z_total, z_weighted = _add(z_max, z_total, z_weighted, z, slope2)
@@ -63,15 +63,13 @@ def row_stats_kernel(
     target = to_units(tl.load(z_row + target_id, mask=here, other=LOWEST), inner, SOFTCAP, VENDOR)
     z_shift = z_max - tl.max(z_max)
     if TEACHER:
-        own = sums_ptr + row * 12
+        own = sums_ptr + row * 11
         y_shift = y_max - tl.max(y_max)
-        z_row_anchor, y_row_anchor = anchor_of_row(z_shift, z_anchor), anchor_of_row(y_shift, y_anchor)
-        z_gap_shift = z_shift - (z_anchor - z_row_anchor)
-        y_gap_shift = (y_anchor - y_row_anchor) - y_shift
+        row_anchor = anchor_of_row(z_shift, z_anchor)
+        z_gap_shift = z_shift - (z_anchor - row_anchor)
         store_sums(own, z_max, z_total, z_weighted, z_gap, z_shift, z_gap_shift, target, slope2)
-        store_sums(own + 6, y_max, y_total, y_weighted, y_gap, y_shift, y_gap_shift, LOWEST, slope2)
-        tl.store(own + 5, z_row_anchor)
-        tl.store(own + 11, y_row_anchor)
+        tl.store(own + 5, row_anchor)
+        store_sums(own + 6, y_max, y_total, y_weighted, y_gap, y_shift, z_shift - y_shift, LOWEST, slope2)
     else:
         store_sums(sums_ptr + row * 5, z_max, z_total, z_weighted, z_gap, z_shift, z_shift, target, slope2)
 
@@ -90,36 +88,29 @@ def _add(maximum, total, weighted, x, slope2):
 
 
 @triton.jit
-def _add_pair(
-    z_max, z_total, z_weighted, z_gap, z_anchor, y_max, y_total, y_weighted, y_gap, y_anchor, z, y, slope2
-):  # fmt: skip
-    """Add a block of both models: also the difference between them, less what it is at each one's maximum."""
-    z_new_max, z_new_anchor = maximum_and_anchor(z, y, z_max, z_anchor)
-    y_new_max, y_new_anchor = maximum_and_anchor(y, z, y_max, y_anchor)
+def _add_pair(z_max, z_total, z_weighted, z_gap, z_anchor, y_max, y_total, y_weighted, y_gap, z, y, slope2):
+    """Add a block of both models, and the difference between them.
+
+    The student's sum of it is relative to the student's maximum and the teacher's unit there, the ``anchor``: exactly
+    0 for a row that has one token alone. The teacher's is relative to both maxima.
+    """
+    z_new_max, y_new_max = tl.maximum(z_max, tl.max(z, axis=1)), tl.maximum(y_max, tl.max(y, axis=1))
+    there = tl.max(tl.where(z == z_new_max[:, None], y, LOWEST), axis=1)
+    z_new_anchor = tl.where(tl.max(z, axis=1) >= z_max, there, z_anchor)
     z_shift, y_shift = z_max - z_new_max, y_max - y_new_max
     z_decay, y_decay = tl.exp2(z_shift * slope2), tl.exp2(y_shift * slope2)
-    z_gaps = (z - z_new_max[:, None]) - (y - z_new_anchor[:, None])
-    y_gaps = (z - y_new_anchor[:, None]) - (y - y_new_max[:, None])
     z -= z_new_max[:, None]
+    z_gaps = z - (y - z_new_anchor[:, None])
     y -= y_new_max[:, None]
     z_e, y_e = tl.exp2(z * slope2), tl.exp2(y * slope2)
     z_weighted = (z_weighted + z_shift * z_total) * z_decay + tl.sum(z_e * z, axis=1)
     y_weighted = (y_weighted + y_shift * y_total) * y_decay + tl.sum(y_e * y, axis=1)
     z_gap_shift = z_shift - (z_anchor - z_new_anchor)
-    y_gap_shift = (y_anchor - y_new_anchor) - y_shift
     z_gap = (z_gap + z_gap_shift * z_total) * z_decay + tl.sum(z_e * z_gaps, axis=1)
-    y_gap = (y_gap + y_gap_shift * y_total) * y_decay + tl.sum(y_e * y_gaps, axis=1)
+    y_gap = (y_gap + (z_shift - y_shift) * y_total) * y_decay + tl.sum(y_e * (z - y), axis=1)
     z_total = z_total * z_decay + tl.sum(z_e, axis=1)
     y_total = y_total * y_decay + tl.sum(y_e, axis=1)
-    return z_new_max, z_total, z_weighted, z_gap, z_new_anchor, y_new_max, y_total, y_weighted, y_gap, y_new_anchor
-
-
-@triton.jit
-def maximum_and_anchor(x, other, maximum, anchor):
-    """The maximum of each row of a block ``[n, m]`` and of ``maximum`` ``[n]``, and the other model's unit there."""
-    here = tl.max(x, axis=1)
-    there = tl.max(tl.where(x == here[:, None], other, LOWEST), axis=1)
-    return tl.maximum(maximum, here), tl.where(here >= maximum, there, anchor)
+    return z_new_max, z_total, z_weighted, z_gap, z_new_anchor, y_new_max, y_total, y_weighted, y_gap
 
 
 @triton.jit

@@ -93,7 +93,9 @@ def log_prob_gradient_(
         outside = by_p_at_ids
     if grad_tail is not None and stats.tail_logsumexp is not None:
         # The softmax is that of the rest of the row alone, and the gradient at an id is known.
-        log_sum, by_p_at_ids = stats.tail_logsumexp, torch.zeros_like(outside)
+        # A tail of excluded tokens alone has no probability, and a log-sum-exp that fp32 is too coarse for.
+        empty = stats.tail_logsumexp < 0.5 * LOWEST * slope(spec)
+        log_sum, by_p_at_ids = stats.tail_logsumexp.where(~empty, stats.logsumexp), torch.zeros_like(outside)
         grad_log_probs = at_ids
     values = launch_row_grad(
         logits,

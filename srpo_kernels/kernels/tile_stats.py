@@ -38,7 +38,7 @@ def tile_stats_kernel(
 ):
     """Write the ``ModelSums`` of a group of rows over one tile of the vocabulary.
 
-    They are ``[rows, tiles, 5]``, or with a teacher ``[rows, tiles, 2, 6]``. Row groups are the fast axis of the grid:
+    They are ``[rows, tiles, 5]``, or with a teacher ``[rows, tiles, 6 + 5]``. Row groups are the fast axis of the grid:
     programs that run together share a tile of the weight, which therefore streams through the cache once, while the
     hidden states stay there.
     """
@@ -54,7 +54,7 @@ def tile_stats_kernel(
     target_ids = tl.load(target_ids_ptr + rows, mask=row_in_range, other=-1)
     target = tl.max(tl.where(ids[None, :] == target_ids[:, None], z, LOWEST), axis=1)
 
-    FIELDS: tl.constexpr = 12 if TEACHER else 5
+    FIELDS: tl.constexpr = 11 if TEACHER else 5
     out = sums_ptr + (rows.to(tl.int64) * tl.num_programs(1) + tile) * FIELDS
     z_max = tl.max(z, axis=1)
     if TEACHER:
@@ -66,13 +66,11 @@ def tile_stats_kernel(
         y = tl.where(id_in_range[None, :], to_units(y, inner, SOFTCAP, VENDOR), LOWEST)
         y_max = tl.max(y, axis=1)
         z_anchor = tl.max(tl.where(z == z_max[:, None], y, LOWEST), axis=1)
-        y_anchor = tl.max(tl.where(y == y_max[:, None], z, LOWEST), axis=1)
-        z_gaps = (z - z_max[:, None]) - (y - z_anchor[:, None])
-        y_gaps = (z - y_anchor[:, None]) - (y - y_max[:, None])
-        _reduce(out, z_max, z - z_max[:, None], z_gaps, target, slope2, row_in_range)
-        _reduce(out + 6, y_max, y - y_max[:, None], y_gaps, target, slope2, row_in_range)
+        z -= z_max[:, None]
+        _reduce(out, z_max, z, z - (y - z_anchor[:, None]), target, slope2, row_in_range)
         tl.store(out + 5, z_anchor, mask=row_in_range)
-        tl.store(out + 11, y_anchor, mask=row_in_range)
+        y -= y_max[:, None]
+        _reduce(out + 6, y_max, y, z - y, target, slope2, row_in_range)
     else:
         z -= z_max[:, None]
         _reduce(out, z_max, z, z, target, slope2, row_in_range)
@@ -128,7 +126,7 @@ def _reduce(out, maximum, x, gap, target, slope2, row_in_range):
 def merge_tiles_kernel(sums_ptr, merged_ptr, tiles, slope2, TEACHER: tl.constexpr, BLOCK_TILES: tl.constexpr):
     """Merge the sums of a row's tiles, in an order that no other row has a part in."""
     row = tl.program_id(0).to(tl.int64)
-    FIELDS: tl.constexpr = 12 if TEACHER else 5
+    FIELDS: tl.constexpr = 11 if TEACHER else 5
     tile = tl.arange(0, BLOCK_TILES)
     in_range = tile < tiles
     own = sums_ptr + (row * tiles + tile) * FIELDS
@@ -145,14 +143,11 @@ def merge_tiles_kernel(sums_ptr, merged_ptr, tiles, slope2, TEACHER: tl.constexp
         y_total = tl.load(own + 7, mask=in_range, other=0.0)
         y_weighted = tl.load(own + 8, mask=in_range, other=0.0)
         y_gap = tl.load(own + 9, mask=in_range, other=0.0)
-        y_anchor = tl.load(own + 11, mask=in_range, other=LOWEST)
         y_shift = y_max - tl.max(y_max)
-        z_row_anchor, y_row_anchor = anchor_of_row(z_shift, z_anchor), anchor_of_row(y_shift, y_anchor)
-        z_gap_shift = z_shift - (z_anchor - z_row_anchor)
-        y_gap_shift = (y_anchor - y_row_anchor) - y_shift
+        row_anchor = anchor_of_row(z_shift, z_anchor)
+        z_gap_shift = z_shift - (z_anchor - row_anchor)
         store_sums(merged, z_max, z_total, z_weighted, z_gap, z_shift, z_gap_shift, target, slope2)
-        store_sums(merged + 6, y_max, y_total, y_weighted, y_gap, y_shift, y_gap_shift, target, slope2)
-        tl.store(merged + 5, z_row_anchor)
-        tl.store(merged + 11, y_row_anchor)
+        tl.store(merged + 5, row_anchor)
+        store_sums(merged + 6, y_max, y_total, y_weighted, y_gap, y_shift, z_shift - y_shift, target, slope2)
     else:
         store_sums(merged, z_max, z_total, z_weighted, z_gap, z_shift, z_shift, target, slope2)

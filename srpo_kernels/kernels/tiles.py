@@ -48,7 +48,7 @@ def tile_stats(
     launch = tile_launch(len(parts), dtype, vendor, capability)
     tiles = triton.cdiv(vocab_size, launch.block_vocab)
     # ModelSums of one model, or of two side by side.
-    fields = 5 if teacher is None else 12
+    fields = 5 if teacher is None else 11
     height = max(launch.block_rows, _MOST_SUMS // (tiles * 4 * fields))
 
     hidden = [part.hidden.contiguous() for part in parts]
@@ -91,7 +91,7 @@ def tile_stats(
                 BLOCK_TILES=triton.next_power_of_2(tiles),
                 num_warps=MERGE_WARPS,
             )
-    models = combine([ModelSums.unpack(model) for model in merged.chunk(len(parts), dim=1)], transform.slope)
+    models = combine(ModelSums.unpack(merged), transform.slope)
     if teacher is None:
         return finish_row(models[0], transform.slope, entropy=True)
     return finish_divergence(models[0], models[1], spec, transform.slope, entropy=True)

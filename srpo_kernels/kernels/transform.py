@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from srpo_kernels.rows import RowSpec
+from srpo_kernels.rows import LOWEST, RowSpec
 
 
 class Transform(NamedTuple):
@@ -35,7 +35,7 @@ class Transform(NamedTuple):
 
     def units(self, raw: Tensor) -> Tensor:
         """Units of raw logits."""
-        return torch.tanh(raw * self.inner) if self.softcap else raw
+        return torch.tanh(raw * self.inner) if self.softcap else raw.clamp_min(LOWEST)
 
 
 def _fp32(x: float) -> float:

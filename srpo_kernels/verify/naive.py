@@ -196,10 +196,19 @@ def _policy_losses(
         losses = losses * is_weights
     if config.kl_coef:
         assert ref is not None
-        d = log_probs - ref
-        e = d.clamp(-bound, bound)
-        losses = losses + config.kl_coef * {"k1": d, "k2": d.square() / 2, "k3": torch.expm1(-e) + e}[config.kl_type]
+        losses = losses + config.kl_coef * _kl_estimate(log_probs - ref, bound, config)
     return losses if entropies is None else losses - config.entropy_coef * entropies
+
+
+def _kl_estimate(d: Tensor, bound: float, config: SRPOConfig) -> Tensor:
+    if config.kl_type == "k1":
+        return d
+    if config.kl_type == "k2":
+        return d.square() / 2
+    if config.kl_type != "k3":
+        refuse_name("kl_type", config.kl_type)
+    d = d.clamp(-bound, bound)
+    return torch.expm1(-d) + d
 
 
 def _ratio_losses(ratio: Tensor, log_probs: Tensor, advantages: Tensor, config: SRPOConfig) -> Tensor:
@@ -296,4 +305,4 @@ def _shares(
         lengths = torch.full_like(lengths, config.max_length or 0)
     elif config.reduction != "sequence":
         refuse_name("reduction", config.reduction)
-    return ones / (lengths * (len(valid) if valid.ndim == 2 else len(torch.unique(sequences[valid]))))
+    return ones / (lengths * len(torch.unique(sequences[valid])))

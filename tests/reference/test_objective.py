@@ -46,9 +46,9 @@ def test_the_objective_by_hand(config: Make) -> None:
     assert output.log_probs.exp().tolist() == pytest.approx([0.75, 0.25, 0.75, 1.0])
 
 
-@pytest.mark.parametrize(("reduction", "expected"), [("token", 1), ("sequence", 2 / 3), ("constant", 5 / 21)])
+@pytest.mark.parametrize(("reduction", "expected"), [("token", 1), ("sequence", 1), ("constant", 5 / 14)])
 def test_reductions_by_hand(config: Make, reduction: str, expected: float) -> None:
-    # A fair coin under A = 1 loses log 2 per token; sequences of 4, 1 and 0 tokens, max_length 7.
+    # A fair coin under A = 1 loses log 2 per token; sequences of 4, 1 and 0 tokens, two that count, max_length 7.
     mask = torch.arange(4) < torch.tensor([[4], [1], [0]])
     output = reference.srpo_loss(
         torch.zeros(3, 4, 1),

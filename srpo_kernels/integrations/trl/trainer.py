@@ -184,7 +184,9 @@ class SRPOTrainer(GRPOTrainer):
             part["teacher"] = self._teacher_rows(part)
             entropy = None if part["teacher"] is None else part["teacher"].entropy
             mask = part["completion_mask"].bool()
-            normalizers.append(sk.Normalizers.from_batch(mask, part["sdpo_mask"], entropy, self.args.dw_beta))
+            counts = sk.Normalizers.from_batch(mask, part["sdpo_mask"], entropy, config=self.loss_config)
+            # TRL's mean over completions is over masked ones too.
+            normalizers.append(counts._replace(sequence_count=torch.tensor(len(mask), device=mask.device)))
         step = normalizers[0].merge(*normalizers[1:]).all_reduce()
         for part in parts:
             part["normalizers"] = step
@@ -208,9 +210,7 @@ class SRPOTrainer(GRPOTrainer):
                 weight,
                 mask=valid,
                 teacher_bias=bias,
-                temperature=self.loss_config.temperature,
-                logit_scale=self.loss_config.logit_scale,
-                softcap=self.loss_config.softcap,
+                config=self.loss_config,
                 workspace_bytes=self.args.workspace_bytes,
             )
             return TeacherRows(hidden[valid], stats.entropy)

@@ -1,0 +1,284 @@
+"""How far a result may be from the oracle's: as far as rounding explains, a line for each allowance."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from reference.logits import LOWEST, transform
+from srpo_kernels import SRPOConfig
+from tests.comparison import Results, largest
+from tests.fuzz.calls import library, oracle
+from tests.fuzz.draw import Case
+from tests.fuzz.models import Inputs, to_dtypes
+from tests.strategies import transform_of
+
+# Plain torch of the same precision is off by chance: its error is the largest of three orders of its sums, and a result
+# may be this many times as far off.
+_TIMES_NAIVE = 3.0
+# What the oracle's own result changes by when its inputs are rounded once more: no implementation can do better.
+_TIMES_ROUNDING = 4.0
+# A result is a few operations away from the sums it is made of, each of which rounds it.
+_ROUNDINGS = 8.0
+# Beyond this share of the largest number, an intermediate result may overflow and another order of it not.
+_NEAR_OVERFLOW = 2.0**-8
+_HUGE_LOGITS = 1e9
+# What is never of the other sign, in exact arithmetic or in plain torch's log-softmax.
+_SIGNS = {"log_probs": -1.0, "entropy": 1.0, "teacher_entropy": 1.0, "divergence": 1.0}
+_FLOATING_ROWS = ("old_log_probs", "ref_log_probs", "log_probs", "teacher_log_probs", "entropy")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One quantity of a case; ``reason`` says in words what is wrong, None where only the error counts."""
+
+    quantity: str
+    error: float
+    allowed: float
+    reason: str | None = None
+
+    @property
+    def ratio(self) -> float:
+        """Error over allowed error; infinite where something is wrong whatever the error."""
+        if self.reason is not None:
+            return math.inf
+        if self.error == 0.0:
+            return 0.0
+        return self.error / self.allowed if self.allowed else math.inf
+
+    @property
+    def passed(self) -> bool:
+        return self.ratio <= 1.0
+
+
+def judge(case: Case) -> list[Finding]:
+    """A finding for every quantity of a case; one of the name ``call`` where the library raises."""
+    names = [name for name, x in case.inputs.items() if isinstance(x, Tensor) and x.is_floating_point()]
+    wide = to_dtypes(case.inputs, dict.fromkeys(names, torch.float64))
+    order = torch.Generator().manual_seed(case.seed)
+    exact = oracle(case, wide)
+    naive = [oracle(case, case.inputs, shuffle) for shuffle in (None, order, order)]
+    # Any factor of all logits, such as that of a change of base, is rounded too.
+    factor = 1 + _rounding(case.dtype)
+    scaled = replace(case, config=replace(case.config, temperature=case.config.temperature * factor))
+    rounded = [oracle(scaled, _rounded_inputs(case, wide, order, alike)) for alike in (False, True)]
+    try:
+        actual = library(case)
+    except Exception as error:
+        return [Finding("call", math.nan, 0.0, f"raised {type(error).__name__}: {error}")]
+    if actual.keys() != exact.keys():
+        return [Finding("call", math.nan, 0.0, f"returned {sorted(actual)}, expected {sorted(exact)}")]
+    spoilt = _overflows(case, actual, exact)
+    findings = [
+        _compare(case, name, actual[name], value, [x[name] for x in naive], [x[name] for x in rounded], exact, spoilt)
+        for name, value in exact.items()
+        if name != "metric nonfinite_rows"
+    ]
+    return findings + _rules(case, actual, exact)
+
+
+def _rounded_inputs(case: Case, wide: Inputs, order: torch.Generator, alike: bool) -> Inputs:
+    """The oracle's inputs, as if an fp32 (fp64) computation had rounded what it makes of them.
+
+    Up or down by chance, or all ``alike``, as a rounded factor of all logits does: over many rows that adds up.
+    """
+    unit = _rounding(case.dtype)
+
+    def sign(x: Tensor) -> Tensor:
+        return torch.ones_like(x) if alike else 2 * torch.randint(0, 2, x.shape, generator=order).double() - 1
+
+    rounded = dict(wide)
+    for name in _FLOATING_ROWS:
+        if wide.get(name) is not None:
+            # A log-prob is rounded at its own size, before it is subtracted from another.
+            rounded[name] = wide[name] * (1 + unit * sign(wide[name]))
+    if "weight" not in wide:
+        return rounded
+    if wide.get("teacher_hidden") is not None and wide["teacher_weight"] is None:
+        # The two models' logits are rounded apart, although they share a head.
+        rounded |= {"teacher_weight": wide["weight"], "teacher_bias": wide["bias"]}
+    for name in ("weight", "hidden", "teacher_weight", "teacher_hidden"):
+        if rounded.get(name) is not None and not case.exact_products:
+            # A logit is a sum of rounded products.
+            rounded[name] = rounded[name] * (1 + unit * sign(rounded[name]))
+    # A log-prob is the difference of a logit and a log-sum-exp: rounded at the size of the latter.
+    vocab_size, slope = len(wide["weight"]), case.config.logit_scale / case.config.temperature
+    by = unit * (1 + math.log(vocab_size)) / slope
+    for name, head in (("bias", "weight"), ("teacher_bias", "teacher_weight")):
+        if rounded.get(head) is not None:
+            bias = torch.zeros(vocab_size, dtype=torch.float64) if rounded.get(name) is None else rounded[name]
+            rounded[name] = bias + by * sign(bias)
+    return rounded
+
+
+def _rounding(dtype: torch.dtype) -> float:
+    """A relative change as large as a rounding; in fp64 twice that, for it must not be rounded away itself."""
+    return torch.finfo(dtype).eps / (1 if dtype == torch.float64 else 2)
+
+
+def _compare(
+    case: Case, name: str, actual: Tensor, exact: Tensor, naive: list[Tensor], rounded: list[Tensor],
+    results: Results, spoilt: bool,
+) -> Finding:  # fmt: skip
+    ours, exact = actual.double(), exact.double()
+    info, limit = torch.finfo(_floating(actual)), _limit(actual)
+    if ours.shape != exact.shape:
+        return Finding(name, math.nan, 0.0, f"has shape {list(ours.shape)}, expected {list(exact.shape)}")
+    within = exact.abs() <= limit * _NEAR_OVERFLOW
+    if spoilt:
+        within &= ours.isfinite()
+    if not ours[within].isfinite().all():
+        return Finding(
+            name, math.nan, 0.0, f"is not finite where {float(exact[within].abs().max()):.3g} at most is right"
+        )
+    beyond = ~(exact.abs() <= limit / _NEAR_OVERFLOW)
+    if beyond.any() and ours.isfinite().all() and not spoilt:
+        return Finding(name, math.nan, 0.0, f"is finite where {exact[beyond][0]:.3g} is right, and no row is counted")
+    exact, ours = exact[within], ours[within]
+    unit, scale = torch.finfo(case.dtype).eps / 2, largest(exact)
+    # Where plain torch overflows it says nothing.
+    off_naive = max(largest(_finite(x.double()[within] - exact)) for x in naive)
+    off_rounded = max(largest(_finite(x.double()[within] - exact)) for x in rounded)
+    allowed = _TIMES_NAIVE * off_naive + _TIMES_ROUNDING * off_rounded + _ROUNDINGS * unit * scale
+    # The result itself is rounded to its dtype, which for fp16 may be below its smallest number.
+    allowed += info.eps / 2 * scale + info.smallest_normal * info.eps
+    allowed += 2 * unit * (_probability_size(case, name, results) + _weight_growth(case, name) * scale)
+    if case.dtype == torch.float64:
+        # The oracle is rounded as well.
+        allowed *= 2
+    return Finding(name, largest(ours - exact), allowed)
+
+
+def _floating(x: Tensor) -> torch.dtype:
+    return x.dtype if x.is_floating_point() else torch.float64
+
+
+def _limit(x: Tensor) -> float:
+    return torch.finfo(_floating(x)).max
+
+
+def _finite(x: Tensor) -> Tensor:
+    return x[x.isfinite()]
+
+
+def _overflows(case: Case, actual: Results, exact: Results) -> bool:
+    """Whether fp32 cannot hold a right result, and the library says so: what such a row adds to says nothing."""
+    beyond = any(bool((~(x.abs() <= _limit(actual[name]) / _NEAR_OVERFLOW)).any()) for name, x in exact.items())
+    # Logits of 1e10 are off by more than the gap between two probabilities: a result is right, or is not finite.
+    huge = case.options.get("logits", 0.0) >= _HUGE_LOGITS
+    counts = actual.get("metric nonfinite_rows")
+    return (beyond or huge) and bool(counts > 0) if counts is not None else huge
+
+
+def _probability_size(case: Case, name: str, exact: Results) -> float:
+    """How large probabilities are in a quantity: they are rounded at their size, however little is beside them."""
+    if case.operation == "normalizers":
+        # The difference of two logarithms of counts.
+        return math.log(1.0 + case.inputs["mask"].numel())
+    if "weight" not in case.inputs:
+        return 0.0
+    if name == "log_probs" or (case.operation != "srpo_loss" and not name.startswith("grad")):
+        return _concentration(case)
+    config = case.config
+    coefficient = float(case.upstream.abs().sum())
+    if case.operation == "srpo_loss":
+        coefficient = _largest_coefficient(case, config, exact)
+    if name.startswith("metric"):
+        return max(coefficient, 1.0) * case.inputs["target_ids"].numel()
+    if not name.startswith("grad"):
+        return coefficient
+    if case.operation == "srpo_loss":
+        coefficient *= abs(case.upstream.item())
+    slope = config.logit_scale / config.temperature
+    weight, hidden = (_finite(case.inputs[x].double()) for x in ("weight", "hidden"))
+    size = {"grad hidden": largest(weight), "grad weight": largest(hidden), "grad bias": 1.0}[name]
+    if case.dtype == torch.float64:
+        # There is nothing wider to keep a log-sum-exp in: it is rounded like a logit.
+        logits = _logits(case, "")
+        size *= 1.0 + slope * largest(logits[logits > LOWEST])
+    return coefficient * slope * size
+
+
+def _weight_growth(case: Case, name: str) -> float:
+    """How much the roundings of two entropies, at the size of log V, grow in the weight: exp of their difference."""
+    if case.operation != "srpo_loss" or name == "log_probs":
+        return 0.0
+    return 2 * case.config.dw_beta * (1.0 + math.log(len(case.inputs["weight"])))
+
+
+def _concentration(case: Case) -> float:
+    """The root of a row's sum of squared probabilities, at most 1: their roundings are independent."""
+    if case.dtype == torch.float64:
+        # The oracle's probabilities come from log-probs, rounded at the size of log V.
+        return 1.0 + math.log(len(case.inputs["weight"]))
+    models = (
+        ["", "teacher_"] if case.operation == "token_stats" and case.inputs.get("teacher_hidden") is not None else [""]
+    )
+    logits = [transform(_logits(case, model), **transform_of(case.config)) for model in models]
+    return max((float(x.softmax(-1).square().sum(-1).sqrt().max()) for x in logits if len(x)), default=0.0)
+
+
+def _logits(case: Case, model: str) -> Tensor:
+    """``[n, V]`` of the valid rows before the transform, in fp64."""
+    inputs = case.inputs
+    own = model if inputs.get("teacher_weight") is not None else ""
+    valid = inputs["mask"]
+    hidden = inputs[f"{model}hidden"]
+    rows = (hidden.flatten(0, -2) if valid is None else hidden[valid]).double()
+    bias = inputs[f"{own}bias"]
+    return rows @ inputs[f"{own}weight"].double().T + (0.0 if bias is None else bias.double())
+
+
+def _largest_coefficient(case: Case, config: SRPOConfig, exact: dict[str, Any]) -> float:
+    """The most that a row's log-prob is multiplied with on its way to the loss, as far as it is plain to see."""
+    valid = case.inputs["mask"]
+
+    def most(name: str) -> float:
+        value = case.inputs[name]
+        if value is None or (valid is not None and not valid.any()):
+            return 1.0
+        known = value[valid] if valid is not None and value.shape == valid.shape else value
+        return largest(_finite(known.double()))
+
+    weight = float(exact["metric dw_weight_sq_sum"].sqrt())
+    kappa = config.distillation_is_clip if case.inputs["old_log_probs"] is not None else 1.0
+    distilled = weight * (kappa or 1.0) if weight else 0.0
+    if config.distillation_mode == "sampled":
+        # It multiplies two log-probs.
+        distilled *= (1.0 + largest(_finite(exact["log_probs"]))) ** 2
+    return max(distilled, most("advantages")) * max(most("is_weights"), 1.0) + config.kl_coef + abs(config.entropy_coef)
+
+
+def _rules(case: Case, actual: Results, exact: Results) -> list[Finding]:
+    """What must hold whatever the rounding."""
+    findings = []
+    for name, sign in _SIGNS.items():
+        if name in actual and case.operation in ("srpo_loss", "token_stats", "teacher_stats"):
+            worst = float((sign * actual[name]).min()) if actual[name].numel() else 0.0
+            if worst < 0:
+                findings.append(Finding(f"sign of {name}", -worst, 0.0, f"is {sign * worst:.3g}, of the wrong sign"))
+    if case.operation == "srpo_loss":
+        findings += _count_rules(actual, exact)
+    return findings
+
+
+def _count_rules(actual: Results, exact: Results) -> list[Finding]:
+    """``nonfinite_rows`` counts every row whose loss or gradient is not finite, and no other."""
+    counted, broken = float(actual["metric nonfinite_rows"]), {}
+    for name, value in actual.items():
+        if name == "loss" or name.startswith("grad"):
+            # When rows are counted, nobody knows what a gradient is multiplied with and rounded to: fp16 ends at 65504.
+            fits = (exact[name].abs() <= _limit(value) * _NEAR_OVERFLOW) | (value.dtype == torch.float32)
+            broken[name] = ~value.isfinite() & fits
+    rows = int(broken["grad hidden"].any(-1).sum()) if "grad hidden" in broken else 0
+    least = max(rows, int(any(bool(x.any()) for x in broken.values())))
+    if counted < least:
+        reason = f"counts {counted:g}, and {least} rows at least have a loss or a gradient that is not finite"
+        return [Finding("nonfinite_rows", math.nan, 0.0, reason)]
+    if counted and all(bool(actual[name].isfinite().all()) for name in broken):
+        return [Finding("nonfinite_rows", counted, 0.0, f"counts {counted:g}, and all is finite")]
+    return []
