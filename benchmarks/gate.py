@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict
@@ -38,7 +39,8 @@ def gate(
     Prints registers, occupancy, shared memory and tensor-core instructions, and for row passes the instructions
     per vocabulary element with a static roofline: time in the busiest pipe over time in the memory. Exits with 1
     where a rule is broken: spills, row passes with loads of less than 16 bytes or a ratio above 0.7, dots without
-    the target's tensor cores, too much shared memory, more instructions per element than agreed.
+    the target's tensor cores, too much shared memory, more instructions per element than agreed. A target that this
+    machine's Triton cannot compile for is named with the reason, the others are held to the rules, and it exits with 1.
 
     Args:
         targets: architectures to compile for.
@@ -48,7 +50,13 @@ def gate(
         docs: Markdown file whose tables to replace, between `<!-- gate:resources -->` and
             `<!-- /gate:resources -->`, and the same for `gate:roofline`.
     """
-    lines = pd.DataFrame([asdict(line) for line in _compile_all(targets, kernels, jobs)])
+    measured, left_out = _compile_all(targets, kernels, jobs)
+    # On standard error before anything else: where no target is left there is nothing else.
+    for name, reason in left_out.items():
+        print(f"{name} is left out: {reason}", file=sys.stderr)
+    if len(left_out) == len(targets):
+        raise SystemExit(1)
+    lines = pd.DataFrame([asdict(line) for line in measured])
     if lines.empty:
         raise SystemExit(f"no kernel is named {', '.join(kernels)}")
     if csv is not None:
@@ -64,23 +72,28 @@ def gate(
     broken = lines[lines["broken"] != ""]
     for line in broken.itertuples():
         console.print(f"[red]{line.kernel}, {line.label}, {line.target}: {line.broken}")
-    console.print(f"{len(lines)} compiled, {len(broken)} with broken rules")
-    if len(broken):
+    console.print(f"{len(lines)} compiled, {len(broken)} with broken rules; targets left out: {len(left_out)}")
+    if len(broken) or left_out:
         raise SystemExit(1)
 
 
-def _compile_all(targets: Sequence[TargetName], kernels: Sequence[str], jobs: int) -> list[Line]:
-    """All lines, in the order of the targets and their variants."""
+def _compile_all(
+    targets: Sequence[TargetName], kernels: Sequence[str], jobs: int
+) -> tuple[list[Line], dict[TargetName, str]]:
+    """All lines, in the order of the targets and their variants, and the targets that are left out with the reason."""
     # The interpreter's kernels are no source for a compiler: processes that start from here do not have it.
     os.environ.pop("TRITON_INTERPRET", None)
     with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
-        counts = pool.map(_count, targets)
-        tasks = [(name, index) for name, count in zip(targets, counts, strict=True) for index in range(count)]
+        missing = dict(zip(targets, pool.map(_what_is_missing, targets), strict=True))
+        present = [name for name in targets if missing[name] is None]
+        counts = pool.map(_count, present)
+        tasks = [(name, index) for name, count in zip(present, counts, strict=True) for index in range(count)]
         futures = {pool.submit(_compile, *task, kernels): task for task in tasks}
         console = Console(stderr=True)
         done = track(as_completed(futures), "compiling", len(futures), console=console, disable=not console.is_terminal)
         lines = {futures[future]: future.result() for future in done}
-    return [line for task in tasks if (line := lines[task]) is not None]
+    left_out = {name: reason for name, reason in missing.items() if reason is not None}
+    return [line for task in tasks if (line := lines[task]) is not None], left_out
 
 
 # The processes below are the only ones to load Triton: the other sub-commands do without it.
@@ -92,6 +105,12 @@ def _variants(name: TargetName) -> list[Variant]:
 
     target = TARGETS[name]
     return list(variants(GPUTarget(target.backend, target.arch, target.warp_size)))
+
+
+def _what_is_missing(name: TargetName) -> str | None:
+    from benchmarks.gate_rules import what_is_missing
+
+    return what_is_missing(TARGETS[name])
 
 
 def _count(name: TargetName) -> int:

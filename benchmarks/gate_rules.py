@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, CompiledKernel
 
 from benchmarks.machine_code import MachineCode, read
 from benchmarks.targets import ISSUE_RATIO, SOFTCAP_ISSUE_RATIO, Kind, Target, TargetName
@@ -61,6 +61,27 @@ class Line:
     compile_seconds: float
 
 
+@triton.jit
+def _nothing_kernel():
+    pass
+
+
+def what_is_missing(target: Target) -> str | None:
+    """Why no kernel can be compiled for ``target`` and read here; None where one can.
+
+    A wheel of Triton may come without the assembler or the linker of a target, or be older than the target.
+    """
+    try:
+        read(_compile(ASTSource(_nothing_kernel, {}), target))
+    except Exception as error:
+        return f"{type(error).__name__}: {error}".strip().splitlines()[0]
+    return None
+
+
+def _compile(source: ASTSource, target: Target, **options: int) -> CompiledKernel:
+    return triton.compile(source, GPUTarget(target.backend, target.arch, target.warp_size), options)
+
+
 def measure(variant: Variant, target: Target) -> Line:
     """Compile one configuration and read its machine code."""
     names = list(variant.function.arg_names)
@@ -70,10 +91,9 @@ def measure(variant: Variant, target: Target) -> Line:
         constexprs=variant.constexprs,
         attrs={(names.index(name),): [["tt.divisibility", 16]] for name in variant.divisible},
     )
-    options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages}
     start = time.perf_counter()
     try:
-        kernel = triton.compile(source, GPUTarget(target.backend, target.arch, target.warp_size), options)
+        kernel = _compile(source, target, num_warps=variant.num_warps, num_stages=variant.num_stages)
     except Exception as error:
         raise RuntimeError(f"{variant.kernel}, {variant.label} does not compile for {target.name}") from error
     seconds = time.perf_counter() - start

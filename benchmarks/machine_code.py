@@ -280,15 +280,14 @@ def _field(pattern: str, text: str) -> str:
 
 
 # Control flow needs no dataflow analysis, a third of the time.
-_TOOLS = {
-    "nvdisasm": (knobs.nvidia.nvdisasm.path, "-c", "-ndf"),
-    "cuobjdump": (knobs.nvidia.cuobjdump.path, "-res-usage"),
-}
+_OPTIONS = {"nvdisasm": ("-c", "-ndf"), "cuobjdump": ("-res-usage",)}
 
 
 def _tool(name: str, kernel: CompiledKernel) -> str:
+    # Looked up where it is wanted: a Triton for AMD alone comes without it.
+    path = getattr(knobs.nvidia, name).path
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
-        done = subprocess.run([*_TOOLS[name], file.name], capture_output=True, text=True, check=True)
+        done = subprocess.run([path, *_OPTIONS[name], file.name], capture_output=True, text=True, check=True)
     return done.stdout

@@ -25,7 +25,7 @@ def gather_ranks(values: Tensor, group: dist.ProcessGroup | None = None) -> Tens
 def gather_numbers(numbers: list[int], group: dist.ProcessGroup) -> list[list[int]]:
     """The integers of every rank in rank order: one ``gather_ranks``, on the host where the group can."""
     on_host = "cpu:" in dist.get_backend_config(group)
-    device = None if on_host else torch.accelerator.current_accelerator()
+    device = torch.device("cpu") if on_host else torch.accelerator.current_accelerator(check_available=True)
     rows: list[list[int]] = gather_ranks(torch.tensor(numbers, device=device), group).tolist()
     return rows
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from srpo_kernels.distributed import gather_numbers
 from srpo_kernels.types import Normalizers
 from tests.processes import RankError, needs_gloo, run_ranks
 
@@ -45,6 +46,29 @@ def test_all_reduce_gives_every_rank_the_normalizers_of_the_whole_batch() -> Non
     assert normalizers_of(1).sdpo_count == 0
     assert merged.sdpo_count is not None
     assert merged.sdpo_count > 0
+
+
+def gather_elsewhere(rank: int) -> list[list[list[int]]]:
+    group = dist.group.WORLD
+    assert group is not None
+    with torch.device("meta"):
+        under_a_default_device = gather_numbers([rank, 7], group)
+    # A build of torch with CUDA on a machine without a GPU, and a group that does not say what it can.
+    with (
+        mock.patch.object(dist, "get_backend_config", return_value="other"),
+        mock.patch.object(torch.accelerator, "current_accelerator", cuda_without_a_gpu),
+    ):
+        without_a_gpu = gather_numbers([rank, 7], group)
+    return [under_a_default_device, without_a_gpu]
+
+
+def cuda_without_a_gpu(check_available: bool = False) -> torch.device | None:
+    return None if check_available else torch.device("cuda")
+
+
+def test_numbers_are_gathered_where_the_group_can() -> None:
+    numbers = [[0, 7], [1, 7]]
+    assert run_ranks(gather_elsewhere, 2) == [[numbers, numbers]] * 2
 
 
 def misbehave(rank: int, how: str) -> None:

@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from benchmarks.interpreted import interpreting
+from srpo_kernels.kernels import launch
 
 pytestmark = pytest.mark.skipif(not interpreting(), reason="kernels are compiled here")
 
@@ -58,3 +59,10 @@ def test_a_row_of_a_dot_does_not_depend_on_the_others() -> None:
     assert torch.equal(turned.flip(0), out)
     assert torch.equal(alone[0], out[5])
     torch.testing.assert_close(out, x @ y)
+
+
+def test_a_numpy_that_it_does_not_run_with_is_named() -> None:
+    launch.check_interpreter("3.7.1", "2.4.6")
+    launch.check_interpreter("3.6.0", "2.3.5")
+    with pytest.raises(ImportError, match=r"triton 3\.6\.0 does not run with numpy 2\.10\.0; install triton>=3\.7"):
+        launch.check_interpreter("3.6.0", "2.10.0")

@@ -13,7 +13,7 @@ from tests.comparison import assert_as_accurate, with_leaves
 from tests.meters import MemoryMeter
 from tests.strategies import Inputs, cast, head_inputs
 
-DEVICE = torch.accelerator.current_accelerator() or torch.device("cpu")
+DEVICE = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 VOCAB_SIZE = 1009
 
 

@@ -18,8 +18,27 @@ from srpo_kernels.kernels.row_stats import row_stats_kernel
 
 Vendor = Literal["nvidia", "amd", "other"]
 
+
+def check_interpreter(triton_version: str, numpy_version: str) -> None:
+    """Raise ImportError where Triton's interpreter does not run with this NumPy."""
+
+    def minor(version: str) -> list[int]:
+        return [int(part) for part in version.split(".")[:2]]
+
+    # It makes Python numbers of arrays that have one element and a dimension.
+    if minor(triton_version) < [3, 7] and minor(numpy_version) >= [2, 4]:
+        raise ImportError(
+            f"TRITON_INTERPRET=1: the interpreter of triton {triton_version} does not run with numpy {numpy_version}; "
+            "install triton>=3.7 or numpy<2.4"
+        )
+
+
 # Kernels are functions of numpy where TRITON_INTERPRET was set when triton was imported.
 INTERPRETED = not isinstance(row_stats_kernel, triton.JITFunction)
+if INTERPRETED:
+    import numpy
+
+    check_interpreter(triton.__version__, numpy.__version__)
 
 # Eight programs fill a multiprocessor of 2048 threads.
 _ROW_THREADS = 256

@@ -40,7 +40,7 @@ class Machine:
 
 def inspect(device_name: str | None, backend: str) -> Machine:
     """This machine's ``device_name``, its accelerator where None, under ``backend``, or every one where ``"auto"``."""
-    device = torch.device(device_name) if device_name else torch.accelerator.current_accelerator(True)
+    device = torch.device(device_name) if device_name else torch.accelerator.current_accelerator(check_available=True)
     device = device or torch.device("cpu")
     wanted = [name for name in _BACKENDS if backend in ("auto", name)]
     obstacles = {name: _obstacle(name, device) for name in wanted}
