@@ -78,16 +78,17 @@ def test_a_difference_is_not_rounding() -> None:
 
 @pytest.mark.parametrize("scale", SCALES)
 def test_equal_rewards_get_no_forward_and_move_no_weight(scale: str, tmp_path: Path) -> None:
+    # The mean of eight times 0.2 is not 0.2 in fp32.
+    options = {"num_generations": 8, "gradient_accumulation_steps": 2, "method": "grpo", "scale_rewards": scale}
     active = {}
     for low in (0.0, 0.2):
-        table: list[float | None] = [low] * 4 + [low, low + 1.0] * 2
-        options = {"method": "grpo", "scale_rewards": scale, "reward": scripted(table)}
-        mixed = train(ScriptedSRPO, tmp_path / f"{low}", **options)
+        table: list[float | None] = [low] * 8 + [low, low + 1.0] * 4
+        mixed = train(ScriptedSRPO, tmp_path / f"{low}", reward=scripted(table), **options)
         active[low] = curve(mixed, "srpo/active_fraction")
         assert 0.0 < active[low][0] < 1.0
     assert active[0.2] == active[0.0]
 
-    alone = tiny_trainer(ScriptedSRPO, tmp_path / "equal", method="grpo", scale_rewards=scale, reward=scripted([0.2]))
+    alone = tiny_trainer(ScriptedSRPO, tmp_path / "equal", reward=scripted([0.2]), **options)
     before = {name: value.clone() for name, value in alone.model.named_parameters()}
     alone.train()
     assert curve(alone, "srpo/active_fraction") == [0.0, 0.0]
