@@ -21,15 +21,9 @@ from transformers.masking_utils import sdpa_mask
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from srpo_kernels.integrations.trl import head as head_module
-from srpo_kernels.integrations.trl.head import (
-    LogitTransform,
-    add_hidden_output,
-    check_head,
-    head_operands,
-    logit_transform,
-)
+from srpo_kernels.integrations.trl.head import LogitTransform, check_head, logit_transform
 from tests.test_trl_trainer import scored_batch
-from tests.tiny_models import ARCHITECTURES, tiny_model_of
+from tests.tiny_models import ARCHITECTURES, log_probs, patched, tiny_model_of
 from tests.tiny_trainer import ScriptedSRPO, tiny_trainer
 
 # Positions that are learnt, counted from a mask or an offset, rotary, in the attention's bias, or a state's.
@@ -49,18 +43,6 @@ OTHERS = tuple(name for name in ARCHITECTURES if name not in (*ACCEPTED, *REFUSE
 
 # Of 3, 8 and 5 tokens, with padding before them, behind them, and on both sides.
 STARTS, LENGTHS, WIDTH = (0, 2, 3), (3, 8, 5), 10
-
-
-def patched(name: str, **fields: Any) -> Any:
-    model = tiny_model_of(name, **fields)
-    add_hidden_output(model)
-    return model
-
-
-def log_probs(model: Any, transform: LogitTransform, **inputs: Tensor) -> Tensor:
-    """From what the model hands to the trainer, ``[B, S, V]``."""
-    hidden, weight, bias = model(**inputs, on_hidden=lambda *args: head_operands(*args, in_head_dtype=True))
-    return transform(nn.functional.linear(hidden, weight, bias)).log_softmax(-1)
 
 
 @torch.no_grad()
@@ -248,96 +230,6 @@ def test_a_row_of_padding_alone_is_finite() -> None:
     mask = torch.tensor([[0, 0, 0, 0], [0, 1, 1, 0]])
     assert log_probs(model, LogitTransform(1.0, None), input_ids=ids, attention_mask=mask).isfinite().all()
     assert log_probs(model, LogitTransform(1.0, None), input_ids=ids[:1], attention_mask=mask[:1]).shape == (1, 4, 96)
-
-
-class Linear4bit(nn.Linear):
-    """As bitsandbytes has it: packed weights, and a forward of its own."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.linear(x, self.weight.float().view(96, -1))
-
-
-def test_a_quantized_head_is_refused() -> None:
-    model = patched("llama")
-    model.lm_head = Linear4bit(32, 96, bias=False)
-    with pytest.raises(ValueError, match=r"got tests\.test_trl_head\.Linear4bit: .*llm_int8_skip_modules"):
-        check_head(model, LogitTransform(1.0, None))
-    model.lm_head = nn.Linear(32, 96, bias=False)
-    model.lm_head.weight = nn.Parameter(torch.zeros(96 * 32 // 2, 1, dtype=torch.uint8), requires_grad=False)
-    with pytest.raises(ValueError, match=r"must have an LM head that is an nn\.Linear, and no more than that"):
-        check_head(model, LogitTransform(1.0, None))
-
-
-ADAPTERS: dict[str, tuple[dict[str, Any], str]] = {
-    "lora": ({"target_modules": ["lm_head"]}, "peft.tuners.lora.layer.Linear"),
-    "dora": ({"target_modules": ["lm_head"], "use_dora": True}, "peft.tuners.lora.layer.Linear"),
-    "parameter": (
-        {"target_modules": [], "target_parameters": ["lm_head.weight"]},
-        "peft.tuners.lora.layer.ParamWrapper",
-    ),
-    "tokens": ({"trainable_token_indices": {"lm_head": [3]}}, "peft.utils.other.TrainableTokensWrapper"),
-    "tied tokens": ({"trainable_token_indices": {"embed_tokens": [3]}}, "peft.utils.other.TrainableTokensWrapper"),
-    "tied": ({"target_modules": ["embed_tokens"], "ensure_weight_tying": True}, "peft.tuners.lora.layer.Linear"),
-}
-
-
-@pytest.mark.parametrize("name", ADAPTERS)
-def test_an_adapter_on_the_head_is_refused_while_it_is_still_zero(name: str) -> None:
-    peft = pytest.importorskip("peft", reason="adapters need peft")
-    options, kind = ADAPTERS[name]
-    base = patched("llama", tie_word_embeddings="tied" in name)
-    model = peft.get_peft_model(base, peft.LoraConfig(**{"target_modules": ["q_proj"]} | options))
-    with pytest.raises(ValueError, match=rf"got {kind}: keep adapters .* modules_to_save=\['lm_head'\]"):
-        check_head(model, LogitTransform(1.0, None))
-
-
-PEFT_CONFIGS: dict[str, dict[str, Any]] = {
-    "LoraConfig": {"target_modules": ["q_proj", "embed_tokens"], "init_lora_weights": False},
-    "PromptTuningConfig": {"num_virtual_tokens": 3},
-    "PrefixTuningConfig": {"num_virtual_tokens": 3},
-}
-
-
-@pytest.mark.parametrize("kind", PEFT_CONFIGS)
-def test_peft_models_have_the_log_probs_of_rows_alone(kind: str) -> None:
-    peft = pytest.importorskip("peft", reason="adapters need peft")
-    base = patched("llama", tie_word_embeddings=True)
-    model = peft.get_peft_model(base, getattr(peft, kind)(task_type="CAUSAL_LM", **PEFT_CONFIGS[kind])).eval()
-    transform = LogitTransform(1.0, None)
-    check_head(model, transform)
-    padded = torch.randint(10, 90, (2, 9))
-    mask = torch.ones_like(padded)
-    mask[0, :4] = 0
-    with torch.no_grad():
-        ours = log_probs(model, transform, input_ids=padded, attention_mask=mask)[:1, -5:]
-        alone = padded[:1, 4:]
-        expected = model(input_ids=alone, attention_mask=torch.ones_like(alone)).logits[:, -5:].log_softmax(-1)
-    torch.testing.assert_close(ours, expected, rtol=0.0, atol=1e-5)
-
-
-def test_a_head_that_is_saved_whole_is_the_one_that_is_in_use() -> None:
-    peft = pytest.importorskip("peft", reason="adapters need peft")
-    options = {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"], "task_type": "CAUSAL_LM"}
-    model = peft.get_peft_model(patched("llama"), peft.LoraConfig(**options)).eval()
-    saved = model.get_base_model().lm_head.modules_to_save["default"].weight
-    torch.nn.init.normal_(saved, std=0.3)
-    transform, ids = LogitTransform(1.0, None), torch.randint(10, 90, (2, 6))
-    check_head(model, transform)
-    ours = log_probs(model, transform, input_ids=ids)
-    torch.testing.assert_close(ours, model(input_ids=ids).logits.log_softmax(-1))
-    ours.sum().backward()
-    assert saved.grad.abs().sum() > 0
-    with model.disable_adapter(), torch.no_grad():
-        base = log_probs(model, transform, input_ids=ids)
-        torch.testing.assert_close(base, model(input_ids=ids).logits.log_softmax(-1))
-    assert not torch.allclose(base, ours)
-
-
-def test_the_trainer_refuses_trainable_tokens_of_the_head(tmp_path: Path) -> None:
-    peft = pytest.importorskip("peft", reason="adapters need peft")
-    options = {"target_modules": ["q_proj"], "trainable_token_indices": {"lm_head": [5]}, "task_type": "CAUSAL_LM"}
-    with pytest.raises(ValueError, match="keep adapters and trainable tokens off it"):
-        tiny_trainer(ScriptedSRPO, tmp_path, peft_config=peft.LoraConfig(**options))
 
 
 @pytest.mark.parametrize("name", ["gpt2", "recurrent_gemma", "bart"])

@@ -6,8 +6,11 @@ import re
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from srpo_kernels.integrations.trl.head import LogitTransform, add_hidden_output, head_operands
 
 ARCHITECTURES = tuple(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 VOCAB = 96
@@ -76,8 +79,21 @@ def tiny_model_of(architecture: str, **fields: Any) -> PreTrainedModel:
         setattr(config, name, value)
     model: PreTrainedModel = model_class(config).eval()
     for weight in model.get_output_embeddings().parameters():
-        torch.nn.init.normal_(weight, std=2.0 * weight.shape[-1] ** -0.5)
+        nn.init.normal_(weight, std=2.0 * weight.shape[-1] ** -0.5)
     return model
+
+
+def patched(name: str, **fields: Any) -> Any:
+    """Such a model that hands out its hidden states and head."""
+    model = tiny_model_of(name, **fields)
+    add_hidden_output(model)
+    return model
+
+
+def log_probs(model: Any, transform: LogitTransform, **inputs: Tensor) -> Tensor:
+    """From what the model hands to the trainer, ``[B, S, V]``."""
+    hidden, weight, bias = model(**inputs, on_hidden=lambda *args: head_operands(*args, in_head_dtype=True))
+    return transform(nn.functional.linear(hidden, weight, bias)).log_softmax(-1)
 
 
 def shrink(config: PretrainedConfig) -> None:
