@@ -52,6 +52,8 @@ def support_sums(logits: Tensor, spec: RowSpec, *, target_ids: Tensor, support_i
     (ids, here), (target, target_here) = (_within(x, logits) for x in (support_ids, target_ids[:, None]))
     own = logits.gather(1, ids)
     targets = transform.units(logits.gather(1, target)).masked_fill(~target_here, LOWEST).squeeze(1)
+    # Under a softcap an excluded token has a logit, unlike one that is taken out: above the mark of that.
+    logits.scatter_(1, ids, own.clamp_min(0.5 * LOWEST))
     # An id of another slice stands at one of this slice that may be in the support as well: the least value counts.
     logits.scatter_reduce_(1, ids, own.masked_fill(here, LOWEST), "amin")
     (complement,) = launch_row_stats(logits, None, transform, target_ids)
