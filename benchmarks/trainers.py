@@ -62,9 +62,9 @@ class Step:
         return {"branch": self.branch, "silent": self.silent, **asdict(self.sizes)}
 
     def completion(self, index: int) -> list[int]:
-        """Token ids of completion ``index``."""
+        """Token ids of completion ``index``; the last one ends it."""
         draw, sizes = random.Random(index), self.sizes
-        return [draw.randrange(3, sizes.vocab) for _ in range(draw.randint(sizes.length // 2, sizes.length))]
+        return [*(draw.randrange(3, sizes.vocab) for _ in range(draw.randint(sizes.length // 2, sizes.length) - 1)), 1]
 
     def reward(self, index: int) -> float:
         """Of completion ``index``: 1 if it is correct, else 0."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -22,6 +24,18 @@ def transform(x: Tensor, *, temperature: float = 1.0, logit_scale: float = 1.0, 
     return x / temperature
 
 
+class AtLeastLowest(torch.autograd.Function):
+    """``max(x, LOWEST)`` with a gradient of 1 everywhere, as softmax itself has at minus infinity."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clamp(min=LOWEST)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad
+
+
 def head_logits(
     hidden: Tensor,
     weight: Tensor,
@@ -36,7 +50,7 @@ def head_logits(
     x = hidden.to(dtype) @ weight.to(dtype).T
     if bias is not None:
         x = x + bias.to(dtype)
-    x = x.clamp(min=LOWEST)
+    x = AtLeastLowest.apply(x)
     return transform(x, temperature=temperature, logit_scale=logit_scale, softcap=softcap)
 
 

@@ -167,8 +167,8 @@ def token_stats(
     """Log-prob, entropy and divergence of every row as differentiable tensors, for any loss of your own.
 
     ``log_probs = log p_t``, ``entropy = H(p)``, ``divergence`` the configured one between student p and teacher q over
-    the whole vocabulary, ``teacher_entropy = H(q)``; all in nats. Only the statistics are kept for the backward, which
-    computes logits again, slice by slice of the vocabulary, for the rows whose upstream gradients are not all 0.
+    the whole vocabulary, ``teacher_entropy = H(q)``; all in nats. No logits are kept for the backward, which computes
+    them again for the rows whose upstream gradients are not all 0.
 
     Args:
         hidden: ``[..., H]``, fp32, bf16, fp16 or fp64; carries gradient.

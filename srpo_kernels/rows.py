@@ -136,7 +136,7 @@ class RowGradients(NamedTuple):
     entropy: Tensor
     divergence: Tensor | None
 
-    def select(self, rows: Tensor) -> RowGradients:
+    def select(self, rows: Tensor | slice) -> RowGradients:
         """The gradients of some rows."""
         return type(self)._make(_select(self, rows))
 
@@ -216,7 +216,7 @@ class RowPasses(Protocol):
 
         ``ids``, ``log_probs`` and their upstream gradients g are ``[n, K]``: ``dz_v = sum_k g_k (1[v = k] - p_v)``. The
         tail adds ``g_tail (1[v outside] p_v / tail - p_v)``, the entropy ``-g_H p_v (log p_v + H)``, which needs
-        ``row_stats(entropy=True)``.
+        ``row_stats(entropy=True)`` and goes with no tail.
         """
 
     def divergence_gradient_(
@@ -230,23 +230,6 @@ class RowPasses(Protocol):
         dtype: torch.dtype,
     ) -> Dlogits:
         """Turn what ``divergence_stats(gradient=True)`` left into dlogits, for ``grad_divergence`` ``[n]``."""
-
-    def slice_gradient_(
-        self,
-        logits: Tensor,
-        teacher_logits: Tensor | None,
-        stats: RowStats | DivergenceStats,
-        grads: RowGradients,
-        spec: RowSpec,
-        *,
-        target_ids: Tensor,
-        first_id: int,
-        dtype: torch.dtype,
-    ) -> Tensor:
-        """Turn fresh logits of the vocabulary slice that starts at ``first_id`` into dlogits, all terms at once.
-
-        The log-sum-exps come from ``stats``, so any slice of the vocabulary can be done on its own.
-        """
 
 
 def support_coefficients(

@@ -12,15 +12,12 @@ products apply to their ``[n, H]`` side: a pass over the buffer less.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from srpo_kernels import slices_torch
 from srpo_kernels.blocks_torch import (
     NATS,
-    argmax,
     bits_at,
     blocks,
     divergence_gradient,
@@ -33,11 +30,9 @@ from srpo_kernels.blocks_torch import (
     slope_of_bits,
     softmax,
     to_bits_,
-    to_units_,
 )
 from srpo_kernels.checks import refuse_name
 from srpo_kernels.rows import DivergenceStats, Dlogits, Holds, RowSpec, RowStats, support_coefficients
-from srpo_kernels.slices_torch import slice_gradient_
 from srpo_kernels.sums import finish_row, finish_support
 
 __all__ = [
@@ -46,7 +41,6 @@ __all__ = [
     "log_prob_gradient_",
     "row_stats",
     "scratch",
-    "slice_gradient_",
 ]
 
 
@@ -105,7 +99,6 @@ def divergence_stats(
         z, y = student_logits[rows], teacher_logits[rows]
         slope = more.pop() if capped else None
         p = z if in_place else more.pop()
-        anchor = _Anchor.of(z, y, spec) if spec.divergence == "reverse_kl" and not gradient else None
         shift = to_bits_(z, spec, slope, finite=not jsd)
         target_bits = bits_at(z, target_ids[rows, None], shift, spec)
         if jsd:
@@ -130,18 +123,13 @@ def divergence_stats(
                 center = dot(p, log_ratio, out=spare)
                 divergence = center * (1.0 - spec.alpha) + teacher_kl * spec.alpha
             case "forward_kl":
-                log_ratio, spare = z.sub_(y), y
-                center, divergence = torch.zeros_like(log_probs), log_totals - dot(q, log_ratio, out=spare)
+                log_ratio, spare = z.sub_(y).sub_(log_totals), y
+                center, divergence = torch.zeros_like(log_probs), -dot(q, log_ratio, out=spare)
             case "reverse_kl":
-                log_ratio, spare = z.sub_(y), y
-                center = dot(p, log_ratio, out=spare)
-                divergence = center - log_totals
+                log_ratio, spare = z.sub_(y).sub_(log_totals), y
+                center = divergence = dot(p, log_ratio, out=spare)
             case unknown:
                 refuse_name("divergence", unknown)
-        log_sums = logsumexp(shift, log_sum, spec), logsumexp(teacher_shift, teacher_log_sum, spec)
-        wide_center = center.to(shift) * NATS
-        if anchor is not None:
-            wide_center = anchor.mean_log_ratio(log_ratio, center, log_sums[0] - log_sums[1], spec)
         if gradient:
             # The spare buffer holds p times the log-ratio.
             divergence_gradient(spare, p, q, center, spec, out=z)
@@ -150,42 +138,16 @@ def divergence_stats(
         parts.append(
             DivergenceStats(
                 log_probs.squeeze(1),
-                log_sums[0],
+                logsumexp(shift, log_sum, spec),
                 entropies,
-                log_sums[1],
+                logsumexp(teacher_shift, teacher_log_sum, spec),
                 teacher_entropy.squeeze(1).clamp_min(0.0) * NATS,
                 divergence.squeeze(1).clamp_min(0.0) * NATS,
-                wide_center,
+                center.to(shift) * NATS,
                 holds,
             )
         )
     return DivergenceStats.concatenate(parts)
-
-
-class _Anchor(NamedTuple):
-    """Where the student's maximum is, ``[n, 1]``, and both models' units there.
-
-    The gradient of a slice subtracts the mean log-ratio from log-ratios that it finds itself: for a row that has one
-    token alone, the mean has to be that token's to the last digit.
-    """
-
-    ids: Tensor
-    units: Tensor
-    teacher_units: Tensor
-
-    @classmethod
-    def of(cls, z: Tensor, y: Tensor, spec: RowSpec) -> _Anchor:
-        """Of raw logits."""
-        ids = argmax(z)
-        pair = torch.cat([z.gather(1, ids), y.gather(1, ids)], dim=1)
-        to_units_(pair, spec)
-        return cls(ids, pair[:, :1], pair[:, 1:])
-
-    def mean_log_ratio(self, gaps: Tensor, mean: Tensor, log_sum_gap: Tensor, spec: RowSpec) -> Tensor:
-        """In nats, wide, from the differences in bits below both maxima, their mean, and that of the log-sum-exps."""
-        there = self.units.to(log_sum_gap) - self.teacher_units.to(log_sum_gap)
-        beside = NATS * (mean - gaps.gather(1, self.ids)).to(log_sum_gap)
-        return nats_per_unit(spec) * there + beside - log_sum_gap
 
 
 def log_prob_gradient_(

@@ -1,8 +1,7 @@
 """The passes over a slice of the vocabulary in torch: every device, every floating dtype.
 
 Unlike the passes over whole rows they leave the logits as they are until the gradient, for their results are worth
-nothing before the other slices' are there. ``slice_gradient_`` starts from fresh logits of any slice and the saved
-statistics. A unit is a raw logit, or the tanh of one with a softcap.
+nothing before the other slices' are there. A unit is a raw logit, or the tanh of one with a softcap.
 """
 
 from __future__ import annotations
@@ -37,11 +36,11 @@ from srpo_kernels.sums import ModelSums
 
 __all__ = [
     "finish_jsd",
+    "gradient_",
     "jsd_sums",
     "log_prob_gradient_",
     "model_sums",
     "scratch",
-    "slice_gradient_",
     "slope",
     "support_sums",
 ]
@@ -123,6 +122,8 @@ def log_prob_gradient_(
     dtype: torch.dtype,
 ) -> Dlogits:
     """Write over the logits."""
+    if grad_tail is not None and grad_entropy is not None:
+        raise NotImplementedError("an entropy's gradient needs the softmax of the row, a tail's that of the rest alone")
     at_ids, outside = support_coefficients(log_probs, grad_log_probs, grad_tail, stats.log_tail)
     # With a tail the softmax is that of the rest of the row alone.
     log_sum = stats.logsumexp if grad_tail is None or stats.tail_logsumexp is None else stats.tail_logsumexp
@@ -142,7 +143,7 @@ def log_prob_gradient_(
     return Dlogits(logits.to(dtype), None)
 
 
-def slice_gradient_(
+def gradient_(
     logits: Tensor,
     teacher_logits: Tensor | None,
     stats: RowStats | DivergenceStats,
@@ -150,13 +151,11 @@ def slice_gradient_(
     spec: RowSpec,
     *,
     target_ids: Tensor,
-    first_id: int,
     dtype: torch.dtype,
 ) -> Tensor:
     """Work in place on both models' logits."""
-    local_ids = target_ids - first_id
-    inside = (local_ids >= 0) & (local_ids < logits.shape[1])
-    local_ids = local_ids.clamp(0, logits.shape[1] - 1)
+    inside = _inside(target_ids, logits)
+    nearest = target_ids.clamp(0, logits.shape[1] - 1)
 
     for rows, (p, q, work, total, *slope) in blocks(logits, 4 if spec.softcap is None else 5, buffers=2):
         z, y = logits[rows], None
@@ -169,7 +168,7 @@ def slice_gradient_(
         normalize_(z, stats.logsumexp[rows], spec)
         torch.exp2(z, out=p)
         torch.mul(p, -grads.log_probs[rows, None], out=total)
-        total.scatter_add_(1, local_ids[rows, None], (grads.log_probs[rows] * inside[rows])[:, None])
+        total.scatter_add_(1, nearest[rows, None], (grads.log_probs[rows] * inside[rows])[:, None])
         if stats.entropy is not None:
             torch.add(z, stats.entropy[rows, None] / NATS, out=work)
             total.addcmul_(work.mul_(p), grads.entropy[rows, None], value=-NATS)

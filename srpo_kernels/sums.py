@@ -203,7 +203,7 @@ class SlicePasses(Protocol):
     ) -> Dlogits:
         """``RowPasses.log_prob_gradient_`` of the slice, from its logits."""
 
-    def slice_gradient_(
+    def gradient_(
         self,
         logits: Tensor,
         teacher_logits: Tensor | None,
@@ -212,7 +212,6 @@ class SlicePasses(Protocol):
         spec: RowSpec,
         *,
         target_ids: Tensor,
-        first_id: int,
         dtype: torch.dtype,
     ) -> Tensor:
-        """``RowPasses.slice_gradient_``."""
+        """Turn the slice's logits into dlogits, all terms at once."""

@@ -7,6 +7,8 @@ import sys
 import zipfile
 from pathlib import Path
 
+import pytest
+
 import srpo_kernels
 
 ROOT = Path(__file__).parents[1]
@@ -32,6 +34,15 @@ def run_python(*arguments: str, cwd: Path) -> str:
 def test_importing_it_needs_torch_alone() -> None:
     # Modules of torch itself that `import torch` leaves for later are no other package.
     assert set(run_python("-c", NEW_PACKAGES, cwd=ROOT).split()) <= {"srpo_kernels", "torch"}
+
+
+@pytest.mark.parametrize("package", ["trl", "verl"])
+def test_an_integration_without_its_package_names_the_extra(package: str) -> None:
+    code = f"import sys; sys.modules[{package!r}] = None; import srpo_kernels.integrations.{package}"
+    with pytest.raises(subprocess.CalledProcessError) as failure:
+        run_python("-c", code, cwd=ROOT)
+    last = failure.value.stderr.splitlines()[-1]
+    assert last.startswith("ImportError: ") and f"pip install 'srpo-kernels[{package}]'" in last
 
 
 def test_public_names_exist() -> None:

@@ -17,9 +17,9 @@ from tests.tiny_trainer import (
     ScriptedSRPO,
     curve,
     one_correct,
-    tiny_model,
-    tiny_tokenizer,
-    tiny_trainer,
+    prompts,
+    saved_model,
+    train,
 )
 
 # Options of both configs; ours and TRL's defaults differ in the first three.
@@ -34,7 +34,12 @@ GRPO_OPTIONS: dict[str, dict[str, Any]] = {
     "gspo of dapo": {"importance_sampling_level": "sequence", "num_iterations": 2},
     "clipped": {"num_iterations": 3, "max_steps": 3, "epsilon": 0.01, "epsilon_high": 0.01},
     "delta": {"num_iterations": 3, "max_steps": 3, "delta": 1.02},
-    "several steps per generation": {"loss_type": "grpo", "steps_per_generation": 4, "gradient_accumulation_steps": 2},
+    "several steps per generation": {
+        "loss_type": "grpo",
+        "steps_per_generation": 4,
+        "gradient_accumulation_steps": 2,
+        "dataset": prompts(8),
+    },
     "reference": {"beta": 0.2, "max_steps": 3},
     "group scale": {"scale_rewards": "group"},
     "batch scale": {"scale_rewards": "batch"},
@@ -49,17 +54,7 @@ GRPO_OPTIONS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture
 def model_path(tmp_path: Path) -> str:
-    """On disk: TRL loads reference and teacher from where the model came from."""
-    path = tmp_path / "model"
-    tiny_model().save_pretrained(path)
-    tiny_tokenizer().save_pretrained(path)
-    return str(path)
-
-
-def train(cls: Any, folder: Path, **options: Any) -> Any:
-    trainer = tiny_trainer(cls, folder, **options)
-    trainer.train()
-    return trainer
+    return saved_model(tmp_path / "model")
 
 
 def assert_same_run(ours: Any, theirs: Any) -> None:
@@ -75,7 +70,7 @@ def test_grpo_trains_as_trl_does(name: str, model_path: str, tmp_path: Path) -> 
     theirs = train(ScriptedGRPO, tmp_path / "theirs", model=model_path, **options)
     ours = train(ScriptedSRPO, tmp_path / "ours", model=model_path, method="grpo", **options)
     assert_same_run(ours, theirs)
-    assert len(curve(ours, "step_time")) == ours.state.global_step
+    assert len(curve(ours, "step_time")) == ours.state.global_step == ours.args.max_steps
     for metric in ("reward", "completions/mean_length", "num_tokens"):
         assert curve(ours, metric) == curve(theirs, metric)
     if name == "clipped":

@@ -20,9 +20,7 @@ pytest.importorskip("trl", "1.16", reason="the trl integration needs trl >= 1.16
 import reference
 from srpo_kernels.integrations.trl import SRPOTrainer
 from srpo_kernels.integrations.trl.teacher import FILE_NAME
-from tests.tiny_trainer import CONFIGS, ScriptedSRPO, curve, graded, prompts, tiny_model, tiny_trainer
-
-CONFIGS |= {SRPOTrainer: CONFIGS[ScriptedSRPO]}
+from tests.tiny_trainer import ScriptedSRPO, curve, graded, prompts, tiny_model, tiny_trainer
 
 
 def scored_batch(trainer: Any, rows: int = 16) -> dict[str, Any]:
@@ -43,7 +41,8 @@ def hidden64(model: Any, prompt_ids: torch.Tensor, prompt_mask: torch.Tensor, ba
 
 @pytest.mark.parametrize("options", [{}, {"dw_beta": 0.0, "distillation_alpha": 0.0}, {"distillation_mode": "sampled"}])
 @pytest.mark.parametrize("chat", [True, False])
-def test_the_loss_is_the_oracles(options: dict[str, Any], chat: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("tools", [False, True])
+def test_the_loss_is_the_oracles(options: dict[str, Any], chat: bool, tools: bool, tmp_path: Path) -> None:
     trainer = tiny_trainer(ScriptedSRPO, tmp_path, dataset=prompts(chat=chat), temperature=0.8, **options)
     teacher64 = copy.deepcopy(trainer.model).double()
     with torch.no_grad():
@@ -58,6 +57,7 @@ def test_the_loss_is_the_oracles(options: dict[str, Any], chat: bool, tmp_path: 
     tokenizer = trainer.processing_class
     for row, reward in enumerate(rewards):
         group = [other for other in range(row // 4 * 4, row // 4 * 4 + 4) if other != row and rewards[other] >= 0.5]
+        group = [other for other in group if completions[other][-1] == tokenizer.eos_token_id]
         routed = reward < 0.5 and bool(group)
         assert bool(batch["sdpo_mask"][row]) is routed
         prompt = trainer.train_dataset[row // 4]["prompt"]
@@ -70,6 +70,11 @@ def test_the_loss_is_the_oracles(options: dict[str, Any], chat: bool, tmp_path: 
         assert batch["teacher_prompt_ids"][row] in shown if routed else batch["teacher_prompt_ids"][row] == []
     assert 0 < int(batch["sdpo_mask"].sum()) < 16
 
+    if tools:
+        # Of the tools' tokens some are in every completion, and one has no others.
+        batch["tool_mask"] = (torch.rand(batch["completion_ids"].shape) < 0.6).long()
+        batch["tool_mask"][batch["sdpo_mask"].nonzero()[0, 0]] = 0
+        trainer._prepare_step([batch])
     student64 = copy.deepcopy(trainer.model).double()
     longest = max(map(len, batch["teacher_prompt_ids"]))
     teacher_ids = torch.tensor([[0] * (longest - len(ids)) + ids for ids in batch["teacher_prompt_ids"]])
@@ -79,7 +84,7 @@ def test_the_loss_is_the_oracles(options: dict[str, Any], chat: bool, tmp_path: 
         student64.lm_head.weight,
         batch["completion_ids"],
         advantages=advantages.double(),
-        mask=batch["completion_mask"].bool(),
+        mask=(batch["completion_mask"] * batch.get("tool_mask", 1)).bool(),
         sdpo_mask=batch["sdpo_mask"],
         teacher_hidden=hidden64(teacher64, teacher_ids, (teacher_ids != 0).long(), batch),
         teacher_weight=teacher64.lm_head.weight,
@@ -92,6 +97,9 @@ def test_the_loss_is_the_oracles(options: dict[str, Any], chat: bool, tmp_path: 
     for name, parameter in trainer.model.named_parameters():
         gradient = student64.get_parameter(name).grad
         torch.testing.assert_close(parameter.grad, gradient.float(), rtol=1e-3, atol=1e-5, msg=name)
+    tokens = (batch["completion_mask"] * batch.get("tool_mask", 1)).sum(1)
+    distilled = trainer._metrics["train"]["srpo/sdpo_token_fraction"][0]
+    assert distilled == pytest.approx((tokens[batch["sdpo_mask"]].sum() / tokens.sum()).item())
 
 
 def test_it_generates_trains_and_evaluates(tmp_path: Path) -> None:
@@ -163,13 +171,24 @@ def free_port() -> int:
 # One group over both processes: a teacher may have to show what the other process generated.
 SHARED = {"num_generations": 16, "gradient_accumulation_steps": 2, "max_steps": 3}
 RUNS = {"tokens": SHARED, "sequences": SHARED | {"loss_type": "grpo"}, "sdpo": SHARED | {"method": "sdpo"}}
+# The ratios move far enough for the clips.
+CLIPPED = SHARED | {"num_iterations": 2, "learning_rate": 3e-2, "epsilon": 0.02, "epsilon_high": 0.03}
+# TRL's bonus is a mean of means: one that is too small to part the models.
+CLIPPED |= {"scale_rewards": "none", "entropy_coef": 1e-6}
+OTHER_RUNS: dict[str, dict[str, Any]] = {
+    "equal": SHARED | {"reward": "equal", "scale_rewards": "group"},
+    "tokens' metrics": CLIPPED | {"method": "grpo"},
+    "tokens' metrics of TRL": CLIPPED | {"trainer": "ScriptedGRPO"},
+    "sequences' metrics": CLIPPED | {"method": "grpo", "importance_sampling_level": "sequence"},
+    "sequences' metrics of TRL": CLIPPED | {"trainer": "ScriptedGRPO", "importance_sampling_level": "sequence"},
+}
 
 
 @pytest.fixture(scope="module")
 def histories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, float]]]:
     """What two processes logged in each run."""
     folder, port = tmp_path_factory.mktemp("ddp"), str(free_port())
-    runs = {name: options | {"per_device_train_batch_size": 4} for name, options in RUNS.items()}
+    runs = {name: options | {"per_device_train_batch_size": 4} for name, options in (RUNS | OTHER_RUNS).items()}
     command = [sys.executable, "-m", "tests.ddp_trainer", str(folder), json.dumps(runs)]
     shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     workers = [
@@ -196,6 +215,21 @@ def test_two_processes_train_as_one(name: str, histories: Any, tmp_path: Path) -
     for metric in ("loss", "grad_norm", *(key for key in alone.state.log_history[0] if key.startswith("srpo/"))):
         together = [entry[metric] for entry in histories[name] if metric in entry]
         assert together == pytest.approx(curve(alone, metric), rel=1e-4, abs=1e-5), metric
+
+
+def test_equal_rewards_over_two_processes_move_nothing(histories: Any) -> None:
+    assert [entry["grad_norm"] for entry in histories["equal"][:-1]] == [0.0] * 3
+    assert [entry["srpo/active_fraction"] for entry in histories["equal"][:-1]] == [0.0] * 3
+
+
+@pytest.mark.parametrize("level", ["tokens", "sequences"])
+def test_metrics_of_two_processes_are_trls(level: str, histories: Any) -> None:
+    ours, theirs = histories[f"{level}' metrics"], histories[f"{level}' metrics of TRL"]
+    assert theirs[1]["clip_ratio/region_mean"] > 0.0
+    for mine, expected in zip(ours[:-1], theirs[:-1], strict=True):
+        assert expected.keys() <= mine.keys()
+        for name in expected.keys() - {"step_time", "loss", "grad_norm"}:
+            assert mine[name] == pytest.approx(expected[name], rel=1e-3, abs=1e-4), name
 
 
 def test_importance_weights_of_the_sampler_reach_the_loss(tmp_path: Path) -> None:

@@ -101,6 +101,24 @@ def test_sequence_losses_are_verls(core: ModuleType, ours: str, theirs: str) -> 
     assert metrics["actor/ppo_kl"] == pytest.approx(expected_metrics["actor/ppo_kl"])
 
 
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [("srpo_grpo", "vanilla"), ("srpo_cispo", "cispo"), ("srpo_gspo", "gspo"), ("srpo_sapo", "sapo")],
+)
+def test_metrics_are_verls_for_any_ratio(core: ModuleType, ours: str, theirs: str) -> None:
+    inputs = batch()
+    inputs |= {name: inputs[name].detach().clone() for name in ("log_prob", "advantages")}
+    # Beyond verl's clamp of 20 nats, once to either side; and an advantage of 0.
+    for sequence, (new, old) in ((0, (0.0, -60.0)), (2, (-45.0, 0.0))):
+        inputs["log_prob"][sequence, 0], inputs["old_log_prob"][sequence, 0] = new, old
+        inputs["response_mask"][sequence, 0] = True
+    inputs["advantages"][1] = 0.0
+    config = actor_config(clip_ratio_low=0.2, clip_ratio_high=0.28)
+    metrics = core.get_policy_loss_fn(ours)(**inputs, config=config)[1]
+    assert metrics == pytest.approx(core.get_policy_loss_fn(theirs)(**inputs, config=config)[1], rel=1e-5)
+    assert metrics["actor/ppo_kl"] != 0.0
+
+
 def test_masked_values_are_never_read(core: ModuleType) -> None:
     inputs = batch()
     loss_fn = core.get_policy_loss_fn("srpo_grpo")

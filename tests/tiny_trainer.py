@@ -41,12 +41,20 @@ def tiny_model(**options: Any) -> LlamaForCausalLM:
     """The same weights at every call."""
     torch.manual_seed(0)
     sizes = {"vocab_size": 47, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 128}
-    config = LlamaConfig(**sizes, **heads, pad_token_id=0, eos_token_id=1, bos_token_id=None, **options)
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
+    ids = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None}
+    config = LlamaConfig(**({"max_position_embeddings": 128} | sizes | heads | ids | options))
     model = LlamaForCausalLM(config)
     # Far from uniform, as a trained model is.
     torch.nn.init.normal_(model.get_output_embeddings().weight, std=0.5)
     return model
+
+
+def saved_model(folder: Path, dtype: torch.dtype = torch.float32) -> str:
+    """The path of a `tiny_model`: TRL loads reference and teacher from where the model came from."""
+    tiny_model().to(dtype).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return str(folder)
 
 
 def prompts(count: int = 4, *, chat: bool = True) -> Dataset:
@@ -55,10 +63,13 @@ def prompts(count: int = 4, *, chat: bool = True) -> Dataset:
 
 
 def completion(step: int, index: int) -> list[int]:
-    """What completion ``index`` of the generation batch at ``step`` says: 2 to 6 words and, usually, an end."""
+    """What completion ``index`` of the generation batch at ``step`` says: 2 to 6 words and, usually, an end.
+
+    The first of every group of four has one, so that it can be shown to a teacher.
+    """
     draw = random.Random(1000 * step + index)
     ids = [draw.randrange(7, 47) for _ in range(draw.randrange(2, 7))]
-    return ids if draw.random() < 0.2 else [*ids, 1]
+    return ids if draw.random() < 0.2 and index % 4 else [*ids, 1]
 
 
 def one_correct(completion_ids: list[list[int]], **_: Any) -> list[float]:
@@ -70,6 +81,11 @@ def one_correct(completion_ids: list[list[int]], **_: Any) -> list[float]:
 def graded(completion_ids: list[list[int]], **_: Any) -> list[float]:
     """A reward that depends on the completion alone."""
     return [(sum(ids) % 5) / 4 for ids in completion_ids]
+
+
+def equal(completion_ids: list[list[int]], **_: Any) -> list[float]:
+    """The same reward for all, whose mean in fp32 is another number."""
+    return [0.2] * len(completion_ids)
 
 
 class Scripted:
@@ -95,13 +111,14 @@ class ScriptedSDPO(Scripted, SDPOTrainer):
         return prompt_ids, self._script(len(prompt_ids))
 
 
-CONFIGS = {ScriptedGRPO: GRPOConfig, ScriptedSRPO: SRPOTrainerConfig, ScriptedSDPO: SDPOConfig}
+CONFIGS = {SRPOTrainer: SRPOTrainerConfig, GRPOTrainer: GRPOConfig, SDPOTrainer: SDPOConfig}
 
 
 def tiny_trainer(cls: Any, folder: Path, *, reward: Any = graded, model: Any = None, **options: Any) -> Any:
     """A trainer of 8 completions per micro-batch in groups of 4; ``options`` go to its config."""
     peft_config = options.pop("peft_config", None)
     dataset = options.pop("dataset", None)
+    tokenizer = options.pop("processing_class", None)
     defaults: dict[str, Any] = {
         "output_dir": str(folder),
         "per_device_train_batch_size": 8,
@@ -121,11 +138,18 @@ def tiny_trainer(cls: Any, folder: Path, *, reward: Any = graded, model: Any = N
     return cls(
         model=tiny_model() if model is None else model,
         reward_funcs=reward,
-        args=CONFIGS[cls](**(defaults | options)),
+        args=next(CONFIGS[base] for base in cls.__mro__ if base in CONFIGS)(**(defaults | options)),
         train_dataset=prompts() if dataset is None else dataset,
-        processing_class=tiny_tokenizer(),
+        processing_class=tiny_tokenizer() if tokenizer is None else tokenizer,
         peft_config=peft_config,
     )
+
+
+def train(cls: Any, folder: Path, **options: Any) -> Any:
+    """A `tiny_trainer` that has trained."""
+    trainer = tiny_trainer(cls, folder, **options)
+    trainer.train()
+    return trainer
 
 
 def curve(trainer: Any, name: str = "loss") -> list[float]:

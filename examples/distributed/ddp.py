@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import srpo_kernels as sk
+from examples.distributed import join_processes
 from examples.distributed.rollouts import (
     Rollouts,
     global_normalizers,
@@ -54,7 +55,7 @@ def train() -> None:
 
 
 def main() -> None:
-    dist.init_process_group("gloo")
+    join_processes("examples.distributed.ddp")
     # DDP is gone before its group: as the last owner of one it can wait for gloo's threads, and they for Python.
     train()
     dist.destroy_process_group()

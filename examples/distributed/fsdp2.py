@@ -10,6 +10,7 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 import srpo_kernels as sk
+from examples.distributed import join_processes
 from examples.distributed.rollouts import (
     Rollouts,
     global_normalizers,
@@ -46,7 +47,7 @@ def accumulate_gradients(
 
 
 def main() -> None:
-    dist.init_process_group("gloo")
+    join_processes("examples.distributed.fsdp2")
     rank, world_size = dist.get_rank(), dist.get_world_size()
     policy, config = make_policy(tied=True), sk.SRPOConfig()
     teacher = make_teacher(policy)

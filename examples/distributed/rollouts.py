@@ -17,12 +17,15 @@ class Rollouts(NamedTuple):
     """``B`` rollouts, padded on the right: ``ids`` and ``teacher_ids`` ``[B, T]``, ``mask`` ``[B, T - 1]``."""
 
     ids: Tensor
+    # True where a response token is to be predicted.
     mask: Tensor
     advantages: Tensor
     sdpo_mask: Tensor
     old_log_probs: Tensor
     # The same responses in the same columns, behind the teacher's prompt.
     teacher_ids: Tensor
+    # ``[B, T]``, of the student and of the teacher: 1 at prompt and response, 0 at padding.
+    attention_mask: Tensor
 
     def select(self, rollouts: Tensor | slice) -> Rollouts:
         """Some of the rollouts."""
@@ -62,6 +65,7 @@ def make_rollouts(count: int, length: int = 9, seed: int = 0) -> Rollouts:
         torch.arange(count) < count // 3,
         -4.5 + 0.3 * torch.randn(mask.shape, generator=generator),
         teacher_ids,
+        (torch.arange(length) < 3 + lengths[:, None]).long(),
     )
 
 
@@ -73,8 +77,15 @@ def micro_batch_loss(
     config: sk.SRPOConfig,
 ) -> sk.SRPOOutput:
     """The loss of a micro-batch, from the model's hidden states and its head."""
-    hidden = model.model(batch.ids).last_hidden_state
+    hidden = last_hidden_states(model, batch.ids, batch.attention_mask)
     return head_loss(hidden, model.lm_head, batch, teacher, normalizers, config)
+
+
+def last_hidden_states(model: nn.Module, ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """``[B, T, H]``. Positions count tokens alone, so that padding on the left would do as well."""
+    position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)
+    outputs = model.model(ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False)
+    return outputs.last_hidden_state
 
 
 def head_loss(
@@ -104,10 +115,10 @@ def head_loss(
 @torch.no_grad()
 def teacher_states(teacher: nn.Module, batch: Rollouts) -> Tensor:
     """The teacher's states at the routed rollouts alone, ``[B_sdpo, T - 1, H]``."""
-    routed = batch.teacher_ids[batch.sdpo_mask]
+    routed = batch.sdpo_mask.nonzero().flatten()
     # The forward of a sharded teacher is a collective: a rank without a routed rollout takes part in it.
-    ids = routed if len(routed) else batch.teacher_ids[:1]
-    return teacher.model(ids).last_hidden_state[: len(routed), :-1]
+    rows = routed if len(routed) else slice(1)
+    return last_hidden_states(teacher, batch.teacher_ids[rows], batch.attention_mask[rows])[: len(routed), :-1]
 
 
 def global_normalizers(teacher: nn.Module, micro_batches: Sequence[Rollouts], config: sk.SRPOConfig) -> sk.Normalizers:

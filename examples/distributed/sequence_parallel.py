@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 import srpo_kernels as sk
+from examples.distributed import join_processes
 
 
 def gspo_loss(
@@ -47,7 +48,7 @@ def gspo_loss(
 
 
 def main() -> None:
-    dist.init_process_group("gloo")
+    join_processes("examples.distributed.sequence_parallel")
     rank, world_size = dist.get_rank(), dist.get_world_size()
     torch.manual_seed(0)
     hidden, weight = torch.randn(4, 6 * world_size, 8), torch.randn(33, 8, requires_grad=True)

@@ -75,24 +75,16 @@ def project(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) ->
         out.add_(bias)
 
 
-def backproject(dlogits: Tensor, weight: Tensor, out: Tensor, *, accumulate: bool = False) -> None:
-    """``out = dlogits @ weight``, or ``out +=`` with ``accumulate``: ``[n, V]``, ``[V, H]``, ``[n, H]``."""
+def backproject(dlogits: Tensor, weight: Tensor, out: Tensor) -> None:
+    """``out = dlogits @ weight``: ``[n, V]``, ``[V, H]``, ``[n, H]``."""
     for ids, slab in _slabs(weight, dlogits.dtype):
-        if accumulate or ids.start:
+        if ids.start:
             _addmm(dlogits[:, ids], slab, out=out)
         else:
             _mm(dlogits[:, ids], slab, out=out)
 
 
-def weight_product(dlogits: Tensor, hidden: Tensor, out: Tensor) -> None:
-    """``out = dlogits.T @ hidden`` in any floating dtype of ``out``: ``[n, V]``, ``[n, H]``, ``[V, H]``."""
-    if out.dtype == dlogits.dtype:
-        torch.mm(dlogits.t(), hidden, out=out)
-    else:
-        out.copy_(dlogits.t() @ hidden)
-
-
-def slab_height(matrix: Tensor) -> int:
+def _slab_height(matrix: Tensor) -> int:
     """Rows of a matrix that are widened, or added to, at a time."""
     return max(1, _SLAB_ELEMENTS // matrix.shape[1])
 
@@ -146,7 +138,7 @@ def _slabs(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]
     if weight.dtype == dtype:
         yield slice(0, vocab_size), weight
         return
-    height = slab_height(weight)
+    height = _slab_height(weight)
     for start in range(0, vocab_size, height):
         ids = slice(start, min(start + height, vocab_size))
         yield ids, weight[ids].to(dtype)
@@ -166,6 +158,6 @@ def _addmm(a: Tensor, b: Tensor, out: Tensor, beta: float = 1.0) -> None:
     elif mixed_products(out.device) == "addmm":
         torch.addmm(out, a, b, out_dtype=out.dtype, beta=beta, out=out)
     else:
-        height = slab_height(out)
+        height = _slab_height(out)
         for a_rows, rows in zip(a.split(height), out.split(height), strict=True):
             torch.add(torch.mm(a_rows, b, out_dtype=out.dtype), rows, alpha=beta, out=rows)

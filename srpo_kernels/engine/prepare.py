@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from srpo_kernels.backends import slice_passes
 from srpo_kernels.config import Divergence, SRPOConfig
 from srpo_kernels.distributed import gather_rows, group_of, sum_ranks
 from srpo_kernels.engine.arguments import LossArguments, LossOptions, StatsArguments, StatsOptions
@@ -19,7 +20,7 @@ from srpo_kernels.engine.batch import Batch, Head, Needs
 from srpo_kernels.engine.gemm import accumulation_dtype
 from srpo_kernels.engine.plan import Plan, RowMemory, make_plan, order_rows
 from srpo_kernels.engine.row_values import check_row_values, check_teacher_rows, check_workspace
-from srpo_kernels.engine.sharded import row_passes
+from srpo_kernels.engine.sharded import ShardedPasses, row_passes
 from srpo_kernels.engine.stats import StatsCall
 from srpo_kernels.engine.vocabulary import Vocabulary
 from srpo_kernels.objective import RowInputs
@@ -179,6 +180,7 @@ def prepare_stats(
         teacher_head=_teacher_head(call),
         workspace_bytes=options.workspace_bytes,
         passes=passes,
+        keeping=ShardedPasses(slice_passes(options.backend), vocabulary),
         vocabulary=vocabulary,
         tiled=tiled,
     )

@@ -18,6 +18,8 @@ from srpo_kernels.sums import ModelSums, SlicePasses, finish_divergence, finish_
 class ShardedPasses:
     """``RowPasses`` on this rank's logits ``[n, V_r]``: each statistic is the whole row's, the same on all ranks.
 
+    The statistics' passes leave the logits as they are, with the whole vocabulary in one process as well.
+
     ``target_ids`` and supports are ids of the whole vocabulary. A pass of statistics gathers its sums once, jsd a
     second time, and takes along what waits; a gradient's pass needs nobody.
     """
@@ -140,19 +142,14 @@ class ShardedPasses:
     ) -> Dlogits:
         """Of this shard's logits."""
         nothing = torch.zeros_like(grad_divergence)
-        values = self.slices.slice_gradient_(
-            student_logits,
-            teacher_logits,
-            stats._replace(entropy=None),
-            RowGradients(nothing, nothing, grad_divergence),
-            spec,
-            target_ids=torch.full_like(grad_divergence, -1, dtype=torch.int64),
-            first_id=0,
-            dtype=dtype,
+        ids = torch.full_like(grad_divergence, -1, dtype=torch.int64)
+        grads = RowGradients(nothing, nothing, grad_divergence)
+        stats = stats._replace(entropy=None)
+        return Dlogits(
+            self.gradient_(student_logits, teacher_logits, stats, grads, spec, target_ids=ids, dtype=dtype), None
         )
-        return Dlogits(values, None)
 
-    def slice_gradient_(
+    def gradient_(
         self,
         logits: Tensor,
         teacher_logits: Tensor | None,
@@ -161,20 +158,11 @@ class ShardedPasses:
         spec: RowSpec,
         *,
         target_ids: Tensor,
-        first_id: int,
         dtype: torch.dtype,
     ) -> Tensor:
-        """Of a slice of this shard that starts at its row ``first_id``."""
-        return self.slices.slice_gradient_(
-            logits,
-            teacher_logits,
-            stats,
-            grads,
-            spec,
-            target_ids=target_ids,
-            first_id=self.vocabulary.first_id + first_id,
-            dtype=dtype,
-        )
+        """Turn this shard's logits, which the statistics' passes have left, into dlogits: all terms at once."""
+        target_ids = target_ids - self.vocabulary.first_id
+        return self.slices.gradient_(logits, teacher_logits, stats, grads, spec, target_ids=target_ids, dtype=dtype)
 
 
 def row_passes(backend: str, vocabulary: Vocabulary) -> RowPasses:

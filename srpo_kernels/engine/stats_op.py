@@ -13,7 +13,7 @@ from srpo_kernels.engine.batch import Head, Needs
 from srpo_kernels.engine.gemm import accumulation_dtype
 from srpo_kernels.engine.prepare import flat_rows, prepare_stats, tiles
 from srpo_kernels.engine.vocabulary import agree
-from srpo_kernels.rows import DivergenceStats, RowGradients, RowStats
+from srpo_kernels.rows import RowGradients
 from srpo_kernels.types import wide_dtype
 
 
@@ -28,19 +28,16 @@ class Statistics(NamedTuple):
     divergence: Tensor
     teacher_entropy: Tensor
     logsumexp: Tensor
-    teacher_logsumexp: Tensor
-    center: Tensor
 
 
 _DIFFERENTIABLE = RowGradients._fields
 _STUDENTS = ("log_probs", "entropy", "logsumexp")
-_WIDE = ("logsumexp", "teacher_logsumexp", "center")
 
 
 def token_stats(call: StatsArguments, options: StatsOptions) -> Statistics:
     """Statistics of every row; they carry gradient to hidden states, weight and bias."""
     statistics = ops.run(torch.ops.srpo_kernels.token_stats, _TokenStats, call, options)
-    # The backward needs them as they are: the caller's may be changed in place.
+    # The backward knows one of them again: the caller's may be changed in place.
     return Statistics._make(x.clone() for x in statistics)
 
 
@@ -71,41 +68,35 @@ def _fake_forward(*arguments: Any) -> tuple[Tensor, ...]:
     rows = call.hidden.new_empty(call.hidden.shape[:-1], dtype=accumulation_dtype(call.hidden, call.weight))
     present = [call.teacher_hidden is not None or name in _STUDENTS for name in Statistics._fields]
     wide = wide_dtype(rows.device)
-    dtypes = [wide if name in _WIDE else rows.dtype for name in Statistics._fields]
+    dtypes = [wide if name == "logsumexp" else rows.dtype for name in Statistics._fields]
     values = [torch.empty_like(rows, dtype=d) if here else None for here, d in zip(present, dtypes, strict=True)]
     return ops.dense(tuple(values), rows)
 
 
 def _gradients(*arguments: Any) -> tuple[Tensor, ...]:
     """dX, dW and db in the dtypes and shapes of hidden states, weight and bias."""
-    upstream, values, call, options, needs = parse(
-        arguments, RowGradients, Statistics, StatsArguments, StatsOptions, Needs
-    )
+    upstream, call, options, needs = parse(arguments, RowGradients, StatsArguments, StatsOptions, Needs)
     if call.mask is not None:
         upstream = [x.masked_fill(~call.mask, 0.0) if x.numel() else x for x in upstream]
     grads = RowGradients._make(map(torch.flatten, upstream))
-    flat = Statistics._make(map(torch.flatten, values))
-    columns = {name: getattr(flat, name)[:, None] for name in _WIDE}
-    result: RowStats | DivergenceStats = DivergenceStats(**flat._asdict() | columns)
     if call.teacher_hidden is None:
-        result = RowStats(flat.log_probs, columns["logsumexp"], flat.entropy, None, None, None)
         grads = grads._replace(divergence=None)
     with torch.autocast(call.hidden.device.type, enabled=False):
         # Rows without a gradient cost nothing: the masked ones need not be found a second time.
         prepared = prepare_stats(call._replace(mask=None), options, agree(call, options, needs))
         head = Head(call.weight, call.bias)
-        grad_hidden, *grad_head = stats.backward(flat_rows(call.hidden), head, prepared, result, grads, needs)
+        grad_hidden, *grad_head = stats.backward(flat_rows(call.hidden), head, prepared, grads, needs)
     if grad_hidden is not None:
         grad_hidden = grad_hidden.view(call.hidden.shape)
     return ops.dense((grad_hidden, *grad_head), call.hidden)
 
 
 def _fake_gradients(*arguments: Any) -> tuple[Tensor, ...]:
-    _, _, call, _, needs = parse(arguments, RowGradients, Statistics, StatsArguments, StatsOptions, Needs)
+    _, call, _, needs = parse(arguments, RowGradients, StatsArguments, StatsOptions, Needs)
     gradients = (
         torch.empty_like(flat_rows(call.hidden)).view(call.hidden.shape) if needs.hidden else None,
-        torch.empty_like(call.weight) if needs.weight else None,
-        torch.empty_like(call.bias) if needs.bias else None,
+        call.weight.new_empty(call.weight.shape) if needs.weight else None,
+        call.bias.new_empty(call.bias.shape) if needs.bias else None,
     )
     return ops.dense(gradients, call.hidden)
 
@@ -114,9 +105,9 @@ def _backward(gradients: ops.Implementation) -> ops.Backward:
     """The backward by ``gradients``: ``_gradients``, or the operator for it."""
 
     def backward(ctx: Any, saved: tuple[Tensor, ...], *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        leaves, statistics = saved[:3], saved[3:]
+        leaves = saved[:3]
         _require_unchanged(ctx)
-        results = gradients(*upstream[: len(_DIFFERENTIABLE)], *statistics, *leaves, *ctx.others)
+        results = gradients(*upstream[: len(_DIFFERENTIABLE)], *leaves, *ctx.others)
         wanted = [x if needed else None for x, needed in zip(results, ctx.needs, strict=True)]
         return (*wanted, *[None] * len(ctx.others))
 
@@ -141,7 +132,7 @@ def _require_unchanged(ctx: Any) -> None:
 
 
 class _TokenStats(torch.autograd.Function):
-    """The eager form. Saves the statistics, not the logits."""
+    """The eager form. Saves its arguments, not the logits."""
 
     @staticmethod
     def forward(*arguments: Any) -> tuple[Tensor, ...]:
@@ -150,7 +141,8 @@ class _TokenStats(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         _, _, ctx.needs = parse(inputs, StatsArguments, StatsOptions, Needs)
-        ctx.save_for_backward(*inputs[:3], *output)
+        # The last is for a graph of the gradients, which leads to what they are the gradients of.
+        ctx.save_for_backward(*inputs[:3], output[0])
         # A teacher's states may come from inference mode, whose tensors autograd refuses to save.
         ctx.others = inputs[3:]
         ctx.versions = _versions(ctx.others)
@@ -166,20 +158,19 @@ _CALL = (
     f"str? vocab_parallel_group, {ops.NEEDS}"
 )
 _UPSTREAM = ", ".join(f"Tensor grad_{name}" for name in _DIFFERENTIABLE)
-# Not the bare names: divergence is an option as well.
-_SAVED = ", ".join(f"Tensor saved_{name}" for name in Statistics._fields)
+_RESULTS = ", ".join(f"Tensor result_{name}" for name in Statistics._fields)
 
 _gradients_operator = torch.library.custom_op(
     "srpo_kernels::token_stats_backward",
     _gradients,
     mutates_args=(),
     tags=ops.TAGS,
-    schema=f"({_UPSTREAM}, {_SAVED}, {_CALL}) -> ({ops.GRADIENTS})",
+    schema=f"({_UPSTREAM}, {_CALL}) -> ({ops.GRADIENTS})",
 )
 _gradients_operator.register_fake(_fake_gradients)
 
 _operator = torch.library.custom_op(
-    "srpo_kernels::token_stats", _forward, mutates_args=(), tags=ops.TAGS, schema=f"({_CALL}) -> ({_SAVED})"
+    "srpo_kernels::token_stats", _forward, mutates_args=(), tags=ops.TAGS, schema=f"({_CALL}) -> ({_RESULTS})"
 )
 _operator.register_fake(_fake_forward)
 _operator.register_autograd(

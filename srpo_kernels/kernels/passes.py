@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from srpo_kernels.kernels import slices
-from srpo_kernels.kernels.slices import log_prob_gradient_, scratch, slice_gradient_
+from srpo_kernels.kernels.slices import log_prob_gradient_, scratch
 from srpo_kernels.rows import DivergenceStats, Dlogits, RowGradients, RowSpec, RowStats
 from srpo_kernels.sums import finish_divergence, finish_row, finish_support
 
@@ -20,7 +20,6 @@ __all__ = [
     "log_prob_gradient_",
     "row_stats",
     "scratch",
-    "slice_gradient_",
 ]
 
 
@@ -72,14 +71,13 @@ def divergence_gradient_(
 ) -> Dlogits:
     """Write over the student's logits, or into a new buffer of ``dtype``."""
     nothing = torch.zeros_like(grad_divergence)
-    values = slices.slice_gradient_(
+    values = slices.gradient_(
         student_logits,
         teacher_logits,
         stats._replace(entropy=None),
         RowGradients(nothing, nothing, grad_divergence),
         spec,
         target_ids=torch.full_like(grad_divergence, -1, dtype=torch.int64),
-        first_id=0,
         dtype=dtype,
     )
     return Dlogits(values, None)

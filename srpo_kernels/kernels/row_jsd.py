@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from srpo_kernels.kernels.primitives import VECTOR, block_columns, load_units, log2, mixture
+from srpo_kernels.kernels.primitives import TINY, VECTOR, block_columns, load_units, log2, mixture, reciprocal
 
 
 @triton.jit
@@ -51,6 +51,13 @@ def row_jsd_kernel(
 
 @triton.jit
 def _add(p_kl, q_kl, log2_p, log2_q, by_p, by_q, VENDOR: tl.constexpr):
+    """Add a block to both sums.
+
+    Logarithms of ratios, not differences of logarithms: what exp2 rounds is in the mixture as well, so that it cancels.
+    Of models that are nearly equal a difference would be all rounding.
+    """
     p, q = tl.exp2(log2_p), tl.exp2(log2_q)
-    log2_m = log2(mixture(p, q, by_p, by_q), VENDOR)
-    return p_kl + tl.sum(p * (log2_p - log2_m), axis=1), q_kl + tl.sum(q * (log2_q - log2_m), axis=1)
+    by_m = reciprocal(mixture(p, q, by_p, by_q), VENDOR)
+    # The logarithm of what has underflown has to be finite: it counts for nothing.
+    p_log, q_log = log2(tl.fma(p, by_m, TINY), VENDOR), log2(tl.fma(q, by_m, TINY), VENDOR)
+    return p_kl + tl.sum(p * p_log, axis=1), q_kl + tl.sum(q * q_log, axis=1)

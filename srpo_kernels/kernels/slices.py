@@ -21,11 +21,11 @@ from srpo_kernels.sums import ModelSums
 
 __all__ = [
     "finish_jsd",
+    "gradient_",
     "jsd_sums",
     "log_prob_gradient_",
     "model_sums",
     "scratch",
-    "slice_gradient_",
     "slope",
     "support_sums",
 ]
@@ -52,6 +52,8 @@ def support_sums(logits: Tensor, spec: RowSpec, *, target_ids: Tensor, support_i
     (ids, here), (target, target_here) = (_within(x, logits) for x in (support_ids, target_ids[:, None]))
     own = logits.gather(1, ids)
     targets = transform.units(logits.gather(1, target)).masked_fill(~target_here, LOWEST).squeeze(1)
+    # Under a softcap an excluded token has a logit, unlike one that is taken out: above the mark of that.
+    logits.scatter_(1, ids, own.clamp_min(0.5 * LOWEST))
     # An id of another slice stands at one of this slice that may be in the support as well: the least value counts.
     logits.scatter_reduce_(1, ids, own.masked_fill(here, LOWEST), "amin")
     (complement,) = launch_row_stats(logits, None, transform, target_ids)
@@ -85,6 +87,8 @@ def log_prob_gradient_(
     dtype: torch.dtype,
 ) -> Dlogits:
     """Write over the logits, or into a new buffer of ``dtype``."""
+    if grad_tail is not None and grad_entropy is not None:
+        raise NotImplementedError("an entropy's gradient needs the softmax of the row, a tail's that of the rest alone")
     at_ids, outside = support_coefficients(log_probs, grad_log_probs, grad_tail, stats.log_tail)
     by_log, by_p_at_ids = torch.zeros_like(outside), outside
     log_sum = stats.logsumexp
@@ -115,7 +119,7 @@ def log_prob_gradient_(
     return Dlogits(values, None)
 
 
-def slice_gradient_(
+def gradient_(
     logits: Tensor,
     teacher_logits: Tensor | None,
     stats: RowStats | DivergenceStats,
@@ -123,7 +127,6 @@ def slice_gradient_(
     spec: RowSpec,
     *,
     target_ids: Tensor,
-    first_id: int,
     dtype: torch.dtype,
 ) -> Tensor:
     """Write over the logits, or into a new buffer of ``dtype``."""
@@ -148,7 +151,7 @@ def slice_gradient_(
         by_log=by_log,
         by_divergence=by_divergence,
         by_p_at_ids=by_p,
-        ids=(target_ids - first_id)[:, None],
+        ids=target_ids[:, None],
         id_grads=grads.log_probs[:, None],
         dtype=dtype,
     )

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from reference.logits import LOWEST, transform
+from reference.policy import LARGEST_LOG_RATIO
 from srpo_kernels import SRPOConfig
 from tests.comparison import Results, largest
 from tests.fuzz.calls import library, oracle
@@ -182,13 +183,16 @@ def _probability_size(case: Case, name: str, exact: Results) -> float:
     if "weight" not in case.inputs:
         return 0.0
     if name == "log_probs" or (case.operation != "srpo_loss" and not name.startswith("grad")):
-        return _concentration(case)
+        # A divergence is made of two models' probabilities.
+        return (2 if name == "divergence" else 1) * _concentration(case)
     config = case.config
     coefficient = float(case.upstream.abs().sum())
     if case.operation == "srpo_loss":
         coefficient = _largest_coefficient(case, config, exact)
     if name.startswith("metric"):
-        return max(coefficient, 1.0) * case.inputs["target_ids"].numel()
+        rows = case.inputs["target_ids"].numel()
+        # A sum of log-probs, each rounded at its own size.
+        return max(coefficient, 1.0) * rows + math.sqrt(rows) * largest(_finite(exact["log_probs"]))
     if not name.startswith("grad"):
         return coefficient
     if case.operation == "srpo_loss":
@@ -250,7 +254,19 @@ def _largest_coefficient(case: Case, config: SRPOConfig, exact: dict[str, Any]) 
     if config.distillation_mode == "sampled":
         # It multiplies two log-probs.
         distilled *= (1.0 + largest(_finite(exact["log_probs"]))) ** 2
-    return max(distilled, most("advantages")) * max(most("is_weights"), 1.0) + config.kl_coef + abs(config.entropy_coef)
+    penalty = config.kl_coef * _steepest_kl(case, exact) + abs(config.entropy_coef)
+    return max(distilled, most("advantages")) * max(most("is_weights"), 1.0) + penalty
+
+
+def _steepest_kl(case: Case, exact: Results) -> float:
+    """The largest derivative of a KL estimate."""
+    config, ref = case.config, case.inputs["ref_log_probs"]
+    if config.kl_coef == 0 or config.kl_type == "k1":
+        return 1.0
+    gaps = _finite(exact["log_probs"] - ref.double())
+    if config.kl_type == "k2":
+        return largest(gaps)
+    return math.exp(min(largest(gaps), config.log_ratio_clamp or LARGEST_LOG_RATIO))
 
 
 def _rules(case: Case, actual: Results, exact: Results) -> list[Finding]:

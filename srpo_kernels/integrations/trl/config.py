@@ -56,8 +56,9 @@ class SRPOTrainerConfig(GRPOConfig):
             sibling, and nothing else. Without distillation its options have no effect.
         questions_per_batch: prompts per optimizer step over all processes; sets ``gradient_accumulation_steps``.
             None: that is given.
-        success_threshold: the least reward of a correct completion: of the sum that TRL forms with
-            ``reward_weights``.
+        success_threshold: the least reward of a correct completion.
+        success_reward: the name of the reward function, as it is logged, whose reward that is. None: the sum that TRL
+            forms with ``reward_weights``, where with several functions a wrong completion of a good format may pass.
         distillation_alpha: in [0, 1]: 0 is the forward KL, 1 the reverse KL, anything between a JSD.
         distillation_mode: ``"full"`` (whole vocabulary), ``"topk"`` or ``"sampled"``.
         distillation_topk: the number of tokens that ``"topk"`` compares.
@@ -68,7 +69,13 @@ class SRPOTrainerConfig(GRPOConfig):
         teacher_model_kind: ``"ema"``, a moving average of the trained parameters, or ``"live"``, the current ones.
         teacher_update_rate: how far the average goes towards the model at each optimizer step.
         teacher_template: the teacher's prompt, with the fields ``{prompt}`` (of a conversation: its last user
-            message) and ``{solution}`` (a correct sibling's completion, as text). Other braces are doubled.
+            message) and ``{solution}`` (a correct sibling's completion, as text). Other braces are doubled. A
+            completion is never shown that is truncated, has no text, or has no token in the loss.
+        remove_thinking_from_solution: the solution is shown without ``<think>...</think>``.
+        max_teacher_length: tokens of the teacher's prompt and the longest completion of the group that it may teach;
+            at most the model's positions. None: these, where the model's config has them.
+        shorten_solution: a solution that is too long for ``max_teacher_length`` is shown without its beginning. False:
+            it is not shown. Where a group has no solution to show, its failed completions get the policy loss.
         workspace_bytes: bound of the logits that are alive at a time. None: chosen by the library.
 
     Raises:
@@ -83,6 +90,7 @@ class SRPOTrainerConfig(GRPOConfig):
     method: str = field(default="srpo", metadata={"help": "srpo, grpo or sdpo."})
     questions_per_batch: int | None = field(default=None, metadata={"help": "Prompts per optimizer step."})
     success_threshold: float = field(default=0.5, metadata={"help": "The least reward of a correct completion."})
+    success_reward: str | None = field(default=None, metadata={"help": "The reward function that decides. None: all."})
     distillation_alpha: float = field(default=0.5, metadata={"help": "0: forward KL, 1: reverse KL, else JSD."})
     distillation_mode: str = field(default="full", metadata={"help": "full, topk or sampled."})
     distillation_topk: int = field(default=100, metadata={"help": "Tokens that topk compares."})
@@ -93,6 +101,9 @@ class SRPOTrainerConfig(GRPOConfig):
     teacher_model_kind: str = field(default="ema", metadata={"help": "ema or live."})
     teacher_update_rate: float = field(default=0.05, metadata={"help": "Rate of the moving average."})
     teacher_template: str = field(default=TEACHER_TEMPLATE, metadata={"help": "Has {prompt} and {solution}."})
+    remove_thinking_from_solution: bool = field(default=False, metadata={"help": "Show no <think>...</think>."})
+    max_teacher_length: int | None = field(default=None, metadata={"help": "Bound of teacher prompt and completion."})
+    shorten_solution: bool = field(default=False, metadata={"help": "Cut the beginning of a long solution off."})
     workspace_bytes: int | None = field(default=None, metadata={"help": "Bound of the logits alive at a time."})
 
     def __post_init__(self) -> None:
@@ -168,6 +179,11 @@ class SRPOTrainerConfig(GRPOConfig):
             raise ValueError(
                 "teacher_template must have the fields {prompt} and {solution}, and no other, "
                 f"got {self.teacher_template!r}"
+            )
+        if self.max_teacher_length is not None and self.max_teacher_length <= (self.max_completion_length or 0):
+            raise ValueError(
+                "max_teacher_length must be more than max_completion_length, for the teacher's prompt to have room, "
+                f"got {self.max_teacher_length!r} and {self.max_completion_length!r}"
             )
         if self.method == "sdpo" and (self.beta != 0.0 or self.entropy_coef != 0.0):
             raise ValueError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from accelerate.utils import gather_object, is_peft_model
@@ -14,19 +14,12 @@ from trl import GRPOTrainer
 
 import srpo_kernels as sk
 from srpo_kernels.integrations.trl.config import SRPOTrainerConfig
-from srpo_kernels.integrations.trl.head import add_hidden_output, check_head, head_operands, logit_transform
-from srpo_kernels.integrations.trl.metrics import step_means
-from srpo_kernels.integrations.trl.teacher import Teacher, pad_left, teacher_prompt
-
-
-class TeacherRows(NamedTuple):
-    """The teacher of a micro-batch: hidden states ``[N_sdpo, H]`` of its valid routed rows, and entropies.
-
-    ``entropy`` is ``[B_sdpo, T]``, 0 at other rows; None where no weight needs it.
-    """
-
-    hidden: Tensor
-    entropy: Tensor | None
+from srpo_kernels.integrations.trl.forwards import Forwards, valid_tokens
+from srpo_kernels.integrations.trl.head import add_hidden_output, check_head, logit_transform
+from srpo_kernels.integrations.trl.metrics import micro_batch_metrics, step_means
+from srpo_kernels.integrations.trl.rewards import correctness_scores, equal_groups, route_completions
+from srpo_kernels.integrations.trl.solutions import Solutions
+from srpo_kernels.integrations.trl.teacher import Teacher
 
 
 class SRPOTrainer(GRPOTrainer):
@@ -39,8 +32,8 @@ class SRPOTrainer(GRPOTrainer):
     optimizer batch, of all processes, normalize every micro-batch: the loss does not depend on how the batch is
     split. Completions that cannot move a weight (advantage 0, not distilled) get no forward.
 
-    Logs what `GRPOTrainer` logs and ``srpo/*`` (see ``summarize_metrics``), from sums over the optimizer batch.
-    Of TRL's metrics, ``entropy`` is there with ``entropy_coef`` alone, and the extrema of ``clip_ratio`` are not.
+    Logs what `GRPOTrainer` logs, with its values, and ``srpo/*`` (see ``summarize_metrics``), from sums over the
+    optimizer batch. TRL's ``entropy`` is there with ``entropy_coef`` and ``method="grpo"`` alone.
 
     Raises:
         TypeError: ``args`` is no `SRPOTrainerConfig`.
@@ -99,8 +92,24 @@ class SRPOTrainer(GRPOTrainer):
         self._refuse_models()
         transform = logit_transform(self.model.config)
         add_hidden_output(self.model.get_base_model() if is_peft_model(self.model) else self.model)
+        if self.ref_model is not None:
+            add_hidden_output(self.ref_model)
         check_head(self.model, transform)
         self.loss_config = args.loss_config(*transform)
+        self._forwards = Forwards(
+            self.accelerator,
+            self.loss_config,
+            in_head_dtype=args.cast_lm_head_to_fp32,
+            workspace_bytes=args.workspace_bytes,
+        )
+        self._deciding_reward = self._index_of_reward(args.success_reward)
+        self._solutions = Solutions(
+            self._tokenizer,
+            lambda prompt: list(self._tokenize_prompts([prompt])[0][0]),
+            ends={*self.eos_token_ids, self._tokenizer.pad_token_id},
+            max_length=self._max_teacher_length(),
+            args=args,
+        )
         rate = args.teacher_update_rate if args.teacher_model_kind == "ema" and args.method != "grpo" else None
         self.teacher = Teacher(self.model, rate)
         self.add_callback(self.teacher)
@@ -117,190 +126,159 @@ class SRPOTrainer(GRPOTrainer):
                     f"{name} is not supported by SRPOTrainer: one process or DDP, where a rank has the head"
                 )
 
+    def _index_of_reward(self, name: str | None) -> int | None:
+        if name is not None and self.reward_func_names.count(name) != 1:
+            raise ValueError(
+                f"success_reward must be the name of one of reward_funcs, {self.reward_func_names}, got {name!r}"
+            )
+        return None if name is None else self.reward_func_names.index(name)
+
+    def _max_teacher_length(self) -> int | None:
+        positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        length = self.args.max_teacher_length
+        if length is not None and positions is not None and length > positions:
+            raise ValueError(f"max_teacher_length must be at most the model's {positions} positions, got {length}")
+        return positions if length is None else length
+
     # Scoring: who is distilled, and from which sibling.
 
     def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> Tensor:
         rewards_per_func: Tensor = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
-        self._rewards_per_func = rewards_per_func
+        self._rewards_per_func, self._completion_ids = rewards_per_func, completion_ids_list
         return rewards_per_func
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         output: dict[str, Any] = super()._generate_and_score_completions(inputs)
+        rewards = self._rewards_per_func
+        if rewards.isinf().any():
+            raise ValueError(f"reward_funcs must return finite rewards or None, got {rewards.tolist()}")
         first = self.accelerator.process_index * len(inputs)
-        sdpo_mask, teacher_index = self._route()
-        output["sdpo_mask"] = sdpo_mask[first : first + len(inputs)]
+        own = slice(first, first + len(inputs))
+        group_size = self.num_generations if self.model.training else self.num_generations_eval
+        equal = equal_groups(rewards, self.reward_weights, group_size, self.multi_objective_aggregation)
+        output["advantages"] = output["advantages"].masked_fill(equal[own].to(rewards.device), 0.0)
         if self.args.method == "sdpo":
             output["advantages"] = torch.zeros_like(output["advantages"])
-
+        output["sdpo_mask"] = torch.zeros(len(inputs), dtype=torch.bool, device=rewards.device)
         # A list, which TRL shuffles and splits with the tensors.
         output["teacher_prompt_ids"] = [[] for _ in inputs]
-        if self.args.method == "grpo":
-            return output
-        texts = self.processing_class.batch_decode(output["completion_ids"], skip_special_tokens=True)
-        solutions = gather_object(texts)
-        routed = output["sdpo_mask"].nonzero().flatten().tolist()
-        if routed:
-            shown = [
-                teacher_prompt(
-                    inputs[row]["prompt"], solutions[int(teacher_index[first + row])], self.args.teacher_template
-                )
-                for row in routed
-            ]
-            for row, ids in zip(routed, self._tokenize_prompts(shown)[0], strict=True):
-                output["teacher_prompt_ids"][row] = list(ids)
+        if self.args.method != "grpo":
+            self._route(inputs, output, own, group_size)
         return output
 
-    def _route(self) -> tuple[Tensor, Tensor]:
-        """Of all completions of all processes: whether it is distilled, and the sibling that teaches it."""
-        rewards_per_func = self._rewards_per_func
-        rewards = (rewards_per_func * self.reward_weights.to(rewards_per_func.device)).nansum(1)
-        # Nobody scored it: neither correct, nor to be distilled.
-        unscored = rewards_per_func.isnan().all(1)
-        rewards[unscored] = self.args.success_threshold - 1.0
-        group_size = self.num_generations if self.model.training else self.num_generations_eval
-        group_ids = torch.arange(len(rewards), device=rewards.device) // group_size
+    def _route(self, inputs: list[dict[str, Any]], output: dict[str, Any], own: slice, group_size: int) -> None:
+        """Set who of this process's completions, ``own`` of all, is distilled, and from which prompt."""
+        scores = correctness_scores(self._rewards_per_func, self.reward_weights, self._deciding_reward)
+        correct = scores >= self.args.success_threshold
+        # Nobody scored NaN: neither correct, nor to be distilled.
+        distillable = ~scores.isnan() if self.args.method == "sdpo" else scores < self.args.success_threshold
+
+        lengths = torch.tensor(gather_object([len(ids) for ids in self._completion_ids]), device=scores.device)
+        longest = lengths.masked_fill(~distillable, 0).unflatten(0, (-1, group_size)).amax(1)
+        in_loss = valid_tokens(output).any(1)
+        shown: list[list[int] | None] = gather_object(
+            self._solutions.prompts(
+                [example["prompt"] for example in inputs],
+                self._completion_ids,
+                (correct[own] & in_loss).tolist(),
+                longest.repeat_interleave(group_size)[own].tolist(),
+            )
+        )
+        showable = torch.tensor([ids is not None for ids in shown], device=scores.device)
         # The same draw on every process, and after a resume.
-        generator = torch.Generator().manual_seed(self.args.seed + self.state.global_step)
-        routing = sk.route_samples(rewards, group_ids, self.args.success_threshold, generator=generator)
-        if self.args.method == "grpo":
-            return torch.zeros_like(routing.sdpo_mask), routing.teacher_index
-        sdpo_mask = routing.teacher_index >= 0 if self.args.method == "sdpo" else routing.sdpo_mask
-        return sdpo_mask & ~unscored, routing.teacher_index
+        seed = self.args.seed + self.state.global_step
+        sdpo_mask, teacher_index = route_completions(showable, distillable, group_size, seed)
+        output["sdpo_mask"] = sdpo_mask[own] & in_loss
+        for row in output["sdpo_mask"].nonzero().flatten().tolist():
+            output["teacher_prompt_ids"][row] = shown[int(teacher_index[own][row])]
+        if correct.any():
+            fraction = (showable.sum() / correct.sum()).item()
+            self._metrics["train" if self.model.training else "eval"]["srpo/shown_fraction"].append(fraction)
+
+    # Log-probs of the old and the reference policy.
+
+    def _get_per_token_logps_and_entropies(
+        self,
+        model: Any,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        logits_to_keep: int,
+        batch_size: int | None = None,
+        compute_entropy: bool = False,
+        **_: Any,
+    ) -> tuple[Tensor, Tensor | None, None]:
+        """TRL's log-probs ``[B, T]`` and entropies of completions, from the operands and in the dtype of the loss.
+
+        With those of another operator the ratio of a policy to itself is not 1. The arguments of other modalities,
+        which TRL passes too, are None for the models that this trainer takes.
+        """
+        size = batch_size or len(input_ids)
+        parts = [
+            self._forwards.completion_stats(model, ids, mask, logits_to_keep)
+            for ids, mask in zip(input_ids.split(size), attention_mask.split(size), strict=True)
+        ]
+        log_probs, entropy = (torch.cat([part[index] for part in parts]) for index in (0, 1))
+        return log_probs, entropy if compute_entropy else None, None
 
     # The teacher, and what the micro-batches of an optimizer step agree on.
 
     def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
+        before = self._buffered_inputs
         inputs: dict[str, Any] = super()._prepare_inputs(generation_batch)
-        if not self.model.training:
-            self._prepare_step([inputs])
-        elif self._step % self.args.gradient_accumulation_steps == 0:
+        parts, accumulation = [inputs], self.args.gradient_accumulation_steps
+        if self.model.training:
+            if self._step % accumulation:
+                return inputs
             first = self._step % self.args.steps_per_generation
-            self._prepare_step(self._buffered_inputs[first : first + self.args.gradient_accumulation_steps])
+            parts = self._buffered_inputs[first : first + accumulation]
+        if not self.model.training or self._buffered_inputs is not before:
+            # The model that generated them is the one that runs now.
+            for part in parts:
+                part.pop("old_per_token_logps", None)
+        self._prepare_step(parts)
         return inputs
 
     def _prepare_step(self, parts: list[dict[str, Any]]) -> None:
         normalizers = []
         for part in parts:
-            part["teacher"] = self._teacher_rows(part)
+            part["teacher"] = self._forwards.teacher_rows(self.teacher, part, self._tokenizer.pad_token_id)
             entropy = None if part["teacher"] is None else part["teacher"].entropy
-            mask = part["completion_mask"].bool()
-            counts = sk.Normalizers.from_batch(mask, part["sdpo_mask"], entropy, config=self.loss_config)
-            # TRL's mean over completions is over masked ones too.
-            normalizers.append(counts._replace(sequence_count=torch.tensor(len(mask), device=mask.device)))
+            mask = valid_tokens(part)
+            normalizers.append(sk.Normalizers.from_batch(mask, part["sdpo_mask"], entropy, config=self.loss_config))
         step = normalizers[0].merge(*normalizers[1:]).all_reduce()
         for part in parts:
             part["normalizers"] = step
 
-    @torch.no_grad()
-    def _teacher_rows(self, part: dict[str, Any]) -> TeacherRows | None:
-        routed = part["sdpo_mask"]
-        mask = part["completion_mask"][routed]
-        if not mask.any():
-            return None
-        prompts = [ids for ids, is_routed in zip(part["teacher_prompt_ids"], routed.tolist(), strict=True) if is_routed]
-        prompt_ids, prompt_mask = pad_left(prompts, self._tokenizer.pad_token_id, mask.device)
-        valid = mask.bool()
-
-        def rows(hidden: Tensor, head: nn.Linear) -> TeacherRows:
-            hidden, weight, bias = self._head_operands(hidden[:, -valid.shape[1] - 1 : -1], head)
-            if self.args.dw_beta == 0.0:
-                return TeacherRows(hidden[valid], None)
-            stats = sk.teacher_stats(
-                hidden,
-                weight,
-                mask=valid,
-                teacher_bias=bias,
-                config=self.loss_config,
-                workspace_bytes=self.args.workspace_bytes,
-            )
-            return TeacherRows(hidden[valid], stats.entropy)
-
-        with self.accelerator.autocast():
-            result: TeacherRows = self.teacher(
-                input_ids=torch.cat([prompt_ids, part["completion_ids"][routed]], 1),
-                attention_mask=torch.cat([prompt_mask, mask], 1),
-                on_hidden=rows,
-            )
-        return result
-
-    def _head_operands(self, hidden: Tensor, head: nn.Linear) -> Any:
-        return head_operands(hidden, head, in_head_dtype=self.args.cast_lm_head_to_fp32)
-
     # The loss.
 
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
-        rows = self._rows_to_run(inputs)
-        mask = inputs["completion_mask"][rows].bool()
-        sequence_ids = torch.arange(len(mask), device=mask.device)[:, None].expand_as(mask)
-        advantages = inputs["advantages"][rows, None].expand_as(mask)
-        sdpo_mask = inputs["sdpo_mask"][rows, None].expand_as(mask)
-        teacher: TeacherRows | None = inputs["teacher"]
-
-        def packed(name: str) -> Tensor | None:
-            values = inputs.get(name)
-            return None if values is None else values[rows].expand_as(mask)[mask]
-
-        def loss(hidden: Tensor, head: nn.Linear) -> sk.SRPOOutput:
-            # Only valid rows: padding costs neither memory nor products from here on.
-            operands = self._head_operands(hidden[:, -mask.shape[1] - 1 : -1][mask], head)
-            teacher_head = None if teacher is None else self._teacher_head(head, operands.weight.dtype)
-            return sk.srpo_loss(
-                operands.hidden,
-                operands.weight,
-                inputs["completion_ids"][rows][mask],
-                advantages=advantages[mask],
-                sdpo_mask=None if teacher is None else sdpo_mask[mask],
-                teacher_hidden=None if teacher is None else teacher.hidden,
-                teacher_weight=None if teacher_head is None else teacher_head[0],
-                bias=operands.bias,
-                teacher_bias=None if teacher_head is None else teacher_head[1],
-                old_log_probs=packed("old_per_token_logps"),
-                ref_log_probs=packed("ref_per_token_logps"),
-                is_weights=packed("importance_sampling_ratio"),
-                sequence_ids=sequence_ids[mask],
-                normalizers=inputs["normalizers"],
-                config=self.loss_config,
-                workspace_bytes=self.args.workspace_bytes,
-            )
-
-        ids = torch.cat([inputs["prompt_ids"][rows], inputs["completion_ids"][rows]], 1)
-        attention_mask = torch.cat([inputs["prompt_mask"][rows], inputs["completion_mask"][rows]], 1)
-        with self.accelerator.autocast():
-            out = model(input_ids=ids, attention_mask=attention_mask, on_hidden=loss)
-        self._count(out.metrics, inputs["normalizers"])
+        out = self._forwards.loss(model, self.teacher, inputs)
+        self._log_micro_batch(inputs, out)
+        if self.model.training and self.num_iterations > 1:
+            # Not there in the first pass, whose model is the one that generated them.
+            inputs.setdefault("old_per_token_logps", out.log_probs)
         # DDP takes the mean over processes; the normalizers are already those of all of them.
         scaled: Tensor = out.loss * self.accelerator.num_processes
         return scaled
 
-    def _teacher_head(self, head: nn.Linear, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-        weight = self.teacher.value(head.weight).to(dtype)
-        return weight, None if head.bias is None else self.teacher.value(head.bias).to(dtype)
-
-    def _rows_to_run(self, inputs: dict[str, Any]) -> Tensor:
-        """Indices of the sequences that can move a weight; the first one where none can, for a loss of 0."""
-        moving = inputs["sdpo_mask"] | (inputs["advantages"] != 0.0)
-        if self.loss_config.kl_coef != 0.0 or self.loss_config.entropy_coef != 0.0:
-            moving = torch.ones_like(moving)
-        moving &= inputs["completion_mask"].bool().any(1)
-        moving[0] |= ~moving.any()
-        rows: Tensor = moving.nonzero().flatten()
-        return rows
-
     # Metrics and checkpoints.
 
-    def _count(self, metrics: dict[str, Tensor], normalizers: sk.Normalizers) -> None:
-        """Add a micro-batch's sums; at the end of an optimizer step, log their means over all processes."""
-        self._metric_sums = {name: value + self._metric_sums.get(name, 0) for name, value in metrics.items()}
+    def _log_micro_batch(self, inputs: dict[str, Any], out: sk.SRPOOutput) -> None:
+        """Log TRL's metrics of a micro-batch and, at the end of an optimizer step, the means of ours."""
         training = self.model.training
-        if training and (self._step + 1) % self.args.gradient_accumulation_steps:
-            return
-        names = list(self._metric_sums)
-        sums = self.accelerator.reduce(torch.stack([self._metric_sums[name].float() for name in names]), "sum")
-        totals = dict(zip(names, sums.unbind(), strict=True))
-        means = step_means(totals, normalizers.token_count, self.loss_config)
+        logged = self._metrics["train" if training else "eval"]
+        means = micro_batch_metrics(inputs, out, valid_tokens(inputs), self.args, self.accelerator, training=training)
+        self._metric_sums = {name: value + self._metric_sums.get(name, 0) for name, value in out.metrics.items()}
+        if not training or (self._step + 1) % self.args.gradient_accumulation_steps == 0:
+            names = list(self._metric_sums)
+            sums = self.accelerator.reduce(torch.stack([self._metric_sums[name].float() for name in names]), "sum")
+            totals = dict(zip(names, sums.unbind(), strict=True))
+            means |= step_means(totals, inputs["normalizers"].token_count, self.args)
+            self._metric_sums = {}
+            if training and self.args.entropy_coef != 0.0:
+                means["entropy_coef"] = self.args.entropy_coef
         for name, value in means.items():
-            self._metrics["train" if training else "eval"][name].append(value)
-        self._metric_sums = {}
+            logged[name].append(value)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         super()._save_checkpoint(model, trial)

@@ -25,6 +25,9 @@ POLICY_LOSSES = {f"srpo_{name}": name for name in ("grpo", "gspo", "cispo", "sap
 DISTILLATION_LOSS = "srpo_sampled"
 REFUSED = ("srpo", "sdpo")
 
+# Of verl's losses but gspo.
+_LOG_RATIO_CLAMP = 20.0
+
 
 def loss_config(loss_type: str, config: Any) -> sk.SRPOConfig:
     """The options of verl's ``ActorConfig`` as those of a policy loss.
@@ -59,19 +62,28 @@ def _policy_loss(loss_type: str) -> Any:
         if config is None:
             raise ValueError("config must be verl's ActorConfig, got None")
         mask = response_mask.bool()
+        options = loss_config(loss_type, config)
         terms = sk.policy_loss(
             log_prob,
             advantages,
             mask=mask,
             old_log_probs=old_log_prob,
             is_weights=rollout_is_weights,
-            config=loss_config(loss_type, config),
+            config=options,
         )
         loss: Tensor = agg_loss(
             loss_mat=terms.loss, loss_mask=response_mask, loss_agg_mode=loss_agg_mode, **config.global_batch_info
         )
         log_ratio = (log_prob.detach() - old_log_prob).masked_fill(~mask, 0.0)
-        sums = [terms.clip_low | terms.clip_high, terms.dual_clip, -log_ratio, mask]
+        if loss_type != "gspo":
+            # verl's metrics are of the ratio that its loss has.
+            log_ratio = log_ratio.clamp(-_LOG_RATIO_CLAMP, _LOG_RATIO_CLAMP)
+        clip = terms.clip_low | terms.clip_high
+        if loss_type == "cispo":
+            # There, without the advantage.
+            ratio = log_ratio.exp()
+            clip = ratio != ratio.clamp(1.0 - options.epsilon_low, 1.0 + options.epsilon_high)
+        sums = [clip, terms.dual_clip, -log_ratio, mask]
         clipped, dual_clipped, kl, tokens = torch.stack([values.sum().float() for values in sums]).tolist()
         tokens = max(tokens, 1.0)
         return loss, {
