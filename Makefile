@@ -3,6 +3,7 @@
 #   make demo ARGS='--help'          its options
 #   make test, make check            the quick tests; lint, format, types and layers
 #   make test ARGS='-m slow'         the slow tests
+#   make test-versions TORCH=2.14.1  the quick tests with another torch, in an environment of its own, without TRL and verl
 #   make bench                       every benchmark beside every peer, then the tables and pictures: hours on two cores
 #   make report                      the tables and pictures alone, from benchmarks/results
 #   make learning                    the learning study: about an hour on two cores, goes on where it was stopped
@@ -11,6 +12,9 @@
 PYTHON ?= python3
 ARGS ?=
 VENV := .venv
+# Of test-versions: the environment, and what it needs beside TORCH, as in WITH='numpy<2.4'.
+VERSION_VENV ?= .versions/torch-$(TORCH)
+WITH ?=
 BIN := $(VENV)/bin
 # Bytecode is left to the first import: most of what is installed is never imported.
 INSTALL := $(BIN)/python -m pip install --no-compile --disable-pip-version-check --constraint constraints.txt
@@ -19,7 +23,7 @@ INPUTS := pyproject.toml constraints.txt
 # The demo's model is a file of a package: no hub is asked for one, unless HF_HUB_OFFLINE=0.
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test check bench report learning clean
+.PHONY: demo test check test-versions bench report learning clean
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/python -m examples.train_smollm2 $(ARGS)
@@ -32,6 +36,16 @@ check: $(VENV)/dev.stamp
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# The newest Triton and NumPy that go with that torch; everything else as in constraints.txt.
+test-versions:
+	@test -n "$(TORCH)" || { echo 'name a version, as in: make test-versions TORCH=2.14.1'; exit 1; }
+	$(PYTHON) -m venv $(VERSION_VENV)
+	grep -vE '^(torch|triton|numpy)==' constraints.txt >$(VERSION_VENV)/constraints.txt
+	$(VERSION_VENV)/bin/python -m pip install --no-compile --disable-pip-version-check \
+		--constraint $(VERSION_VENV)/constraints.txt 'torch==$(TORCH)' $(if $(WITH),'$(WITH)') \
+		--editable '.[test,triton,verify]' matplotlib pandas psutil scipy
+	$(VERSION_VENV)/bin/python -m pytest -m "not slow" $(ARGS)
 
 bench: $(VENV)/dev.stamp
 	$(BIN)/python -m benchmarks speed
@@ -50,7 +64,7 @@ learning: $(VENV)/dev.stamp
 	$(BIN)/python -m benchmarks.learning draw
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) .versions build dist *.egg-info .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 # Torch comes first and alone, so that no other package chooses its build.

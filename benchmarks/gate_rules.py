@@ -63,7 +63,7 @@ class Line:
 
 
 @triton.jit
-def _nothing_kernel():
+def _nothing_kernel() -> None:
     pass
 
 
