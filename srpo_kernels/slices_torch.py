@@ -155,7 +155,7 @@ def gradient_(
 ) -> Tensor:
     """Work in place on both models' logits."""
     inside = _inside(target_ids, logits)
-    nearest = target_ids.clamp(0, logits.shape[1] - 1)
+    at_ids, outside = support_coefficients(stats.log_probs[:, None], grads.log_probs[:, None], None, None)
 
     for rows, (p, q, work, total, *slope) in blocks(logits, 4 if spec.softcap is None else 5, buffers=2):
         z, y = logits[rows], None
@@ -167,8 +167,9 @@ def gradient_(
                 _to_log_ratio_(y, z, stats.select(rows), spec, work)
         normalize_(z, stats.logsumexp[rows], spec)
         torch.exp2(z, out=p)
-        torch.mul(p, -grads.log_probs[rows, None], out=total)
-        total.scatter_add_(1, nearest[rows, None], (grads.log_probs[rows] * inside[rows])[:, None])
+        torch.mul(p, outside[rows, None], out=total)
+        (here,) = inside[rows].nonzero(as_tuple=True)
+        total[here, target_ids[rows][here]] = at_ids[rows][here, 0]
         if stats.entropy is not None:
             torch.add(z, stats.entropy[rows, None] / NATS, out=work)
             total.addcmul_(work.mul_(p), grads.entropy[rows, None], value=-NATS)

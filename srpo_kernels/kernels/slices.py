@@ -90,17 +90,15 @@ def log_prob_gradient_(
     if grad_tail is not None and grad_entropy is not None:
         raise NotImplementedError("an entropy's gradient needs the softmax of the row, a tail's that of the rest alone")
     at_ids, outside = support_coefficients(log_probs, grad_log_probs, grad_tail, stats.log_tail)
-    by_log, by_p_at_ids = torch.zeros_like(outside), outside
+    by_log = entropy_term = torch.zeros_like(outside)
     log_sum = stats.logsumexp
     if grad_entropy is not None and stats.entropy is not None:
-        by_log, by_p_at_ids = -grad_entropy, outside - grad_entropy * stats.entropy
-        outside = by_p_at_ids
+        by_log, entropy_term = -grad_entropy, -grad_entropy * stats.entropy
     if grad_tail is not None and stats.tail_logsumexp is not None:
-        # The softmax is that of the rest of the row alone, and the gradient at an id is known.
-        # A tail of excluded tokens alone has no probability, and a log-sum-exp that fp32 is too coarse for.
+        # The softmax is that of the rest of the row alone. If that is excluded tokens, it has no probability, and a
+        # log-sum-exp that fp32 is too coarse for.
         empty = stats.tail_logsumexp < 0.5 * LOWEST * slope(spec)
-        log_sum, by_p_at_ids = stats.tail_logsumexp.where(~empty, stats.logsumexp), torch.zeros_like(outside)
-        grad_log_probs = at_ids
+        log_sum = stats.tail_logsumexp.where(~empty, stats.logsumexp)
     values = launch_row_grad(
         logits,
         None,
@@ -108,12 +106,12 @@ def log_prob_gradient_(
         logsumexp=log_sum,
         teacher_logsumexp=None,
         center=None,
-        by_p=outside,
+        by_p=outside + entropy_term,
         by_log=by_log,
         by_divergence=torch.zeros_like(outside),
-        by_p_at_ids=by_p_at_ids,
+        by_p_at_ids=entropy_term,
         ids=ids,
-        id_grads=grad_log_probs,
+        id_grads=at_ids,
         dtype=dtype,
     )
     return Dlogits(values, None)
@@ -130,16 +128,17 @@ def gradient_(
     dtype: torch.dtype,
 ) -> Tensor:
     """Write over the logits, or into a new buffer of ``dtype``."""
-    by_p, by_log = -grads.log_probs, torch.zeros_like(grads.log_probs)
+    by_log, by_divergence = torch.zeros_like(grads.log_probs), torch.zeros_like(grads.log_probs)
+    by_p, teacher_lse, center = by_log, None, None
     if stats.entropy is not None:
-        by_log = -grads.entropy
-        by_p = by_p - grads.entropy * stats.entropy
-    by_divergence, teacher_lse, center = torch.zeros_like(by_p), None, None
+        by_log, by_p = -grads.entropy, -grads.entropy * stats.entropy
     if isinstance(stats, DivergenceStats) and grads.divergence is not None:
         teacher_lse, center = stats.teacher_logsumexp, stats.center
         by_divergence = grads.divergence * spec.divergence_slope
         if spec.divergence == "forward_kl":
             by_p = by_p + by_divergence
+    log_probs, upstream = stats.log_probs[:, None], grads.log_probs[:, None]
+    at_ids, outside = support_coefficients(log_probs, upstream, None, None)
     return launch_row_grad(
         logits,
         teacher_logits,
@@ -147,11 +146,11 @@ def gradient_(
         logsumexp=stats.logsumexp,
         teacher_logsumexp=teacher_lse,
         center=center,
-        by_p=by_p,
+        by_p=by_p + outside,
         by_log=by_log,
         by_divergence=by_divergence,
         by_p_at_ids=by_p,
         ids=target_ids[:, None],
-        id_grads=grads.log_probs[:, None],
+        id_grads=at_ids,
         dtype=dtype,
     )
