@@ -238,8 +238,8 @@ def support_coefficients(
     """``dz`` at K given ids, ``[n, K]``, and what multiplies a softmax elsewhere, ``[n]``, for K log-probs and a tail.
 
     At an id it is ``g_k - total p_k``, from the log-prob: exactly 0 for the one token of a row that has no other.
-    Elsewhere it is ``-total p_v``, or with a tail ``(g_tail - total tail) p_v / tail``: ``p_v / tail`` is the softmax of
-    the tail alone, whose log-sum-exp is ``tail_logsumexp``, and is there where ``p_v`` has underflown.
+    Elsewhere it is ``-total p_v``, or with a tail ``(g_tail - total tail) p_v / tail``: ``p_v / tail`` is the softmax
+    of the tail alone, whose log-sum-exp is ``tail_logsumexp``, and is there where ``p_v`` has underflown.
     """
     total = grad_log_probs.sum(1)
     outside = -total
