@@ -67,8 +67,8 @@ def gate(
     console = Console()
     if not console.is_terminal:
         console.width = _FILE_WIDTH
-    for name, (table, caption) in tables(lines).items():
-        console.print(rich_table(table, name, caption))
+    for title, (table, caption) in tables(lines).items():
+        console.print(rich_table(table, title, caption))
     broken = lines[lines["broken"] != ""]
     for line in broken.itertuples():
         console.print(f"[red]{line.kernel}, {line.label}, {line.target}: {line.broken}")

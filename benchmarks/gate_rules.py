@@ -20,7 +20,8 @@ _LOAD_BYTES = 16
 _INSTRUCTIONS: dict[tuple[str, object], int] = {
     ("row_stats", False): 14,
     ("row_stats", True): 34,
-    ("row_jsd", None): 16,
+    # A difference of logarithms would be three fewer, and noise where the models are nearly equal.
+    ("row_jsd", None): 18,
     ("row_grad", "none"): 12,
     ("row_grad", "jsd"): 20,
 }
@@ -61,8 +62,8 @@ class Line:
     compile_seconds: float
 
 
-@triton.jit
-def _nothing_kernel():
+@triton.jit  # type: ignore[untyped-decorator]
+def _nothing_kernel() -> None:
     pass
 
 

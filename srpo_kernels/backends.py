@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Literal
 
 import torch
@@ -22,7 +24,8 @@ def resolve_backend(backend: str, device: torch.device, dtype: torch.dtype) -> B
     """The backend that ``"auto"``, ``"torch"`` or ``"triton"`` means on ``device``, for logits in ``dtype``.
 
     Triton wherever it compiles for the device and logits are fp32; torch elsewhere. Raises ValueError where Triton was
-    asked for and cannot run.
+    asked for and cannot run. An installation that cannot be imported is an error of ``"auto"`` too, of the call that
+    wants it: torch in its place would be slow without a word.
     """
     if backend == "torch":
         return "torch"
@@ -45,8 +48,8 @@ def row_passes(backend: str) -> RowPasses:
     """The row passes of a backend that ``resolve_backend`` returned; triton is imported for its own alone."""
     if backend == "torch":
         return rows_torch
-    from srpo_kernels.kernels import passes
-
+    with _importing_triton():
+        from srpo_kernels.kernels import passes
     return passes
 
 
@@ -54,12 +57,24 @@ def slice_passes(backend: str) -> SlicePasses:
     """The same of the passes over a slice of the vocabulary."""
     if backend == "torch":
         return slices_torch
-    from srpo_kernels.kernels import slices
-
+    with _importing_triton():
+        from srpo_kernels.kernels import slices
     return slices
 
 
 def _interpreted() -> bool:
-    from srpo_kernels.kernels import launch
-
+    with _importing_triton():
+        from srpo_kernels.kernels import launch
     return launch.INTERPRETED
+
+
+@contextmanager
+def _importing_triton() -> Iterator[None]:
+    try:
+        yield
+    # Whatever an installation that does not fit this machine or this torch raises.
+    except Exception as error:
+        raise ValueError(
+            "backend='triton', which 'auto' is on a GPU, needs the package triton, whose import failed: "
+            f"{type(error).__name__}: {error}; repair it, or use backend='torch'"
+        ) from error

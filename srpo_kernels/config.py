@@ -124,6 +124,7 @@ class SRPOConfig:
 
     def _refuse_contradictions(self) -> None:
         require_mixture(self.divergence, self.alpha)
+        require_transform(self.temperature, self.logit_scale, self.softcap)
         for name in ("delta", "dual_clip"):
             if getattr(self, name) is not None and self.loss_type not in ("grpo", "gspo"):
                 raise ValueError(
@@ -167,6 +168,8 @@ def resolve_options(config: SRPOConfig | None, **keywords: Any) -> dict[str, Any
         options = {name: given[name] if name in given else getattr(SRPOConfig, name) for name in keywords}
         for name, value in options.items():
             require_option(name, value)
+        if "temperature" in options:
+            require_transform(options["temperature"], options["logit_scale"], options["softcap"])
         return options
     if not isinstance(config, SRPOConfig):
         raise TypeError(f"config must be an SRPOConfig or None, got {type(config).__name__}")
@@ -193,6 +196,23 @@ def require_mixture(divergence: str, alpha: float) -> None:
             f"alpha must be strictly between 0 and 1 with divergence='jsd', got {alpha!r}; "
             "SRPOConfig.from_alpha maps 0 to 'forward_kl' and 1 to 'reverse_kl'"
         )
+
+
+def require_transform(temperature: float, logit_scale: float, softcap: float | None) -> None:
+    """Raise ValueError where float32 does not hold what the kernels multiply logits by."""
+    cap = logit_scale if softcap is None else softcap
+    factors = {
+        "temperature": temperature,
+        "logit_scale": logit_scale,
+        "softcap": cap,
+        "logit_scale / temperature": logit_scale / temperature,
+        "softcap / temperature": cap / temperature,
+        "logit_scale / softcap": logit_scale / cap,
+    }
+    for name, factor in factors.items():
+        # A factor of 10 is left for a change of base.
+        if not 1e-37 <= factor <= 1e37:
+            raise ValueError(f"{name} must be in [1e-37, 1e37], the range of float32, got {factor!r}")
 
 
 def _require_choice(name: str, value: object, choices: tuple[str, ...]) -> None:

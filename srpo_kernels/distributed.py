@@ -22,6 +22,15 @@ def gather_ranks(values: Tensor, group: dist.ProcessGroup | None = None) -> Tens
     return torch.stack(gathered)
 
 
+def require_group(name: str, value: object) -> None:
+    """Raise TypeError unless ``value`` is a process group that this process belongs to."""
+    if not isinstance(value, dist.ProcessGroup):
+        raise TypeError(
+            f"{name} must be a torch.distributed.ProcessGroup that this process is in, or None, "
+            f"got {type(value).__name__}"
+        )
+
+
 def gather_numbers(numbers: list[int], group: dist.ProcessGroup) -> list[list[int]]:
     """The integers of every rank in rank order: one ``gather_ranks``, on the host where the group can."""
     on_host = "cpu:" in dist.get_backend_config(group)

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from srpo_kernels.types import METRICS
+from srpo_kernels.checks import FLOATING, INTEGER, require_shape, require_tensor
+from srpo_kernels.types import METRICS, SRPOOutput
 
 
 def summarize_metrics(metrics: Mapping[str, Tensor]) -> dict[str, float]:
@@ -21,11 +22,20 @@ def summarize_metrics(metrics: Mapping[str, Tensor]) -> dict[str, float]:
         metrics: the dict of an ``SRPOOutput``, or the sums of several over micro-batches and ranks.
 
     Raises:
-        ValueError: a key is missing.
+        TypeError: no dict of tensors, such as the ``SRPOOutput`` itself.
+        ValueError: a key is missing, or a tensor is no scalar.
     """
+    if not isinstance(metrics, Mapping):
+        hint = ": give its metrics" if isinstance(metrics, SRPOOutput) else ""
+        raise TypeError(f"metrics must be the dict SRPOOutput.metrics, got {type(metrics).__name__}{hint}")
     missing = [name for name in METRICS if name not in metrics]
     if missing:
         raise ValueError(f"metrics must have every key of SRPOOutput.metrics, {missing} not found")
+    device = None
+    for name in METRICS:
+        value = require_tensor(f"metrics[{name!r}]", metrics[name], FLOATING + INTEGER, device)
+        require_shape(f"metrics[{name!r}]", value, [()], "a scalar")
+        device = value.device
     values = torch.stack([metrics[name].detach() for name in METRICS]).tolist()
     totals = dict(zip(METRICS, values, strict=True))
     policy, scored, sdpo = totals["policy_tokens"], totals["scored_policy_tokens"], totals["sdpo_tokens"]

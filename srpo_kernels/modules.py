@@ -9,6 +9,7 @@ from torch import nn
 from srpo_kernels.config import SRPOConfig
 from srpo_kernels.functional import srpo_loss
 from srpo_kernels.types import SRPOOutput
+from srpo_kernels.validation import check_backend, check_config, check_workspace
 
 
 class SRPOLoss(nn.Module):
@@ -22,7 +23,11 @@ class SRPOLoss(nn.Module):
         self, config: SRPOConfig | None = None, *, backend: str = "auto", workspace_bytes: int | None = None
     ) -> None:
         super().__init__()
-        self.config = SRPOConfig() if config is None else config
+        config = SRPOConfig() if config is None else config
+        check_config(config)
+        check_backend(backend)
+        check_workspace(workspace_bytes)
+        self.config = config
         self.backend = backend
         self.workspace_bytes = workspace_bytes
 

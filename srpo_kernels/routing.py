@@ -46,11 +46,15 @@ def route_samples(
     """
     _check_groups(rewards, group_ids)
     require_number("success_threshold", success_threshold, "to compare rewards with", lambda value: True)
+    if not isinstance(generator, torch.Generator | None):
+        raise TypeError(f"generator must be a torch.Generator or None, got {type(generator).__name__}")
     if feedback_available is not None:
         require_tensor("feedback_available", feedback_available, BOOL, rewards.device)
         require_shape("feedback_available", feedback_available, [rewards.shape], "that of rewards")
 
-    correct = rewards >= success_threshold
+    # Floating rewards are compared in their own dtype: 0.7 in float32 reaches 0.7. Others would wrap the threshold.
+    values = rewards if rewards.is_floating_point() else rewards.to(wide_dtype(rewards.device))
+    correct = values >= success_threshold
     _, group, group_size = torch.unique(group_ids, return_inverse=True, return_counts=True)
     num_correct = torch.zeros_like(group_size).index_add_(0, group, correct.to(group_size.dtype))
 
@@ -95,7 +99,7 @@ def group_advantages(rewards: Tensor, group_ids: Tensor, scale: AdvantageScale =
 
     Raises:
         TypeError: an argument of the wrong type or dtype.
-        ValueError: a wrong shape or device, an unknown scale, or a reward that is not finite.
+        ValueError: a wrong shape or device, an unknown scale, or rewards that are not finite or too far apart.
     """
     _check_groups(rewards, group_ids)
     require_number("eps", eps, "> 0", lambda value: value > 0)
@@ -117,7 +121,10 @@ def group_advantages(rewards: Tensor, group_ids: Tensor, scale: AdvantageScale =
         deviations = values - values.mean()
         variance = deviations.square().sum() / max(len(values) - 1, 1)
         advantages = advantages / (variance.sqrt() + eps)
-    return advantages.to(torch.float64 if rewards.dtype == torch.float64 else torch.float32)
+    advantages = advantages.to(torch.float64 if rewards.dtype == torch.float64 else torch.float32)
+    if not advantages.isfinite().all():
+        raise ValueError(f"rewards must have differences and squares that float64 holds, got {rewards.tolist()}")
+    return advantages
 
 
 def _check_groups(rewards: Tensor, group_ids: Tensor) -> None:

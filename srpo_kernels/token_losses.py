@@ -60,11 +60,9 @@ def policy_loss(
         given = "None" if entropy is None else "a tensor"
         raise ValueError(f"entropy is for an entropy_coef other than 0, got {given} with {config.entropy_coef}")
     rows = _ValidRows.of(log_probs, mask)
-    if isinstance(advantages, Tensor) and advantages.shape == log_probs.shape[:1] != log_probs.shape:
-        advantages = advantages[:, None].expand_as(log_probs)
     sequences = rows.sequences(sequence_ids) if config.loss_type == "gspo" or sequence_ids is not None else None
     inputs = RowInputs(
-        advantages=rows.take("advantages", advantages).detach(),
+        advantages=rows.take("advantages", advantages, or_per_sequence=True).detach(),
         old_log_probs=None if old_log_probs is None else rows.take("old_log_probs", old_log_probs).detach(),
         ref_log_probs=None if ref_log_probs is None else rows.take("ref_log_probs", ref_log_probs).detach(),
         is_weights=None if is_weights is None else rows.take("is_weights", is_weights).detach(),
@@ -136,8 +134,11 @@ class _ValidRows(NamedTuple):
         dtype = torch.promote_types(log_probs.dtype, torch.float32)
         return cls(mask.flatten().nonzero().flatten(), log_probs.shape, dtype)
 
-    def take(self, name: str, values: Tensor) -> Tensor:
+    def take(self, name: str, values: Tensor, *, or_per_sequence: bool = False) -> Tensor:
         require_tensor(name, values, FLOATING, self.rows.device)
+        if or_per_sequence:
+            require_shape(name, values, [self.shape[:1], self.shape], "[B], or the shape of log_probs")
+            values = values if values.shape == self.shape else values[:, None].expand(self.shape)
         require_shape(name, values, [self.shape], "the shape of log_probs")
         return values.flatten()[self.rows].to(self.dtype)
 

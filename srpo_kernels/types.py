@@ -12,7 +12,7 @@ from torch import Tensor
 
 from srpo_kernels.checks import BOOL, FLOATING, INTEGER, require_shape, require_tensor
 from srpo_kernels.config import UNSET, SRPOConfig, Unset, resolve_options
-from srpo_kernels.distributed import gather_ranks
+from srpo_kernels.distributed import gather_ranks, require_group
 
 METRICS = (
     "policy_loss_sum",
@@ -171,8 +171,10 @@ class Normalizers(NamedTuple):
 
         One collective of four numbers, on the device of the tensors; every rank must join it, one without
         distillation tokens too. None is the default group; without one the result is this process's own.
-        Raises ValueError, on every rank, when one has no ``sdpo_count``.
+        Raises ValueError, on every rank, when one has no ``sdpo_count`` or a number that no batch has.
         """
+        if group is not None:
+            require_group("group", group)
         return _merge_rows(gather_ranks(self._to_row(), group))
 
     def _to_row(self) -> Tensor:

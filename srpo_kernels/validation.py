@@ -13,6 +13,7 @@ from torch.distributed import ProcessGroup
 
 from srpo_kernels.checks import BOOL, FLOATING, INTEGER, require_shape, require_tensor
 from srpo_kernels.config import SRPOConfig, require_mixture
+from srpo_kernels.distributed import require_group
 from srpo_kernels.types import require_normalizers
 
 _BACKENDS = ("auto", "torch", "triton")
@@ -39,17 +40,18 @@ def check_config(config: object) -> None:
 
 def check_group(group: object, name: str = "vocab_parallel_group") -> None:
     """None, or a process group that this process belongs to."""
-    if group is not None and not isinstance(group, ProcessGroup):
-        raise TypeError(
-            f"{name} must be a torch.distributed.ProcessGroup that this process is in, or None, "
-            f"got {type(group).__name__}"
-        )
+    if group is not None:
+        require_group(name, group)
 
 
 def check_workspace(workspace_bytes: object) -> None:
     """None or an int; the engine knows how many bytes a row needs."""
-    if workspace_bytes is not None and (isinstance(workspace_bytes, bool) or not isinstance(workspace_bytes, int)):
+    if workspace_bytes is None:
+        return
+    if isinstance(workspace_bytes, bool) or not isinstance(workspace_bytes, int):
         raise TypeError(f"workspace_bytes must be an int or None, got {type(workspace_bytes).__name__}")
+    if workspace_bytes >= 2**63:
+        raise ValueError(f"workspace_bytes must be below 2**63, got an int of {workspace_bytes.bit_length()} bits")
 
 
 def check_stats_divergence(options: Mapping[str, Any], config: SRPOConfig | None, teacher_hidden: object) -> None:
@@ -73,9 +75,12 @@ def check_head(
     if weight.ndim != 2 or 0 in weight.shape:
         raise ValueError(f"{names[1]} must have shape [V, H] with V and H at least 1, got {list(weight.shape)}")
     if hidden.shape[-1] != weight.shape[1]:
+        hint = ""
+        if hidden.shape[-1] == weight.shape[0]:
+            hint = f": these are logits in place of {names[0]}, or a transposed {names[1]}"
         raise ValueError(
             f"{names[0]} and {names[1]} must agree in their last dimension, "
-            f"got {list(hidden.shape)} and {list(weight.shape)}"
+            f"got {list(hidden.shape)} and {list(weight.shape)}{hint}"
         )
     if bias is not None:
         bias = require_tensor(names[2], bias, FLOATING, hidden.device)

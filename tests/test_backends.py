@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -64,6 +65,36 @@ try:
 except ValueError as error:
     print(error)
 """
+
+
+_BROKEN = """
+import torch, srpo_kernels as sk
+from srpo_kernels import backends
+call = dict(hidden=torch.randn(4, 8), weight=torch.randn(33, 8), target_ids=torch.zeros(4, dtype=torch.int64))
+print(sk.token_stats(**call).log_probs.shape == (4,))
+# What a GPU would be told.
+backends._TRITON_DEVICES = ("cpu",)
+for backend in ("triton", "auto"):
+    for function in (sk.token_stats, lambda **call: sk.srpo_loss(**call, advantages=torch.ones(4))):
+        try:
+            function(**call, backend=backend)
+        except ValueError as error:
+            print(error)
+"""
+
+
+@pytest.mark.parametrize("line", ["raise ImportError('libtriton.so: no such symbol')", "import nothing_of_this_name"])
+def test_an_installation_that_cannot_be_imported_is_named(line: str, tmp_path: Path) -> None:
+    (tmp_path / "triton.py").write_text(line)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    run = subprocess.run([sys.executable, "-c", _BROKEN], env=environment, capture_output=True, text=True, check=True)
+    first, *errors = run.stdout.splitlines()
+    assert first == "True"
+    assert len(errors) == 4
+    for error in errors:
+        assert error.startswith("backend='triton', which 'auto' is on a GPU, needs the package triton, whose import")
+        assert "libtriton.so: no such symbol" in error or "No module named 'nothing_of_this_name'" in error
+        assert error.endswith("use backend='torch'")
 
 
 def test_the_torch_backend_leaves_triton_alone_and_a_cpu_without_the_interpreter_refuses_it() -> None:

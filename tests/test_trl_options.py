@@ -72,6 +72,11 @@ def test_a_loss_type_is_refused_with_a_reason(loss_type: str) -> None:
         config(loss_type=loss_type)
 
 
+def test_the_default_bound_is_none_for_cispo() -> None:
+    with pytest.raises(ValueError, match=r"epsilon_high must be at least 1\.0 with loss_type='cispo'.*5\.0; got 0\.28"):
+        config(loss_type="cispo")
+
+
 @pytest.mark.parametrize("template", ["no field", "{prompt}", "{solution}", "{prompt} {solution} {", "{prompt} {}"])
 def test_a_template_must_have_both_fields(template: str) -> None:
     with pytest.raises(ValueError, match="teacher_template must have the fields"):

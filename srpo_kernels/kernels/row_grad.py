@@ -48,10 +48,10 @@ def row_grad_kernel(
     ids = tl.load(ids_ptr + row * num_ids + k, mask=k < num_ids, other=-1)
     id_grads = tl.load(id_grads_ptr + row * num_ids + k, mask=k < num_ids, other=0.0)
     here = (ids >= 0) & (ids < vocab_size)
-    z_ids = to_units(tl.load(z_row + ids, mask=here, other=0.0), inner, SOFTCAP, VENDOR)
+    z_ids = to_units(tl.load(z_row + ids, mask=here, other=0.0), inner, SOFTCAP, VENDOR, False)
     y_ids = z_ids
     if DIVERGENCE != "none":
-        y_ids = to_units(tl.load(y_row + ids, mask=here, other=0.0), inner, SOFTCAP, VENDOR)
+        y_ids = to_units(tl.load(y_row + ids, mask=here, other=0.0), inner, SOFTCAP, VENDOR, False)
     # The log-sum-exp may be that of the other tokens alone: by_p_at_ids is 0 then, and p must be finite.
     z_ids_lse2 = tl.maximum(z_lse2, z_ids * slope2 - 1.0)
     at_ids = _dlogits(

@@ -39,7 +39,8 @@ def row_stats_kernel(
     y_max, y_total, y_weighted, y_gap = z_max, zeros, zeros, zeros
     # Whole blocks without a mask, then one with: a mask would narrow the loads of every block to 4 bytes.
     for start in range(0, whole, BLOCK):
-        z = load_units(z_row + start, columns, BLOCK, inner, SOFTCAP, VENDOR, False)
+        # Tokens that are taken out of a row are marked in it: of a model alone.
+        z = to_units(tl.load(z_row + start + columns), inner, SOFTCAP, VENDOR, not TEACHER)
         if TEACHER:
             y = load_units(y_row + start, columns, BLOCK, inner, SOFTCAP, VENDOR, False)
             z_max, z_total, z_weighted, z_gap, z_anchor, y_max, y_total, y_weighted, y_gap = _add_pair(
@@ -60,7 +61,7 @@ def row_stats_kernel(
     # A target outside of this slice of the vocabulary is another slice's.
     target_id = tl.load(target_ids_ptr + row)
     here = (target_id >= 0) & (target_id < vocab_size)
-    target = to_units(tl.load(z_row + target_id, mask=here, other=LOWEST), inner, SOFTCAP, VENDOR)
+    target = to_units(tl.load(z_row + target_id, mask=here, other=LOWEST), inner, SOFTCAP, VENDOR, True)
     z_shift = z_max - tl.max(z_max)
     if TEACHER:
         own = sums_ptr + row * 11

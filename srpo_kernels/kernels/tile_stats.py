@@ -50,7 +50,7 @@ def tile_stats_kernel(
         hidden_ptr, weight_ptr, bias_ptr, rows, ids, row_in_range, id_in_range, hidden_size, hidden_stride_row,
         weight_stride_row, BIAS, WIDEN, BLOCK_ROWS, BLOCK_VOCAB, BLOCK_HIDDEN,
     )  # fmt: skip
-    z = tl.where(id_in_range[None, :], to_units(z, inner, SOFTCAP, VENDOR), LOWEST)
+    z = tl.where(id_in_range[None, :], to_units(z, inner, SOFTCAP, VENDOR, False), LOWEST)
     target_ids = tl.load(target_ids_ptr + rows, mask=row_in_range, other=-1)
     target = tl.max(tl.where(ids[None, :] == target_ids[:, None], z, LOWEST), axis=1)
 
@@ -63,7 +63,7 @@ def tile_stats_kernel(
             teacher_hidden_size, teacher_hidden_stride_row, teacher_weight_stride_row, BIAS, WIDEN, BLOCK_ROWS,
             BLOCK_VOCAB, BLOCK_HIDDEN,
         )  # fmt: skip
-        y = tl.where(id_in_range[None, :], to_units(y, inner, SOFTCAP, VENDOR), LOWEST)
+        y = tl.where(id_in_range[None, :], to_units(y, inner, SOFTCAP, VENDOR, False), LOWEST)
         y_max = tl.max(y, axis=1)
         z_anchor = tl.max(tl.where(z == z_max[:, None], y, LOWEST), axis=1)
         z -= z_max[:, None]

@@ -125,6 +125,11 @@ class SRPOTrainerConfig(GRPOConfig):
             loss_type = "gspo"
         if loss_type == "cispo":
             # TRL's bound of the ratio is epsilon_high itself, and there is no lower one.
+            if not epsilon_high >= 1.0:
+                raise ValueError(
+                    "epsilon_high must be at least 1.0 with loss_type='cispo', where it is the bound of the ratio "
+                    f"itself, such as 5.0; got {epsilon_high!r}"
+                )
             epsilon_low, epsilon_high = 1.0, epsilon_high - 1.0
         options: dict[str, Any] = {
             "loss_type": loss_type,
