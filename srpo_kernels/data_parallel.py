@@ -59,9 +59,9 @@ def call_as_forward(module: nn.Module, function: Callable[..., T], *args: Any, *
 
     Args:
         module: an ``nn.Module``, bare or in wrappers: DDP, FSDP, ``torch.compile`` or another whose only child is
-            ``module``. The call goes through the wrappers; it is the innermost forward that ``function`` replaces, and
-            its own that a model of PEFT has. What is compiled around ``function`` runs eagerly: compile ``function``,
-            or what it calls.
+            ``module``. The call goes through the wrappers; it is the innermost forward that ``function`` replaces, of a
+            PEFT model its own. What is compiled around ``function`` runs eagerly: compile ``function``, or what it
+            calls.
         function: reads the parameters while it runs; the module's own ``forward`` is in its place again by then.
 
     Returns:
