@@ -99,7 +99,8 @@ def test_tile_stats_reads_weights_once_per_group_of_rows_and_wastes_no_products(
     cost = measure_tiles(models)
     assert (cost.rows_per_weight_read, cost.columns_per_hidden_read) == (128, 128)
     assert cost.dots == models
-    assert cost.sums_stored == 20 * models >= cost.sums_loaded
+    # Five numbers of a model alone, eleven of two.
+    assert cost.sums_stored == {1: 20, 2: 44}[models] >= cost.sums_loaded
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -117,7 +117,8 @@ def test_collectives_and_bytes_of_a_loss_are_the_documented_ones() -> None:
         # The opening and two exchanges of sums, and one of dX.
         assert expected.gathers <= 3
         assert expected.reductions == 1
-    assert first["no gradient of hidden states"] == loss_traffic([policy], [distilled], 8, gradient=False, shared=True)
+    # A sum of each row's dlogits, which says whether they are finite.
+    assert first["no gradient of hidden states"] == loss_traffic([policy], [distilled], 1, shared=True)
     assert first["nothing valid"] == loss_traffic([], [], 8)
     memory = RowMemory.of(torch.ones(20, 8), torch.float32, rows_torch)
     chunks = [-(-n // memory.capacity(k, workspace_bytes)) for n, k in ((policy, 1), (distilled, 2))]
@@ -137,8 +138,8 @@ def count_statistics(rank: int) -> list[Traffic]:
 
 def test_collectives_and_bytes_of_statistics_are_the_documented_ones() -> None:
     forward, backward = run_ranks(count_statistics, 2)[0]
-    assert forward == Traffic(3, 24 + 17 * 12 * 4, 0, 0)
-    assert backward == Traffic(1, 24, 1, 17 * 8 * 4)
+    assert forward == Traffic(3, 24 + 17 * 13 * 4, 0, 0)
+    assert backward == Traffic(3, 24 + 17 * 13 * 4, 1, 17 * 8 * 4)
 
 
 def test_the_table_in_the_documentation_is_what_the_formulas_say() -> None:
@@ -252,7 +253,7 @@ BAD_ON_ONE_RANK: list[tuple[Inputs, type[Exception], str | None]] = [
     ({"teacher_weight": torch.ones(12, 5).double(), "teacher_bias": None}, ValueError, "must have one vocabulary"),
     ({"weight": torch.ones(13, 8).int()}, TypeError, "weight must be float32"),
     ({"hidden": None}, TypeError, "hidden must be a torch.Tensor"),
-    ({"hidden": torch.ones(4, 6, 8, device="meta")}, ValueError, "must be on the device"),
+    ({"hidden": torch.ones(4, 6, 8, device="meta")}, ValueError, "hidden must have data"),
     ({"mask": torch.ones(4, 6)}, TypeError, "mask must be bool"),
     ({"backend": "cuda"}, ValueError, "backend must be one of"),
     ({"weight": torch.ones(13, 8)}, ValueError, None),
