@@ -74,7 +74,7 @@ def require_tensor(
     if device is not None and value.device != device:
         raise ValueError(f"{name} must be on the device of the other arguments, {device}, got {value.device}")
     if value.device.type == "meta":
-        raise ValueError(f"{name} must have data, got a tensor on the device meta")
+        raise ValueError(f"{name} must be on the device that has its data, got a tensor on meta, without any")
     return value
 
 
