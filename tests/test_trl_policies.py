@@ -55,7 +55,8 @@ def test_the_first_pass_is_on_policy(name: str, method: str, tmp_path: Path) -> 
     options = {"beta": 0.1, "num_iterations": 2, "gradient_accumulation_steps": 2, "reward": one_correct}
     trainer = train(ScriptedSRPO, tmp_path, method=method, **precision(name, tmp_path), **options)
     for metric in ("srpo/approx_kl", "kl"):
-        assert curve(trainer, metric)[0] == 0.0
+        # Forwards of other rows round their hidden states otherwise: the KL is of the second order in that.
+        assert abs(curve(trainer, metric)[0]) < 1e-12
         assert curve(trainer, metric)[1] > 0.0
 
 
@@ -73,7 +74,7 @@ def test_given_log_probs_are_those_of_the_loss(name: str, tmp_path: Path) -> Non
 def test_the_reference_of_an_adapter_is_the_policy_at_first(kind: str, autocast: bool, tmp_path: Path) -> None:
     options = {"beta": 0.1, "bf16": autocast, "gradient_checkpointing": True, "learning_rate": 0.1} | lora(kind)
     trainer = train(ScriptedSRPO, tmp_path, **options)
-    assert curve(trainer, "kl")[0] == 0.0
+    assert abs(curve(trainer, "kl")[0]) < 1e-12
     assert curve(trainer, "kl")[1] > 0.0
 
 

@@ -244,7 +244,9 @@ class SRPOTrainer(GRPOTrainer):
             part["teacher"] = self._forwards.teacher_rows(self.teacher, part, self._tokenizer.pad_token_id)
             entropy = None if part["teacher"] is None else part["teacher"].entropy
             mask = valid_tokens(part)
-            normalizers.append(sk.Normalizers.from_batch(mask, part["sdpo_mask"], entropy, config=self.loss_config))
+            counts = sk.Normalizers.from_batch(mask, part["sdpo_mask"], entropy, config=self.loss_config)
+            # TRL's mean over completions is over masked ones too.
+            normalizers.append(counts._replace(sequence_count=torch.tensor(len(mask), device=mask.device)))
         step = normalizers[0].merge(*normalizers[1:]).all_reduce()
         for part in parts:
             part["normalizers"] = step
