@@ -65,8 +65,8 @@ def test_given_log_probs_are_those_of_the_loss(name: str, tmp_path: Path) -> Non
     # Twice the micro-batches of a step: the later ones need log-probs of the model that generated them.
     options = {"num_iterations": 2, "max_steps": 4, "learning_rate": 0.0, "method": "grpo", "reward": one_correct}
     trainer = train(ScriptedSRPO, tmp_path, steps_per_generation=2, beta=0.1, **precision(name, tmp_path), **options)
-    assert curve(trainer, "srpo/approx_kl") == [0.0] * 4
-    assert curve(trainer, "kl") == [0.0] * 4
+    assert max(map(abs, curve(trainer, "srpo/approx_kl"))) < 1e-12
+    assert max(map(abs, curve(trainer, "kl"))) < 1e-12
 
 
 @pytest.mark.parametrize("kind", ["new adapter", "trained adapter"])
