@@ -254,5 +254,6 @@ def test_the_trainer_scores_completions_alike_behind_any_padding(name: str, tmp_
     alone = []
     for row in batch["sdpo_mask"].nonzero().flatten().tolist():
         part = {key: value[row : row + 1] for key, value in batch.items() if isinstance(value, Tensor) and value.ndim}
-        alone.append(trainer._teacher_rows(part | {"teacher_prompt_ids": [batch["teacher_prompt_ids"][row]]}).hidden)
+        part["teacher_prompt_ids"] = [batch["teacher_prompt_ids"][row]]
+        alone.append(trainer._forwards.teacher_rows(trainer.teacher, part, trainer._tokenizer.pad_token_id).hidden)
     torch.testing.assert_close(teacher, torch.cat(alone), rtol=1e-4, atol=1e-5)

@@ -253,7 +253,7 @@ BAD_ON_ONE_RANK: list[tuple[Inputs, type[Exception], str | None]] = [
     ({"teacher_weight": torch.ones(12, 5).double(), "teacher_bias": None}, ValueError, "must have one vocabulary"),
     ({"weight": torch.ones(13, 8).int()}, TypeError, "weight must be float32"),
     ({"hidden": None}, TypeError, "hidden must be a torch.Tensor"),
-    ({"hidden": torch.ones(4, 6, 8, device="meta")}, ValueError, "hidden must have data"),
+    ({"hidden": torch.ones(4, 6, 8, device="meta")}, ValueError, "hidden must be on the device that has its data"),
     ({"mask": torch.ones(4, 6)}, TypeError, "mask must be bool"),
     ({"backend": "cuda"}, ValueError, "backend must be one of"),
     ({"weight": torch.ones(13, 8)}, ValueError, None),
