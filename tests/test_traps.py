@@ -271,7 +271,7 @@ def test_an_upstream_gradient_that_is_no_scalar_is_refused() -> None:
     ("options", "error", "message"),
     [
         ({"backend": "cuda"}, ValueError, "backend must be one of .* got 'cuda'"),
-        ({"vocab_parallel_group": object()}, TypeError, "vocab_parallel_group must be .* got object"),
+        ({"vocab_parallel_group": "data"}, TypeError, "vocab_parallel_group must be .* got str"),
     ],
     ids=str,
 )

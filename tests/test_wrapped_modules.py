@@ -199,7 +199,11 @@ def test_a_call_that_does_not_come_to_the_forward_is_an_error() -> None:
     assert "forward" not in vars(module)
 
 
-@pytest.mark.parametrize("wrap", [compiled, compiling_itself, with_a_compiled_forward, torch.jit.script], ids=str)
+@pytest.mark.parametrize(
+    "wrap",
+    [compiled, compiling_itself, with_a_compiled_forward, torch.jit.script],
+    ids=["compiled", "compiling_itself", "compiled_forward", "scripted"],
+)
 def test_what_a_module_was_called_through_comes_back(wrap: Wrapper) -> None:
     model = Model()
     module = wrap(model)
