@@ -1,15 +1,16 @@
 """SRPO (arXiv 2604.02288) losses from hidden states and the LM head, without the logits."""
 
-from srpo_kernels.config import SRPOConfig
-from srpo_kernels.data_parallel import call_as_forward, scale_for_gradient_mean
+from srpo_kernels.api.functional import srpo_loss, teacher_stats, token_stats
+from srpo_kernels.api.metrics import summarize_metrics
+from srpo_kernels.api.modules import SRPOLoss
+from srpo_kernels.api.token_losses import policy_loss, sampled_distillation_loss
+from srpo_kernels.api.types import SRPOOutput, TeacherStats, TokenStats
 from srpo_kernels.engine.workspace import release as release_workspace
-from srpo_kernels.functional import srpo_loss, teacher_stats, token_stats
-from srpo_kernels.metrics import summarize_metrics
-from srpo_kernels.modules import SRPOLoss
-from srpo_kernels.objective import PolicyTerms
-from srpo_kernels.routing import group_advantages, route_samples
-from srpo_kernels.token_losses import policy_loss, sampled_distillation_loss
-from srpo_kernels.types import Normalizers, Routing, SRPOOutput, TeacherStats, TokenStats
+from srpo_kernels.losses.config import SRPOConfig
+from srpo_kernels.losses.objective import PolicyTerms
+from srpo_kernels.rollout.data_parallel import call_as_forward, scale_for_gradient_mean
+from srpo_kernels.rollout.normalizers import Normalizers
+from srpo_kernels.rollout.routing import Routing, group_advantages, route_samples
 
 __all__ = [
     "Normalizers",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Never
 
 import torch
@@ -122,3 +122,11 @@ def require_shape(name: str, value: Tensor, expected: Sequence[Sequence[int]], m
     if list(value.shape) not in [list(shape) for shape in expected]:
         shapes = " or ".join(dict.fromkeys(str(list(shape)) for shape in expected))
         raise ValueError(f"{name} must have shape {shapes} ({meaning}), got {list(value.shape)}")
+
+
+def require_counts(name: str, values: Mapping[str, float]) -> None:
+    """Raise ValueError unless these fields of a ``Normalizers`` are finite, and counts not negative."""
+    for field, value in values.items():
+        if not (math.isfinite(value) and (value >= 0.0 or field == "dw_log_mean")):
+            expected = "finite" if field == "dw_log_mean" else "finite and >= 0"
+            raise ValueError(f"{name}.{field} must be {expected}, got {value}")

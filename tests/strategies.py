@@ -16,9 +16,10 @@ from torch import Tensor
 
 import reference
 from srpo_kernels import Normalizers, SRPOConfig
-from srpo_kernels.backends import row_passes
-from srpo_kernels.config import DISTILLATION_MODES, DIVERGENCES, KL_TYPES, LOSS_TYPES, REDUCTIONS
+from srpo_kernels.engine.backends import row_passes
 from srpo_kernels.engine.plan import RowMemory
+from srpo_kernels.losses.config import DISTILLATION_MODES, KL_TYPES, LOSS_TYPES, REDUCTIONS
+from srpo_kernels.rows.contract import DIVERGENCES
 
 LEAVES = ("hidden", "weight", "bias")
 SHARED = ("weight", "bias", "teacher_weight", "teacher_bias")

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from srpo_kernels import backends
-from srpo_kernels.backends import resolve_backend
+from srpo_kernels.engine import backends
+from srpo_kernels.engine.backends import resolve_backend
 from srpo_kernels.kernels import launch
 
 CPU, CUDA, XPU, MPS = map(torch.device, ("cpu", "cuda", "xpu", "mps"))
@@ -69,7 +69,7 @@ except ValueError as error:
 
 _BROKEN = """
 import torch, srpo_kernels as sk
-from srpo_kernels import backends
+from srpo_kernels.engine import backends
 call = dict(hidden=torch.randn(4, 8), weight=torch.randn(33, 8), target_ids=torch.zeros(4, dtype=torch.int64))
 print(sk.token_stats(**call).log_probs.shape == (4,))
 # What a GPU would be told.

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from srpo_kernels import SRPOConfig, SRPOLoss, release_workspace, srpo_loss, teacher_stats, token_stats
-from srpo_kernels.backends import row_passes
-from srpo_kernels.rows import RowSpec
+from srpo_kernels.engine.backends import row_passes
+from srpo_kernels.rows.contract import RowSpec
 from tests.comparison import assert_same, gradients, run_loss, run_stats, with_leaves
 from tests.strategies import Inputs, each_backend, for_backend, head_inputs, loss_inputs
 

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from srpo_kernels.config import DIVERGENCES, LOSS_TYPES, SRPOConfig
+from srpo_kernels.losses.config import LOSS_TYPES, SRPOConfig
+from srpo_kernels.rows.contract import DIVERGENCES
 from tests.strategies import configs
 
 NUMBERS = (

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from srpo_kernels.distributed import gather_numbers
-from srpo_kernels.types import Normalizers
+from srpo_kernels.rollout.normalizers import Normalizers
 from tests.processes import RankError, needs_gloo, run_ranks
 
 pytestmark = needs_gloo

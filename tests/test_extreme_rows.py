@@ -13,7 +13,8 @@ from torch import Tensor
 
 import reference
 from srpo_kernels import SRPOConfig, policy_loss, srpo_loss, token_stats
-from srpo_kernels.config import DISTILLATION_MODES, DIVERGENCES, KL_TYPES, LOSS_TYPES
+from srpo_kernels.losses.config import DISTILLATION_MODES, KL_TYPES, LOSS_TYPES
+from srpo_kernels.rows.contract import DIVERGENCES
 from tests.comparison import run_loss, run_stats
 from tests.strategies import Inputs, cast, each_backend
 

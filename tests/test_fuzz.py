@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from srpo_kernels import objective
 from srpo_kernels.engine import prepare
+from srpo_kernels.losses import objective
 from tests.fuzz.draw import draw_case
 from tests.fuzz.judge import judge
 from tests.fuzz.run import main

@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.interpreted import interpreting
-from srpo_kernels.config import DIVERGENCES
 from srpo_kernels.kernels import launch, passes, slices
 from srpo_kernels.kernels.tiles import Projection, tile_stats
-from srpo_kernels.rows import DivergenceStats, RowGradients, RowSpec
+from srpo_kernels.rows.contract import DIVERGENCES, DivergenceStats, RowGradients, RowSpec
 from tests.sanitizer import sanitize, sparse_rows
 
 pytestmark = pytest.mark.skipif(not interpreting(), reason="kernels are compiled here: needs TRITON_INTERPRET=1")

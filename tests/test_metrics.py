@@ -6,8 +6,8 @@ import re
 import pytest
 import torch
 
-from srpo_kernels.metrics import summarize_metrics
-from srpo_kernels.types import METRICS
+from srpo_kernels.api.metrics import summarize_metrics
+from srpo_kernels.losses.objective import METRICS
 
 
 def test_summaries_are_means() -> None:

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from reference.logits import transform
 from srpo_kernels import SRPOConfig
-from srpo_kernels.config import DIVERGENCES
 from srpo_kernels.engine import gemm
+from srpo_kernels.rows.contract import DIVERGENCES
 from tests.parity import check_loss, check_stats
 from tests.strategies import Case, each_backend, head_inputs, loss_inputs, workspace_floor
 

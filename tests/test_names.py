@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 
 import reference
-from srpo_kernels import SRPOConfig, config, group_advantages, policy_loss, srpo_loss, token_stats
-from srpo_kernels.config import DISTILLATION_MODES, DIVERGENCES, KL_TYPES, LOSS_TYPES, REDUCTIONS
-from srpo_kernels.routing import ADVANTAGE_SCALES
+from srpo_kernels import SRPOConfig, group_advantages, policy_loss, srpo_loss, token_stats
+from srpo_kernels.losses import config
+from srpo_kernels.losses.config import DISTILLATION_MODES, KL_TYPES, LOSS_TYPES, REDUCTIONS
+from srpo_kernels.rollout.routing import ADVANTAGE_SCALES
+from srpo_kernels.rows.contract import DIVERGENCES
 from srpo_kernels.verify import naive
 from tests.comparison import run_loss
 from tests.strategies import Inputs, cast, each_backend, loss_inputs

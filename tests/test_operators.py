@@ -12,10 +12,10 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from srpo_kernels import SRPOConfig, srpo_loss, teacher_stats, token_stats
-from srpo_kernels.config import DIVERGENCES
 from srpo_kernels.engine.arguments import LossArguments, LossOptions, StatsArguments, StatsOptions
 from srpo_kernels.engine.batch import Needs
 from srpo_kernels.engine.stats_op import Statistics
+from srpo_kernels.rows.contract import DIVERGENCES
 from tests.comparison import assert_same, run_loss, run_stats, with_leaves
 from tests.strategies import LEAVES, Inputs, cast, head_inputs, loss_inputs
 

@@ -10,7 +10,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from srpo_kernels import SRPOConfig
-from srpo_kernels.config import LOSS_TYPES
 from srpo_kernels.engine.plan import (
     Plan,
     RowMemory,
@@ -21,7 +20,8 @@ from srpo_kernels.engine.plan import (
     sequence_segments,
 )
 from srpo_kernels.engine.workspace import row_stride
-from srpo_kernels.rows import Scratch
+from srpo_kernels.losses.config import LOSS_TYPES
+from srpo_kernels.rows.contract import Scratch
 
 CPU = torch.device("cpu")
 SCRATCH = Scratch(5, 100)

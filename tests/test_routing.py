@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import reference
-from srpo_kernels.routing import ADVANTAGE_SCALES, group_advantages, route_samples
+from srpo_kernels.rollout.routing import ADVANTAGE_SCALES, group_advantages, route_samples
 
 GROUP_IDS = st.sampled_from([-5, 0, 3, 4, 2**40])
 

@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 import reference
 from srpo_kernels import Normalizers, SRPOConfig, SRPOLoss, srpo_loss
-from srpo_kernels.config import LOSS_TYPES
+from srpo_kernels.losses.config import LOSS_TYPES
 from tests.comparison import Results, assert_same, run_loss
 from tests.processes import needs_gloo, run_ranks
 from tests.strategies import Inputs, cast, loss_inputs

@@ -15,8 +15,8 @@ import pytest
 import torch
 
 import reference
-from srpo_kernels import rows_torch
-from srpo_kernels.rows import Dlogits
+from srpo_kernels.rows import torch_rows as rows_torch
+from srpo_kernels.rows.contract import Dlogits
 from srpo_kernels.verify import naive, timing
 from srpo_kernels.verify.__main__ import main
 from srpo_kernels.verify.cases import Case, Size, cases, cast, make_inputs

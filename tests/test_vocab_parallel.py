@@ -16,7 +16,8 @@ from torch import Tensor
 
 import reference
 from srpo_kernels import SRPOConfig, srpo_loss, token_stats
-from srpo_kernels.config import DISTILLATION_MODES, DIVERGENCES
+from srpo_kernels.losses.config import DISTILLATION_MODES
+from srpo_kernels.rows.contract import DIVERGENCES
 from tests.comparison import Results, assert_as_accurate, assert_same, condition_of, run_loss, run_stats
 from tests.parity import coefficients
 from tests.processes import needs_gloo, run_ranks

@@ -12,7 +12,7 @@ from torch import Tensor
 from benchmarks.interpreted import Access, Bools, Launch, Observer, record, storage_begin
 from srpo_kernels.kernels.launch import tile_launch
 from srpo_kernels.kernels.tiles import Projection, tile_stats
-from srpo_kernels.rows import RowSpec
+from srpo_kernels.rows.contract import RowSpec
 
 _DTYPE = torch.bfloat16
 

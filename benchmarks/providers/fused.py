@@ -10,9 +10,9 @@ from torch import Tensor
 import srpo_kernels as sk
 from benchmarks.cases import DTYPES, Batch, Case
 from benchmarks.providers import Step, autograd_step
-from srpo_kernels import rows_torch
-from srpo_kernels.engine.gemm import accumulation_dtype
 from srpo_kernels.engine.plan import RowMemory
+from srpo_kernels.rows import torch_rows as rows_torch
+from srpo_kernels.rows.dtypes import accumulation_dtype
 
 
 def loss(batch: Batch, backend: str = "torch") -> tuple[Tensor, Tensor]:

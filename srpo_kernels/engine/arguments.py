@@ -34,6 +34,10 @@ class LossArguments(NamedTuple):
     sequence_count: Tensor | None
 
 
+# Of the arguments, the fields of a batch's normalizers.
+NORMALIZERS = LossArguments._fields[-4:]
+
+
 class LossOptions(NamedTuple):
     """The options of a call of ``srpo_loss``; ``config`` is an ``SRPOConfig``, encoded, groups are names."""
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from srpo_kernels.objective import RowInputs
+from srpo_kernels.losses.objective import RowInputs
 
 
 class Head(NamedTuple):

@@ -8,11 +8,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from srpo_kernels import objective
 from srpo_kernels.checks import refuse_name
-from srpo_kernels.config import SRPOConfig
 from srpo_kernels.engine.sharded import row_stats_later
-from srpo_kernels.rows import Dlogits, RowPasses, RowSpec
+from srpo_kernels.losses import objective
+from srpo_kernels.losses.config import SRPOConfig
+from srpo_kernels.rows.contract import Dlogits, RowPasses, RowSpec
 
 
 class DistilledChunk(NamedTuple):

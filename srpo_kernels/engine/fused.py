@@ -17,16 +17,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from srpo_kernels import objective
-from srpo_kernels.config import SRPOConfig
 from srpo_kernels.engine import gemm
 from srpo_kernels.engine.batch import Batch, FusedResult, Head, Needs
 from srpo_kernels.engine.distillation import distill_chunk
 from srpo_kernels.engine.plan import Plan
 from srpo_kernels.engine.sharded import row_stats_later
 from srpo_kernels.engine.vocabulary import Vocabulary
-from srpo_kernels.rows import Dlogits, RowPasses, RowSpec, RowStats
-from srpo_kernels.types import METRICS
+from srpo_kernels.losses import objective
+from srpo_kernels.losses.config import SRPOConfig
+from srpo_kernels.losses.objective import METRICS
+from srpo_kernels.rows.contract import Dlogits, RowPasses, RowSpec, RowStats
+from srpo_kernels.rows.dtypes import accumulation_dtype
 
 
 class _Chunk(NamedTuple):
@@ -70,7 +71,7 @@ class FusedPass:
     ) -> None:
         self.batch, self.plan, self.config, self.needs, self.passes = batch, plan, config, needs, passes
         self.vocabulary, self.buffer = vocabulary, buffer
-        self.dtype = gemm.accumulation_dtype(batch.hidden, batch.head.weight)
+        self.dtype = accumulation_dtype(batch.hidden, batch.head.weight)
         self.operand_dtype = gemm.operand_dtype(batch.head.weight, self.dtype)
         topk = min(config.topk, vocabulary.size) if config.distillation_mode == "topk" else 0
         self.policy_spec = RowSpec(

@@ -14,17 +14,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from srpo_kernels.rows import Dlogits
+from srpo_kernels.rows.contract import Dlogits
 
 MixedProducts = Literal["addmm", "mm", "none"]
 
 # Elements of one widened slab of the weight, or of a product that waits to be added: 32 MiB in fp32.
 _SLAB_ELEMENTS = 1 << 23
-
-
-def accumulation_dtype(*tensors: Tensor | None) -> torch.dtype:
-    """fp64 if any tensor is fp64, else fp32."""
-    return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
 def operand_dtype(weight: Tensor, dtype: torch.dtype) -> torch.dtype:

@@ -8,17 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from srpo_kernels.config import SRPOConfig
 from srpo_kernels.engine import ops, workspace
 from srpo_kernels.engine.arguments import LossArguments, LossOptions, parse
 from srpo_kernels.engine.batch import Needs
 from srpo_kernels.engine.fused import FusedPass
-from srpo_kernels.engine.gemm import accumulation_dtype
 from srpo_kernels.engine.prepare import flat_rows, prepare_loss
 from srpo_kernels.engine.row_values import warn_of_weights
 from srpo_kernels.engine.sharded import row_passes
 from srpo_kernels.engine.vocabulary import agree
-from srpo_kernels.types import METRICS
+from srpo_kernels.losses.config import SRPOConfig
+from srpo_kernels.losses.objective import METRICS
+from srpo_kernels.rows.dtypes import accumulation_dtype
 
 
 def fused_loss(call: LossArguments, options: LossOptions) -> tuple[Tensor, Tensor, Tensor]:

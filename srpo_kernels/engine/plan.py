@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from srpo_kernels.config import SRPOConfig
 from srpo_kernels.distributed import sum_ranks
 from srpo_kernels.engine import gemm
 from srpo_kernels.engine.vocabulary import Vocabulary
 from srpo_kernels.engine.workspace import row_stride
-from srpo_kernels.rows import RowPasses, Scratch
+from srpo_kernels.losses.config import SRPOConfig
+from srpo_kernels.rows.contract import RowPasses, Scratch
 
 # Where none is given: enough rows for the products to run near their best at vocabularies up to 262k.
 _DEFAULT_WORKSPACE_CPU = 640 << 20

@@ -12,20 +12,19 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from srpo_kernels.backends import slice_passes
-from srpo_kernels.config import Divergence, SRPOConfig
 from srpo_kernels.distributed import gather_rows, group_of, sum_ranks
-from srpo_kernels.engine.arguments import LossArguments, LossOptions, StatsArguments, StatsOptions
+from srpo_kernels.engine.arguments import NORMALIZERS, LossArguments, LossOptions, StatsArguments, StatsOptions
+from srpo_kernels.engine.backends import slice_passes
 from srpo_kernels.engine.batch import Batch, Head, Needs
-from srpo_kernels.engine.gemm import accumulation_dtype
 from srpo_kernels.engine.plan import Plan, RowMemory, make_plan, order_rows
 from srpo_kernels.engine.row_values import check_row_values, check_teacher_rows, check_workspace
 from srpo_kernels.engine.sharded import ShardedPasses, row_passes
 from srpo_kernels.engine.stats import StatsCall
 from srpo_kernels.engine.vocabulary import Vocabulary
-from srpo_kernels.objective import RowInputs
-from srpo_kernels.rows import RowPasses, RowSpec
-from srpo_kernels.types import Normalizers
+from srpo_kernels.losses.config import SRPOConfig
+from srpo_kernels.losses.objective import RowInputs
+from srpo_kernels.rows.contract import Divergence, RowPasses, RowSpec
+from srpo_kernels.rows.dtypes import accumulation_dtype
 
 
 def flat_rows(states: Tensor) -> Tensor:
@@ -65,7 +64,7 @@ def prepare_loss(
         vocabulary.size,
         has_teacher=call.teacher_hidden is not None,
         has_advantages=call.advantages is not None,
-        **{name: getattr(call, name) for name in Normalizers._fields},
+        **{name: getattr(call, name) for name in NORMALIZERS},
     )
     teacher_rows = torch.arange(len(targets), device=device)
     if call.teacher_hidden is not None and call.sdpo_mask is not None:

@@ -7,9 +7,9 @@ import warnings
 import torch
 from torch import Tensor
 
-from srpo_kernels.checks import require_shape
-from srpo_kernels.config import SRPOConfig
-from srpo_kernels.types import require_counts, wide_dtype
+from srpo_kernels.checks import require_counts, require_shape
+from srpo_kernels.losses.config import SRPOConfig
+from srpo_kernels.rows.dtypes import wide_dtype
 
 
 def check_row_values(

@@ -9,10 +9,19 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from srpo_kernels import backends
+from srpo_kernels.engine import backends
 from srpo_kernels.engine.vocabulary import Vocabulary
-from srpo_kernels.rows import LOWEST, DivergenceStats, Dlogits, RowGradients, RowPasses, RowSpec, RowStats, Scratch
-from srpo_kernels.sums import ModelSums, SlicePasses, finish_divergence, finish_row, finish_support, merge
+from srpo_kernels.rows.contract import (
+    LOWEST,
+    DivergenceStats,
+    Dlogits,
+    RowGradients,
+    RowPasses,
+    RowSpec,
+    RowStats,
+    Scratch,
+)
+from srpo_kernels.rows.sums import ModelSums, SlicePasses, finish_divergence, finish_row, finish_support, merge
 
 
 class ShardedPasses:

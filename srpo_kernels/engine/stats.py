@@ -17,7 +17,8 @@ from srpo_kernels.engine import gemm, plan, workspace
 from srpo_kernels.engine.batch import Head, Needs
 from srpo_kernels.engine.sharded import ShardedPasses
 from srpo_kernels.engine.vocabulary import Vocabulary
-from srpo_kernels.rows import DivergenceStats, Dlogits, RowGradients, RowPasses, RowSpec, RowStats
+from srpo_kernels.rows.contract import DivergenceStats, Dlogits, RowGradients, RowPasses, RowSpec, RowStats
+from srpo_kernels.rows.dtypes import accumulation_dtype
 
 
 class StatsCall(NamedTuple):
@@ -76,7 +77,7 @@ def backward(
 
     Rows whose gradients are all 0 cost nothing.
     """
-    dtype = gemm.accumulation_dtype(hidden, head.weight)
+    dtype = accumulation_dtype(hidden, head.weight)
     moving = torch.stack([g != 0 for g in grads if g is not None]).any(0).nonzero().squeeze(1)
     rows, grads = call.rows[moving], grads.select(moving)
     grad_states = torch.zeros(len(rows), hidden.shape[1], dtype=dtype, device=hidden.device) if needs.hidden else None
@@ -109,7 +110,7 @@ def backward(
 
 def _chunks(hidden: Tensor, head: Head, call: StatsCall, rows: Tensor) -> Iterator[_Chunk]:
     """Both models' logits of ``rows``, a workspace at a time; at least one chunk."""
-    dtype, models = gemm.accumulation_dtype(hidden, head.weight), 1 if call.teacher_hidden is None else 2
+    dtype, models = accumulation_dtype(hidden, head.weight), 1 if call.teacher_hidden is None else 2
     memory = plan.RowMemory.of(head.weight, dtype, call.passes, call.vocabulary)
     parts = plan.row_chunks(len(rows), memory.capacity(models, call.workspace_bytes)) or [slice(0, 0)]
     longest = max(part.stop - part.start for part in parts)

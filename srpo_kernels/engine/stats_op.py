@@ -10,11 +10,10 @@ from torch import Tensor
 from srpo_kernels.engine import ops, stats
 from srpo_kernels.engine.arguments import StatsArguments, StatsOptions, parse
 from srpo_kernels.engine.batch import Head, Needs
-from srpo_kernels.engine.gemm import accumulation_dtype
 from srpo_kernels.engine.prepare import flat_rows, prepare_stats, tiles
 from srpo_kernels.engine.vocabulary import agree
-from srpo_kernels.rows import RowGradients
-from srpo_kernels.types import wide_dtype
+from srpo_kernels.rows.contract import RowGradients
+from srpo_kernels.rows.dtypes import accumulation_dtype, wide_dtype
 
 
 class Statistics(NamedTuple):

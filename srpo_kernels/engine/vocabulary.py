@@ -20,7 +20,7 @@ from torch.distributed import ProcessGroup
 from srpo_kernels.distributed import gather_numbers, gather_ranks, group_of, sum_ranks_
 from srpo_kernels.engine.arguments import LossArguments, LossOptions, StatsArguments, StatsOptions
 from srpo_kernels.engine.batch import Needs
-from srpo_kernels.sums import ModelSums, merge
+from srpo_kernels.rows.sums import ModelSums, merge
 
 # The arguments whose first dimension is the vocabulary: a rank's own. All others are the same on all ranks.
 _SHARDED = ("weight", "bias", "teacher_weight", "teacher_bias")

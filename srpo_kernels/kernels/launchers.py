@@ -13,9 +13,9 @@ from srpo_kernels.kernels.row_grad import row_grad_kernel
 from srpo_kernels.kernels.row_jsd import row_jsd_kernel
 from srpo_kernels.kernels.row_stats import row_stats_kernel
 from srpo_kernels.kernels.transform import Base2, Transform
-from srpo_kernels.rows import RowSpec
-from srpo_kernels.sums import ModelSums
-from srpo_kernels.types import wide_dtype
+from srpo_kernels.rows.contract import RowSpec
+from srpo_kernels.rows.dtypes import wide_dtype
+from srpo_kernels.rows.sums import ModelSums
 
 
 def launch_row_stats(z: Tensor, y: Tensor | None, transform: Transform, target_ids: Tensor) -> list[ModelSums]:

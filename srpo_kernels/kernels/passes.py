@@ -11,8 +11,8 @@ from torch import Tensor
 
 from srpo_kernels.kernels import slices
 from srpo_kernels.kernels.slices import log_prob_gradient_, scratch
-from srpo_kernels.rows import DivergenceStats, Dlogits, RowGradients, RowSpec, RowStats
-from srpo_kernels.sums import finish_divergence, finish_row, finish_support
+from srpo_kernels.rows.contract import DivergenceStats, Dlogits, RowGradients, RowSpec, RowStats
+from srpo_kernels.rows.sums import finish_divergence, finish_row, finish_support
 
 __all__ = [
     "divergence_gradient_",

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from srpo_kernels.kernels.launchers import finish_jsd, launch_row_grad, launch_row_jsd, launch_row_stats
 from srpo_kernels.kernels.transform import Transform
-from srpo_kernels.rows import (
+from srpo_kernels.rows.contract import (
     LOWEST,
     DivergenceStats,
     Dlogits,
@@ -17,7 +17,7 @@ from srpo_kernels.rows import (
     Scratch,
     support_coefficients,
 )
-from srpo_kernels.sums import ModelSums
+from srpo_kernels.rows.sums import ModelSums
 
 __all__ = [
     "finish_jsd",

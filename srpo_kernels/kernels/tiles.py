@@ -11,8 +11,8 @@ from torch import Tensor
 from srpo_kernels.kernels.launch import INTERPRETED, MERGE_WARPS, on_device, tile_launch, vendor_of
 from srpo_kernels.kernels.tile_stats import merge_tiles_kernel, tile_stats_kernel
 from srpo_kernels.kernels.transform import Transform
-from srpo_kernels.rows import DivergenceStats, RowSpec, RowStats
-from srpo_kernels.sums import Combine, ModelSums, finish_divergence, finish_row
+from srpo_kernels.rows.contract import DivergenceStats, RowSpec, RowStats
+from srpo_kernels.rows.sums import Combine, ModelSums, finish_divergence, finish_row
 
 # Bytes of the sums of all tiles that one launch may write.
 _MOST_SUMS = 64 << 20

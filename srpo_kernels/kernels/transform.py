@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from srpo_kernels.rows import LOWEST, RowSpec
+from srpo_kernels.rows.contract import LOWEST, RowSpec
 
 
 class Transform(NamedTuple):

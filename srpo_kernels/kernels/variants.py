@@ -10,13 +10,13 @@ import torch
 from triton import JITFunction
 from triton.backends.compiler import GPUTarget
 
-from srpo_kernels.config import DIVERGENCES
 from srpo_kernels.kernels.launch import MERGE_WARPS, RowLaunch, Vendor, row_launch, tile_launch
 from srpo_kernels.kernels.primitives import VECTOR
 from srpo_kernels.kernels.row_grad import row_grad_kernel
 from srpo_kernels.kernels.row_jsd import row_jsd_kernel
 from srpo_kernels.kernels.row_stats import row_stats_kernel
 from srpo_kernels.kernels.tile_stats import merge_tiles_kernel, tile_stats_kernel
+from srpo_kernels.rows.contract import DIVERGENCES
 
 # One id per row, or the default top-k.
 _ID_BLOCKS = (1, 128)

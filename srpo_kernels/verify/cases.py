@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from srpo_kernels import Normalizers, SRPOConfig
-from srpo_kernels.config import DIVERGENCES, KL_TYPES, LOSS_TYPES
+from srpo_kernels.losses.config import KL_TYPES, LOSS_TYPES
+from srpo_kernels.rows.contract import DIVERGENCES
 from srpo_kernels.verify import naive
 
 Op = Literal["srpo_loss", "token_stats", "teacher_stats"]

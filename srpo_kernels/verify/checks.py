@@ -14,7 +14,7 @@ from torch import Tensor
 
 import srpo_kernels
 from srpo_kernels import SRPOConfig, SRPOOutput
-from srpo_kernels.backends import BackendName
+from srpo_kernels.engine.backends import BackendName
 from srpo_kernels.verify import naive
 from srpo_kernels.verify.cases import DIVERGENCE, TRANSFORM, Case, Inputs, Op, Size, cast, make_inputs
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from srpo_kernels.backends import BackendName, resolve_backend, row_passes
+from srpo_kernels.engine.backends import BackendName, resolve_backend, row_passes
 from srpo_kernels.verify.checks import dtype_name
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

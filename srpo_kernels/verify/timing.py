@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 import srpo_kernels
 from srpo_kernels import SRPOConfig
-from srpo_kernels.backends import BackendName
+from srpo_kernels.engine.backends import BackendName
 from srpo_kernels.verify import naive
 
 PLAIN = "plain torch"

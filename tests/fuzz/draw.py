@@ -13,7 +13,8 @@ from torch import Tensor
 
 import reference
 from srpo_kernels import SRPOConfig
-from srpo_kernels.config import DISTILLATION_MODES, DIVERGENCES, KL_TYPES, LOSS_TYPES, REDUCTIONS
+from srpo_kernels.losses.config import DISTILLATION_MODES, KL_TYPES, LOSS_TYPES, REDUCTIONS
+from srpo_kernels.rows.contract import DIVERGENCES
 from tests.fuzz.models import Inputs, ModelShape, draw_model, to_dtypes
 from tests.strategies import MODEL_TENSORS, transform_of, workspace_floor
 

@@ -15,8 +15,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from srpo_kernels import slices_torch
-from srpo_kernels.blocks_torch import (
+from srpo_kernels.checks import refuse_name
+from srpo_kernels.rows import torch_slices as slices_torch
+from srpo_kernels.rows.contract import DivergenceStats, Dlogits, Holds, RowSpec, RowStats, support_coefficients
+from srpo_kernels.rows.sums import finish_row, finish_support
+from srpo_kernels.rows.torch_blocks import (
     NATS,
     bits_at,
     blocks,
@@ -31,9 +34,6 @@ from srpo_kernels.blocks_torch import (
     softmax,
     to_bits_,
 )
-from srpo_kernels.checks import refuse_name
-from srpo_kernels.rows import DivergenceStats, Dlogits, Holds, RowSpec, RowStats, support_coefficients
-from srpo_kernels.sums import finish_row, finish_support
 
 __all__ = [
     "divergence_gradient_",

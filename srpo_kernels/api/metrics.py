@@ -7,8 +7,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from srpo_kernels.api.types import SRPOOutput
 from srpo_kernels.checks import FLOATING, INTEGER, require_shape, require_tensor
-from srpo_kernels.types import METRICS, SRPOOutput
+from srpo_kernels.losses.objective import METRICS
 
 
 def summarize_metrics(metrics: Mapping[str, Tensor]) -> dict[str, float]:

@@ -9,7 +9,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from srpo_kernels.blocks_torch import (
+from srpo_kernels.rows.contract import (
+    LOWEST,
+    DivergenceStats,
+    Dlogits,
+    RowGradients,
+    RowSpec,
+    RowStats,
+    support_coefficients,
+)
+from srpo_kernels.rows.sums import ModelSums
+from srpo_kernels.rows.torch_blocks import (
     NATS,
     argmax,
     bits_per_unit,
@@ -23,16 +33,6 @@ from srpo_kernels.blocks_torch import (
     slope_of_bits,
     to_units_,
 )
-from srpo_kernels.rows import (
-    LOWEST,
-    DivergenceStats,
-    Dlogits,
-    RowGradients,
-    RowSpec,
-    RowStats,
-    support_coefficients,
-)
-from srpo_kernels.sums import ModelSums
 
 __all__ = [
     "finish_jsd",

@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from srpo_kernels.checks import BOOL, FLOATING, INTEGER, require_shape, require_tensor
-from srpo_kernels.config import SRPOConfig, require_mixture
 from srpo_kernels.distributed import require_group
-from srpo_kernels.types import require_normalizers
+from srpo_kernels.losses.config import SRPOConfig, require_mixture
+from srpo_kernels.rollout.normalizers import require_normalizers
 
 _BACKENDS = ("auto", "torch", "triton")
 _ENGINES = ("auto", "rows", "tile")

@@ -10,12 +10,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, get_args
 
 import torch
 from torch import Tensor
 
-from srpo_kernels.config import Divergence
+Divergence = Literal["forward_kl", "reverse_kl", "jsd"]
+DIVERGENCES: tuple[Divergence, ...] = get_args(Divergence)
 
 # Stands for minus infinity: 0 * LOWEST is 0. A logit below it counts as this much, in every pass and for both models:
 # a token that both exclude adds nothing to a divergence. The logit of a token that is in another part of its row, too.

@@ -5,13 +5,15 @@ from __future__ import annotations
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from srpo_kernels import backends, validation
-from srpo_kernels.config import UNSET, SRPOConfig, Unset, resolve_options
-from srpo_kernels.engine import loss_op, stats_op
+from srpo_kernels.api import validation
+from srpo_kernels.api.types import SRPOOutput, TeacherStats, TokenStats
+from srpo_kernels.engine import backends, loss_op, stats_op
 from srpo_kernels.engine.arguments import LossArguments, LossOptions, StatsArguments, StatsOptions
-from srpo_kernels.engine.gemm import accumulation_dtype
 from srpo_kernels.engine.vocabulary import name_of, refused_together
-from srpo_kernels.types import METRICS, Normalizers, SRPOOutput, TeacherStats, TokenStats
+from srpo_kernels.losses.config import UNSET, SRPOConfig, Unset, resolve_options
+from srpo_kernels.losses.objective import METRICS
+from srpo_kernels.rollout.normalizers import Normalizers
+from srpo_kernels.rows.dtypes import accumulation_dtype
 
 _DEFAULT_CONFIG = SRPOConfig()
 

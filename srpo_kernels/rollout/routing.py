@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 from srpo_kernels.checks import BOOL, FLOATING, INTEGER, require_number, require_shape, require_tensor
-from srpo_kernels.types import Routing, wide_dtype
+from srpo_kernels.rows.dtypes import wide_dtype
+
+
+class Routing(NamedTuple):
+    """Where each of ``B`` rollouts goes and who can teach it.
+
+    ``sdpo_mask`` ``[B]`` bool: true for distillation, false for the policy branch. ``teacher_index`` ``[B]``
+    int64: another correct rollout of the same group, or -1. ``correct`` ``[B]`` bool.
+    """
+
+    sdpo_mask: Tensor
+    teacher_index: Tensor
+    correct: Tensor
+
 
 AdvantageScale = Literal["none", "group", "batch"]
 

@@ -7,11 +7,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from srpo_kernels import objective
+from srpo_kernels.api.validation import check_config
 from srpo_kernels.checks import BOOL, FLOATING, INTEGER, require_shape, require_tensor
-from srpo_kernels.config import SRPOConfig
-from srpo_kernels.objective import PolicyTerms, RowInputs
-from srpo_kernels.validation import check_config
+from srpo_kernels.losses import objective
+from srpo_kernels.losses.config import SRPOConfig
+from srpo_kernels.losses.objective import PolicyTerms, RowInputs
 
 _DEFAULT_CONFIG = SRPOConfig()
 

@@ -10,16 +10,15 @@ from enum import Enum
 from typing import Any, Literal, get_args
 
 from srpo_kernels.checks import require_count, require_number
+from srpo_kernels.rows.contract import DIVERGENCES, Divergence
 
 LossType = Literal["grpo", "cispo", "gspo", "sapo", "reinforce"]
 KLType = Literal["k1", "k2", "k3"]
-Divergence = Literal["forward_kl", "reverse_kl", "jsd"]
 DistillationMode = Literal["full", "topk", "sampled"]
 Reduction = Literal["token", "sequence", "constant"]
 
 LOSS_TYPES: tuple[LossType, ...] = get_args(LossType)
 KL_TYPES: tuple[KLType, ...] = get_args(KLType)
-DIVERGENCES: tuple[Divergence, ...] = get_args(Divergence)
 DISTILLATION_MODES: tuple[DistillationMode, ...] = get_args(DistillationMode)
 REDUCTIONS: tuple[Reduction, ...] = get_args(Reduction)
 

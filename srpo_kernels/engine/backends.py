@@ -9,9 +9,10 @@ from typing import Literal
 
 import torch
 
-from srpo_kernels import rows_torch, slices_torch
-from srpo_kernels.rows import RowPasses
-from srpo_kernels.sums import SlicePasses
+from srpo_kernels.rows import torch_rows as rows_torch
+from srpo_kernels.rows import torch_slices as slices_torch
+from srpo_kernels.rows.contract import RowPasses
+from srpo_kernels.rows.sums import SlicePasses
 
 BackendName = Literal["torch", "triton"]
 

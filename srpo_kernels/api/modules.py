@@ -6,10 +6,10 @@ from typing import Any
 
 from torch import nn
 
-from srpo_kernels.config import SRPOConfig
-from srpo_kernels.functional import srpo_loss
-from srpo_kernels.types import SRPOOutput
-from srpo_kernels.validation import check_backend, check_config, check_workspace
+from srpo_kernels.api.functional import srpo_loss
+from srpo_kernels.api.types import SRPOOutput
+from srpo_kernels.api.validation import check_backend, check_config, check_workspace
+from srpo_kernels.losses.config import SRPOConfig
 
 
 class SRPOLoss(nn.Module):

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from srpo_kernels.checks import refuse_name
-from srpo_kernels.rows import LOWEST, RowSpec, Scratch
-from srpo_kernels.types import wide_dtype
+from srpo_kernels.rows.contract import LOWEST, RowSpec, Scratch
+from srpo_kernels.rows.dtypes import wide_dtype
 
 NATS = math.log(2.0)
 # What one thread works on at a time, over all buffers of a pass: 8 MiB of fp32, a current core's share of the L3 cache.

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from srpo_kernels.checks import refuse_name
-from srpo_kernels.rows import DivergenceStats, Dlogits, RowGradients, RowSpec, RowStats, Scratch
-from srpo_kernels.types import wide_dtype
+from srpo_kernels.rows.contract import DivergenceStats, Dlogits, RowGradients, RowSpec, RowStats, Scratch
+from srpo_kernels.rows.dtypes import wide_dtype
 
 
 class ModelSums(NamedTuple):

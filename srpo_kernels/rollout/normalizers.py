@@ -1,86 +1,18 @@
-"""The values that the library's functions return and exchange."""
+"""What the micro-batches and ranks of one optimizer step must agree on."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from srpo_kernels.checks import BOOL, FLOATING, INTEGER, require_shape, require_tensor
-from srpo_kernels.config import UNSET, SRPOConfig, Unset, resolve_options
+from srpo_kernels.checks import BOOL, FLOATING, INTEGER, require_counts, require_shape, require_tensor
 from srpo_kernels.distributed import gather_ranks, require_group
-
-METRICS = (
-    "policy_loss_sum",
-    "policy_tokens",
-    "sdpo_loss_sum",
-    "sdpo_tokens",
-    "active_rows",
-    "scored_policy_tokens",
-    "clip_low_count",
-    "clip_high_count",
-    "dual_clip_count",
-    "ref_kl_sum",
-    "approx_kl_sum",
-    "entropy_sum",
-    "entropy_tokens",
-    "teacher_entropy_sum",
-    "dw_weight_sum",
-    "dw_weight_sq_sum",
-    "divergence_sum",
-    "nonfinite_rows",
-)
-
-
-class Routing(NamedTuple):
-    """Where each of ``B`` rollouts goes and who can teach it.
-
-    ``sdpo_mask`` ``[B]`` bool: true for distillation, false for the policy branch. ``teacher_index`` ``[B]``
-    int64: another correct rollout of the same group, or -1. ``correct`` ``[B]`` bool.
-    """
-
-    sdpo_mask: Tensor
-    teacher_index: Tensor
-    correct: Tensor
-
-
-class SRPOOutput(NamedTuple):
-    """What ``srpo_loss`` returns.
-
-    ``loss``: scalar, carries gradient. ``metrics``: detached scalar sums and counts, which add up over
-    micro-batches and ranks; ``summarize_metrics`` makes means of them. ``nonfinite_rows`` counts the rows
-    whose loss is not finite, or whose gradient: by the hidden states, in fp32, before a fp16 model's dtype or an
-    upstream factor can overflow. ``log_probs``: ``target_ids``' shape, in nats, detached, 0 for rows that were not
-    computed.
-    """
-
-    loss: Tensor
-    metrics: dict[str, Tensor]
-    log_probs: Tensor
-
-
-class TokenStats(NamedTuple):
-    """What ``token_stats`` returns: ``target_ids``' shape each, in nats.
-
-    The targets' ``log_probs``, the student's ``entropy`` and its ``divergence`` from the teacher carry
-    gradient, ``teacher_entropy`` does not. The last two are None without a teacher.
-    """
-
-    log_probs: Tensor
-    entropy: Tensor
-    divergence: Tensor | None
-    teacher_entropy: Tensor | None
-
-
-class TeacherStats(NamedTuple):
-    """What ``teacher_stats`` returns: ``entropy`` and ``logsumexp`` of each row, in nats, detached."""
-
-    entropy: Tensor
-    logsumexp: Tensor
+from srpo_kernels.losses.config import UNSET, SRPOConfig, Unset, resolve_options
+from srpo_kernels.rows.dtypes import wide_dtype
 
 
 class Normalizers(NamedTuple):
@@ -196,19 +128,6 @@ def require_normalizers(name: str, value: object) -> Normalizers:
             require_tensor(f"{name}.{field}", number, exact if field == "dw_log_mean" else (*INTEGER, *exact))
             require_shape(f"{name}.{field}", number, [()], "a scalar")
     return value
-
-
-def require_counts(name: str, values: Mapping[str, float]) -> None:
-    """Raise ValueError unless these fields of a ``Normalizers`` are finite, and counts not negative."""
-    for field, value in values.items():
-        if not (math.isfinite(value) and (value >= 0.0 or field == "dw_log_mean")):
-            expected = "finite" if field == "dw_log_mean" else "finite and >= 0"
-            raise ValueError(f"{name}.{field} must be {expected}, got {value}")
-
-
-def wide_dtype(device: torch.device) -> torch.dtype:
-    """The widest floating dtype of ``device``."""
-    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def _merge_rows(rows: Tensor) -> Normalizers:

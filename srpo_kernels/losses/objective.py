@@ -14,14 +14,36 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from srpo_kernels.checks import refuse_name
-from srpo_kernels.config import KLType, SRPOConfig
 from srpo_kernels.distributed import sum_ranks
+from srpo_kernels.losses.config import KLType, SRPOConfig
 
 _IS_LOG_RATIO_CLAMP = 20.0
 # The exponential of a larger log-ratio, times an advantage and a weight, could leave fp32: its gradient would be NaN.
 _LARGEST_LOG_RATIO = 80.0
 _SAPO_TAU_POSITIVE = 1.0
 _SAPO_TAU_NEGATIVE = 1.05
+
+
+METRICS = (
+    "policy_loss_sum",
+    "policy_tokens",
+    "sdpo_loss_sum",
+    "sdpo_tokens",
+    "active_rows",
+    "scored_policy_tokens",
+    "clip_low_count",
+    "clip_high_count",
+    "dual_clip_count",
+    "ref_kl_sum",
+    "approx_kl_sum",
+    "entropy_sum",
+    "entropy_tokens",
+    "teacher_entropy_sum",
+    "dw_weight_sum",
+    "dw_weight_sq_sum",
+    "divergence_sum",
+    "nonfinite_rows",
+)
 
 
 class RowInputs(NamedTuple):

@@ -1,0 +1,1 @@
+"""The losses on ``[n]`` vectors of rows, and their options."""

@@ -1,0 +1,1 @@
+"""What happens around the loss in a training step."""

@@ -1,0 +1,1 @@
+"""Rows of logits: what a backend computes of them, and what it means."""
