@@ -42,7 +42,7 @@ def distillation_numbers(mode: str, divergence: str, topk: int) -> list[int]:
     if mode == "topk":
         return [_SUMS + 2 * topk, _SUMS + topk]
     if mode == "sampled":
-        return [2 * _SUMS]
+        return [_PAIR]
     return [_PAIR, 2] if divergence == "jsd" else [_PAIR]
 
 

@@ -39,7 +39,7 @@ def resolve_sequence_ids(sequence_ids: Tensor | None, target_ids: Tensor, config
         return sequence_ids
     if target_ids.ndim == 2:
         return per_row(torch.arange(len(target_ids), device=target_ids.device), target_ids)
-    if config.loss_type == "gspo" or config.reduction != "token":
+    if config.loss_type in policy.SEQUENCE_LOSSES or config.reduction != "token":
         raise ValueError(f"sequence_ids: packed rows need them for {config.loss_type=}, {config.reduction=}")
     return torch.zeros_like(target_ids)
 
@@ -60,7 +60,7 @@ def active_policy_rows(policy_rows: Tensor, advantages: Tensor, sequence_ids: Te
     if config.kl_coef != 0 or config.entropy_coef != 0:
         return policy_rows
     moving = policy_rows & (advantages != 0)
-    if config.loss_type == "gspo":
+    if config.loss_type in policy.SEQUENCE_LOSSES:
         return policy_rows & (policy.sequence_sum(moving.long(), sequence_ids) > 0)
     return moving
 
@@ -97,7 +97,7 @@ def policy_branch(
     """``l_t = is_t · policy loss + kl_coef · KL(ref) - entropy_coef · H(p)`` on the active policy rows."""
     log_probs = token_log_probs(logits, target_ids)
     ratio = policy.importance_ratio(log_probs, old_log_probs, sequence_ids, config)
-    losses = policy.policy_loss(ratio, log_probs, advantages, config)
+    losses = policy.policy_loss(ratio, log_probs, advantages, sequence_ids, config)
     metrics = policy.clip_counts(ratio, advantages, config)
     if is_weights is not None:
         losses = losses * is_weights

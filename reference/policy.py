@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-CLIPPED_RATIO_LOSSES = ("grpo", "gspo")
+CLIPPED_RATIO_LOSSES = ("grpo", "gspo", "luspo")
+# Those whose rho is of the sequence.
+SEQUENCE_LOSSES = ("gspo", "luspo")
 # No log-ratio beyond it enters an exponential, whatever the clamp: fp32 would overflow.
 LARGEST_LOG_RATIO = 80.0
 
@@ -50,14 +52,14 @@ def cispo_loss(ratio: Tensor, log_probs: Tensor, advantages: Tensor, epsilon_low
     return -ratio.detach().clamp(1 - epsilon_low, 1 + epsilon_high) * advantages * log_probs
 
 
-def sapo_temperature(advantages: Tensor) -> Tensor:
+def sapo_temperature(advantages: Tensor, tau_positive: float = 1.0, tau_negative: float = 1.05) -> Tensor:
     """tau: 1.0 for A > 0, else 1.05."""
-    return torch.where(advantages > 0, torch.ones_like(advantages), 1.05)
+    return torch.where(advantages > 0, torch.full_like(advantages, tau_positive), tau_negative)
 
 
-def sapo_loss(ratio: Tensor, advantages: Tensor) -> Tensor:
+def sapo_loss(ratio: Tensor, advantages: Tensor, tau_positive: float = 1.0, tau_negative: float = 1.05) -> Tensor:
     """``-A sigmoid(tau (rho - 1)) 4 / tau``."""
-    tau = sapo_temperature(advantages)
+    tau = sapo_temperature(advantages, tau_positive, tau_negative)
     return -advantages * torch.sigmoid(tau * (ratio - 1)) * 4 / tau
 
 
@@ -91,26 +93,28 @@ def approx_kl(log_probs: Tensor, old_log_probs: Tensor, clamp: float | None) -> 
 def importance_ratio(log_probs: Tensor, old_log_probs: Tensor | None, sequence_ids: Tensor, config: Any) -> Tensor:
     """``rho = exp(log rho)``; for ``gspo`` of the sequence's mean log-ratio, gradient through the mean."""
     value = log_ratio(log_probs, old_log_probs, config.log_ratio_clamp)
-    if config.loss_type == "gspo":
+    if config.loss_type in SEQUENCE_LOSSES:
         value = sequence_mean(value, sequence_ids)
     return value.exp()
 
 
-def policy_loss(ratio: Tensor, log_probs: Tensor, advantages: Tensor, config: Any) -> Tensor:
+def policy_loss(ratio: Tensor, log_probs: Tensor, advantages: Tensor, sequence_ids: Tensor, config: Any) -> Tensor:
     """The token loss of ``config.loss_type``, before is-weights, KL and entropy terms."""
     if config.loss_type == "cispo":
         return cispo_loss(ratio, log_probs, advantages, config.epsilon_low, config.epsilon_high)
     if config.loss_type == "sapo":
-        return sapo_loss(ratio, advantages)
+        return sapo_loss(ratio, advantages, **dict(getattr(config, "loss_options", ())))
     if config.loss_type == "reinforce":
         return reinforce_loss(log_probs, advantages)
     if config.loss_type not in CLIPPED_RATIO_LOSSES:
         raise ValueError(f"loss_type: unknown, {config.loss_type!r}")
     loss = clipped_loss(ratio, advantages, config.epsilon_low, config.epsilon_high, config.delta)
-    if config.dual_clip is None:
-        return loss
-    bound = -config.dual_clip * advantages
-    return torch.where(dual_clip_binds(loss, advantages, config.dual_clip), bound, loss)
+    if config.dual_clip is not None:
+        bound = -config.dual_clip * advantages
+        loss = torch.where(dual_clip_binds(loss, advantages, config.dual_clip), bound, loss)
+    if config.loss_type == "luspo":
+        loss = loss * sequence_sum(torch.ones_like(loss), sequence_ids)
+    return loss
 
 
 def clip_counts(ratio: Tensor, advantages: Tensor, config: Any) -> dict[str, Tensor]:

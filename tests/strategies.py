@@ -16,9 +16,10 @@ from torch import Tensor
 
 import reference
 from srpo_kernels import Normalizers, SRPOConfig
-from srpo_kernels.engine.backends import row_passes
+from srpo_kernels.engine.backends import rows_of
 from srpo_kernels.engine.plan import RowMemory
 from srpo_kernels.losses.config import DISTILLATION_MODES, KL_TYPES, LOSS_TYPES, REDUCTIONS
+from srpo_kernels.losses.registry import POLICY_LOSSES
 from srpo_kernels.rows.contract import DIVERGENCES
 
 LEAVES = ("hidden", "weight", "bias")
@@ -163,7 +164,7 @@ def configs(draw: st.DrawFn) -> SRPOConfig:
         return draw(st.sampled_from(values))
 
     loss_type, reduction = one_of(*LOSS_TYPES), one_of(*REDUCTIONS)
-    clipped = loss_type in ("grpo", "gspo")
+    clipped = "delta" in POLICY_LOSSES[loss_type].fields
     return SRPOConfig(
         loss_type=loss_type,
         epsilon_low=one_of(0.2, 0.0, 0.6),
@@ -262,7 +263,7 @@ def policy_rows(inputs: Inputs) -> Tensor:
 def workspace_floor(vocab_size: int, itemsize: int, models: int, backend: str = "torch") -> int:
     """Bytes of the smallest workspace that a backend accepts on a CPU."""
     cpu = torch.device("cpu")
-    return RowMemory(vocab_size, itemsize, row_passes(backend).scratch(vocab_size, cpu), cpu).floor(models)
+    return RowMemory(vocab_size, itemsize, rows_of(backend).scratch(vocab_size, cpu), cpu).floor(models)
 
 
 def workspaces(vocab_size: int, models: int = 2) -> st.SearchStrategy[int | None]:

@@ -11,8 +11,10 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from srpo_kernels import SRPOConfig, SRPOLoss, release_workspace, srpo_loss, teacher_stats, token_stats
-from srpo_kernels.engine.backends import row_passes
-from srpo_kernels.rows.contract import RowSpec
+from srpo_kernels.engine.backends import rows_of
+from srpo_kernels.rows.contract import RowGradients, RowSpec
+from srpo_kernels.rows.passes import Request, RowPasses
+from srpo_kernels.rows.vocabulary import Vocabulary
 from tests.comparison import assert_same, gradients, run_loss, run_stats, with_leaves
 from tests.strategies import Inputs, each_backend, for_backend, head_inputs, loss_inputs
 
@@ -166,29 +168,34 @@ def test_a_default_dtype_is_not_the_data_s() -> None:
 
 def test_a_buffer_that_is_read_as_something_else_raises() -> None:
     """What the torch passes leave in place of the logits is named, and a gradient asks for what it needs."""
-    passes, ids = row_passes("torch"), torch.zeros(2, dtype=torch.int64)
-    ones, logits = torch.ones(2, 1), torch.randn(2, 9)
+    passes, ids = RowPasses(rows_of("torch"), Vocabulary.whole(9)), torch.zeros(2, dtype=torch.int64)
+    ones, logits = torch.ones(2), torch.randn(2, 9)
 
-    def gradient(z: Tensor, stats: Any, **entropy: Tensor) -> Tensor:
-        dlogits = passes.log_prob_gradient_(
-            z, stats, RowSpec(), ids=ids[:, None], log_probs=stats.log_probs[:, None], grad_log_probs=ones,
-            dtype=torch.float32, **entropy,
-        )  # fmt: skip
+    def gradient(z: Tensor, stats: Any, spec: RowSpec, **gradients: Tensor) -> Tensor:
+        request = Request(z, z.clone(), spec, ids)
+        dlogits = passes.dlogits_(request, stats, RowGradients(**gradients), dtype=torch.float32)
         return dlogits.values if dlogits.factor is None else dlogits.values * dlogits.factor
+
+    def statistics(z: Tensor, *gradients: str, entropy: bool = False) -> Any:
+        return passes.statistics(Request(z, None, RowSpec(), ids, entropy, frozenset(gradients)))[0]
 
     exact = torch.nn.functional.one_hot(ids, 9) - logits.softmax(1)
     for entropy in (False, True):
         z = logits.clone()
-        stats = passes.row_stats(z, RowSpec(), target_ids=ids, entropy=entropy)
-        torch.testing.assert_close(gradient(z, stats), exact)
+        stats = statistics(z, "log_probs", entropy=entropy)
+        torch.testing.assert_close(gradient(z, stats, RowSpec(), log_probs=ones), exact)
     z = logits.clone()
-    stats = passes.row_stats(z, RowSpec(), target_ids=ids)
-    with pytest.raises(RuntimeError, match="log2 of probabilities in the buffer, which holds probabilities"):
-        gradient(z, stats, grad_entropy=torch.ones(2))
+    stats = statistics(z, "log_probs")
+    with pytest.raises(RuntimeError, match=r"the buffer holds probabilities, of which no gradient of .*entropy"):
+        gradient(z, stats, RowSpec(), log_probs=ones, entropy=ones)
     spec = RowSpec(divergence="jsd")
-    stats = passes.divergence_stats(logits.clone(), logits.clone(), spec, target_ids=ids, gradient=False)
-    with pytest.raises(RuntimeError, match="the buffer, which holds nothing"):
-        passes.divergence_gradient_(logits, logits, stats, spec, grad_divergence=torch.ones(2), dtype=torch.float32)
+    both = logits.clone(), logits.clone()
+    (stats,) = passes.statistics(Request(*both, spec, ids, gradient=frozenset()))
+    with pytest.raises(RuntimeError, match="the buffer holds nothing of use, of which no gradient of divergence"):
+        gradient(both[0], stats, spec, divergence=ones)
+    (stats,) = passes.statistics(Request(*both, spec, ids, gradient=frozenset({"divergence"})))
+    with pytest.raises(RuntimeError, match="no gradient of log-probs and divergence can be made"):
+        gradient(both[0], stats, spec, log_probs=ones, divergence=ones)
 
 
 def test_an_optimizer_step_between_forward_and_backward_does_not_matter_to_the_loss() -> None:

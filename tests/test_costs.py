@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from srpo_kernels import SRPOConfig, srpo_loss, token_stats
-from srpo_kernels.engine import prepare, workspace
+from srpo_kernels.engine import srpo, workspace
 from srpo_kernels.engine.plan import Plan, make_plan
 from srpo_kernels.engine.workspace import row_stride
 from srpo_kernels.losses.config import DISTILLATION_MODES
@@ -26,7 +26,7 @@ def plans(monkeypatch: pytest.MonkeyPatch) -> list[Plan]:
         made.append(make_plan(*args, **kwargs))
         return made[-1]
 
-    monkeypatch.setattr(prepare, "make_plan", record)
+    monkeypatch.setattr(srpo, "make_plan", record)
     return made
 
 

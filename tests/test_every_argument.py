@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import srpo_kernels as sk
-from srpo_kernels.losses.objective import METRICS
+from srpo_kernels.losses.srpo import METRICS
 from tests.strategies import cast, head_inputs, loss_inputs
 
 LOSS = cast(loss_inputs(0, (4, 6), teacher_size=5), torch.float32)

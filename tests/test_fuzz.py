@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -10,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from srpo_kernels.engine import prepare
-from srpo_kernels.losses import objective
+from srpo_kernels.engine import srpo
+from srpo_kernels.losses import srpo as losses_srpo
+from srpo_kernels.losses.registry import POLICY_LOSSES
 from tests.fuzz.draw import draw_case
 from tests.fuzz.judge import judge
 from tests.fuzz.run import main
@@ -28,28 +28,28 @@ def test_random_calls(backend: str, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def wrong_coefficient(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(objective, "_SAPO_TAU_NEGATIVE", 1.06)
+    patch.setitem(POLICY_LOSSES["sapo"].options, "tau_negative", 1.06)
 
 
 def forgotten_row(patch: pytest.MonkeyPatch) -> None:
-    original = prepare.order_rows
+    original = srpo.order_rows
 
     def order_rows(valid: Tensor, *rest: Any, **options: Any) -> Any:
         order = original(valid, *rest, **options)
-        return dataclasses.replace(order, distillation=order.distillation[1:])
+        return order._replace(taught=order.taught[1:])
 
-    patch.setattr(prepare, "order_rows", order_rows)
+    patch.setattr(srpo, "order_rows", order_rows)
 
 
 def gradient_of_a_mean(patch: pytest.MonkeyPatch) -> None:
-    original = objective.sampled_divergence
+    original = losses_srpo.sampled_divergence
 
     def sampled_divergence(log_probs: Tensor, teacher_log_probs: Tensor) -> Tensor:
         # The value is right.
         value = original(log_probs, teacher_log_probs)
         return value.detach() + (value - value.detach()) * (1 + 1e-4)
 
-    patch.setattr(objective, "sampled_divergence", sampled_divergence)
+    patch.setattr(losses_srpo, "sampled_divergence", sampled_divergence)
 
 
 @pytest.mark.parametrize("plant", [wrong_coefficient, forgotten_row, gradient_of_a_mean])

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from benchmarks.interpreted import interpreting
-from srpo_kernels.kernels import launch, passes, slices
+from srpo_kernels.kernels import launch
+from srpo_kernels.kernels import rows as kernel_rows
 from srpo_kernels.kernels.tiles import Projection, tile_stats
-from srpo_kernels.rows.contract import DIVERGENCES, DivergenceStats, RowGradients, RowSpec
+from srpo_kernels.rows.contract import DIVERGENCES, LogitTransform, RowGradients, RowSpec, Statistics
+from srpo_kernels.rows.passes import Request, RowPasses, coefficients
+from srpo_kernels.rows.vocabulary import Vocabulary
 from tests.sanitizer import sanitize, sparse_rows
 
 pytestmark = pytest.mark.skipif(not interpreting(), reason="kernels are compiled here: needs TRITON_INTERPRET=1")
@@ -45,6 +48,14 @@ def far_apart(vocab_size: int) -> Tensor:
 LAYOUTS = pytest.mark.parametrize("rows", [padded, far_apart])
 
 
+def passes(vocab_size: int) -> RowPasses:
+    return RowPasses(kernel_rows, Vocabulary.whole(vocab_size))
+
+
+def capped(softcap: float | None, **options: Any) -> RowSpec:
+    return RowSpec(LogitTransform(softcap=softcap), **options)
+
+
 def target_ids(vocab_size: int) -> Tensor:
     return torch.tensor([0, vocab_size - 1, vocab_size // 2])
 
@@ -53,24 +64,20 @@ def target_ids(vocab_size: int) -> Tensor:
 @VOCABULARIES
 @LAYOUTS
 def test_row_stats(rows: Rows, vocab_size: int, softcap: float | None) -> None:
-    z, y, spec = rows(vocab_size), rows(vocab_size), RowSpec(softcap=softcap)
+    z, y, ids = rows(vocab_size), rows(vocab_size), target_ids(vocab_size)
     with sanitize(outputs={"row_stats_kernel": ["sums_ptr"]}):
-        passes.row_stats(z, spec, target_ids=target_ids(vocab_size))
-        passes.row_stats(z, replace(spec, topk=3, add_tail=True), target_ids=target_ids(vocab_size))
-        passes.divergence_stats(
-            z, y, replace(spec, divergence="reverse_kl"), target_ids=target_ids(vocab_size), gradient=False
-        )
+        passes(vocab_size).statistics(Request(z, None, capped(softcap), ids))
+        passes(vocab_size).statistics(Request(z, None, capped(softcap, topk=3, add_tail=True), ids))
+        passes(vocab_size).statistics(Request(z, y, capped(softcap, divergence="reverse_kl"), ids))
 
 
 @SOFTCAPS
 @VOCABULARIES
 @LAYOUTS
 def test_row_jsd(rows: Rows, vocab_size: int, softcap: float | None) -> None:
-    spec = RowSpec(divergence="jsd", softcap=softcap)
+    z, y, spec = rows(vocab_size), rows(vocab_size), capped(softcap, divergence="jsd")
     with sanitize(outputs={"row_jsd_kernel": ["kl2_ptr"]}):
-        passes.divergence_stats(
-            rows(vocab_size), rows(vocab_size), spec, target_ids=target_ids(vocab_size), gradient=False
-        )
+        passes(vocab_size).statistics(Request(z, y, spec, target_ids(vocab_size)))
 
 
 @pytest.mark.parametrize("topk", [0, 5])
@@ -81,23 +88,13 @@ def test_row_jsd(rows: Rows, vocab_size: int, softcap: float | None) -> None:
 def test_row_grad_of_log_probs(
     rows: Rows, vocab_size: int, softcap: float | None, dtype: torch.dtype, topk: int
 ) -> None:
-    z, spec = rows(vocab_size), RowSpec(softcap=softcap, topk=topk, add_tail=topk > 0)
-    stats = passes.row_stats(z, spec, target_ids=target_ids(vocab_size), entropy=True)
-    ids, log_probs = target_ids(vocab_size)[:, None], stats.log_probs[:, None]
-    if stats.support_ids is not None and stats.support_log_probs is not None:
-        ids, log_probs = stats.support_ids, stats.support_log_probs
+    z, spec, ids = rows(vocab_size), capped(softcap, topk=topk, add_tail=topk > 0), target_ids(vocab_size)
+    (stats,) = passes(vocab_size).statistics(Request(z, None, spec, ids, entropy=True))
+    gradients = RowGradients(log_probs=torch.randn(ROWS), entropy=torch.randn(ROWS))
+    if topk:
+        gradients = RowGradients(support_log_probs=torch.randn(ROWS, topk), log_tail=torch.randn(ROWS))
     with sanitize(outputs={"row_grad_kernel": ["out_ptr"]}):
-        passes.log_prob_gradient_(
-            z,
-            stats,
-            spec,
-            ids=ids,
-            log_probs=log_probs,
-            grad_log_probs=torch.randn(ids.shape),
-            grad_tail=torch.randn(ROWS) if topk else None,
-            grad_entropy=None if topk else torch.randn(ROWS),
-            dtype=dtype,
-        )
+        passes(vocab_size).dlogits_(Request(z, None, spec, ids), stats, gradients, dtype=dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -108,15 +105,16 @@ def test_row_grad_of_log_probs(
 def test_row_grad_of_a_divergence(
     rows: Rows, vocab_size: int, softcap: float | None, divergence: str, dtype: torch.dtype
 ) -> None:
-    z, y, spec = rows(vocab_size), rows(vocab_size), RowSpec(divergence=divergence, softcap=softcap)
-    stats = passes.divergence_stats(z, y, spec, target_ids=target_ids(vocab_size), gradient=True, entropy=True)
-    assert isinstance(stats, DivergenceStats)
-    grads = RowGradients(torch.randn(ROWS), torch.randn(ROWS), torch.randn(ROWS))
+    z, y, spec = rows(vocab_size), rows(vocab_size), capped(softcap, divergence=divergence)
+    ids = target_ids(vocab_size)
+    (stats,) = passes(vocab_size).statistics(Request(z, y, spec, ids, entropy=True))
+    alone = RowGradients(divergence=torch.randn(ROWS))
+    every = RowGradients(torch.randn(ROWS), torch.randn(ROWS), torch.randn(ROWS))
     with sanitize(outputs={"row_grad_kernel": ["out_ptr"]}):
-        passes.divergence_gradient_(z.clone(), y, stats, spec, grad_divergence=torch.randn(ROWS), dtype=dtype)
+        passes(vocab_size).dlogits_(Request(z.clone(), y, spec, ids), stats, alone, dtype=dtype)
         # Ids before, in and behind the slice.
-        ids = torch.tensor([vocab_size + 2, 0, -7])
-        slices.gradient_(z, y, stats, grads, spec, target_ids=ids, dtype=dtype)
+        foreign = coefficients(stats, every, spec, torch.tensor([vocab_size + 2, 0, -7]))
+        kernel_rows.dlogits_(z, y, stats, foreign, spec, dtype=dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -134,7 +132,7 @@ def test_tiles(
     teacher = model(hidden_size + 8) if with_teacher else None
     ids = torch.randint(0, vocab_size, (num_rows,))
     with sanitize(outputs={"tile_stats_kernel": ["sums_ptr"], "merge_tiles_kernel": ["merged_ptr"]}):
-        tile_stats(student, teacher, RowSpec(divergence="reverse_kl", softcap=softcap), ids)
+        tile_stats(student, teacher, capped(softcap, divergence="reverse_kl"), ids)
 
 
 def test_tiles_of_a_weight_beyond_2_31_elements() -> None:
@@ -157,8 +155,9 @@ def same_bits(actual: object, expected: object) -> bool:
 def test_statistics_of_the_same_logits_are_the_same_to_the_last_bit(divergence: str) -> None:
     z, y, ids, order = torch.randn(9, 129), torch.randn(9, 129), torch.arange(9), torch.randperm(9)
     spec = RowSpec(divergence=divergence)
-    together = passes.divergence_stats(z, y, spec, target_ids=ids, gradient=False).select(order)
-    shuffled = passes.divergence_stats(z[order], y[order], spec, target_ids=ids[order], gradient=False)
+    (together,) = passes(129).statistics(Request(z, y, spec, ids))
+    (shuffled,) = passes(129).statistics(Request(z[order], y[order], spec, ids[order]))
+    together = together.select(order)
     for actual, expected in zip(shuffled, together, strict=True):
         assert same_bits(actual, expected)
 
@@ -169,15 +168,13 @@ def test_a_row_is_the_same_to_the_last_bit_alone_and_in_any_batch(dtype: torch.d
     teacher = torch.randn(150, 24).to(dtype), torch.randn(300, 24).to(dtype)
     ids = torch.randint(0, 300, (150,))
 
-    def run(rows: Tensor) -> DivergenceStats:
-        stats = tile_stats(
+    def run(rows: Tensor) -> Statistics:
+        return tile_stats(
             Projection(hidden[rows], weight, None),
             Projection(teacher[0][rows], teacher[1], None),
             RowSpec(divergence="forward_kl"),
             ids[rows],
         )
-        assert isinstance(stats, DivergenceStats)
-        return stats
 
     together, order = run(torch.arange(150)), torch.randperm(150)
     for rows in (torch.tensor([7]), torch.tensor([149, 3]), order):

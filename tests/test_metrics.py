@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from srpo_kernels.api.metrics import summarize_metrics
-from srpo_kernels.losses.objective import METRICS
+from srpo_kernels.losses.srpo import METRICS
 
 
 def test_summaries_are_means() -> None:

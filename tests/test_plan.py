@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import chain
+from itertools import accumulate, chain, pairwise
 
 import pytest
 import torch
@@ -17,10 +17,14 @@ from srpo_kernels.engine.plan import (
     make_plan,
     order_rows,
     row_chunks,
-    sequence_segments,
+    sequence_groups,
 )
+from srpo_kernels.engine.srpo import moving
 from srpo_kernels.engine.workspace import row_stride
 from srpo_kernels.losses.config import LOSS_TYPES
+from srpo_kernels.losses.registry import POLICY_LOSSES
+from srpo_kernels.losses.sequences import Sequences
+from srpo_kernels.losses.srpo import SRPOObjective
 from srpo_kernels.rows.contract import Scratch
 
 CPU = torch.device("cpu")
@@ -44,17 +48,38 @@ def test_row_chunks_cover_the_rows_in_order_with_the_fewest_even_chunks(num_rows
     assert max(sizes_of(chunks), default=0) - min(sizes_of(chunks), default=0) <= 1
 
 
-@given(lengths=st.lists(st.integers(0, 40), max_size=30), capacity=st.integers(1, 50))
-def test_sequence_segments_cover_the_rows_in_order_and_cut_no_sequence(lengths: list[int], capacity: int) -> None:
-    segments = sequence_segments(lengths, capacity)
-    assert rows_of(list(chain.from_iterable(segments))) == list(range(sum(lengths)))
-    assert all(size <= capacity for segment in segments for size in sizes_of(segment))
-    ends = torch.tensor(lengths, dtype=torch.int64).cumsum(0).tolist()
-    for segment in segments:
-        assert segment[-1].stop in ends
+@given(sizes=st.lists(st.integers(0, 40), max_size=30), capacity=st.integers(1, 50))
+def test_sequence_groups_are_as_large_as_fits(sizes: list[int], capacity: int) -> None:
+    groups = sequence_groups(sizes, capacity)
+    assert sum(sum(sizes[group]) for group in groups) == sum(sizes)
+    assert all(a.stop == b.start for a, b in pairwise(groups))
+    for group in groups:
+        # More than fits is one sequence, which is what makes it necessary.
+        assert sum(sizes[group]) <= capacity or sum(size > 0 for size in sizes[group]) == 1
+    for group, after in pairwise(groups):
+        assert sum(sizes[group]) + next(size for size in sizes[after] if size) > capacity
+
+
+@given(
+    lengths=st.lists(st.tuples(st.integers(0, 9), st.integers(0, 30)), max_size=20), workspace_rows=st.integers(2, 60)
+)
+def test_segments_cover_the_rows_in_order_and_cut_no_sequence(
+    lengths: list[tuple[int, int]], workspace_rows: int
+) -> None:
+    taught, alone = ([pair[i] for pair in lengths] for i in (0, 1))
+    order = RowOrder(torch.arange(sum(taught)), 1000 + torch.arange(sum(alone)), torch.arange(0))
+    memory, workspace = RowMemory(1000, 8, Scratch(0, 0), CPU), workspace_rows * row_stride(1000) * 8
+    plan = make_plan(order, memory, taught_lengths=taught, alone_lengths=alone, workspace_bytes=workspace, gradients=2)
+    for kind, rows, counts in ((0, order.taught, taught), (1, order.alone, alone)):
+        covered = [torch.cat([chunk[kind] for chunk in segment]).tolist() for segment in plan.segments]
+        assert list(chain.from_iterable(covered)) == rows.tolist()
+        ends = [0, *accumulate(counts)]
+        assert all(end in ends for end in accumulate(map(len, covered)))
+    assert all(chunk.logits <= workspace_rows for segment in plan.segments for chunk in segment)
+    for segment in plan.segments:
         if len(segment) > 1:
             # Several chunks hold one long sequence, which is what makes them necessary.
-            assert segment[-1].stop - segment[0].start in lengths
+            assert tuple(sum(len(chunk[kind]) for chunk in segment) for kind in (0, 1)) in lengths
 
 
 @given(
@@ -90,98 +115,100 @@ def order(config: SRPOConfig) -> RowOrder:
     routed = sequences == 2
     valid = torch.tensor([True, True, True, True, True, True, False])
     advantages = torch.tensor([0.0, 0.5, 1.0, 0.0, 0.0, 0.0, 9.0])
-    return order_rows(valid, routed, advantages, sequences, 3, config)
+    moves = moving(valid & ~routed, advantages, Sequences(sequences, 3), config)
+    return order_rows(valid, routed, moves, sequences, 3)
 
 
-@pytest.mark.parametrize("loss_type", [name for name in LOSS_TYPES if name != "gspo"])
+@pytest.mark.parametrize("loss_type", [name for name in LOSS_TYPES if not POLICY_LOSSES[name].whole_sequences])
 def test_rows_that_cannot_move_a_weight_are_set_apart(loss_type: str) -> None:
     rows = order(SRPOConfig(loss_type=loss_type))
-    assert [x.tolist() for x in (rows.distillation, rows.policy, rows.inactive)] == [[2, 5], [1], [3, 0, 4]]
+    assert [x.tolist() for x in rows] == [[2, 5], [1], [3, 0, 4]]
 
 
-def test_a_token_with_advantage_0_moves_the_ratio_of_its_sequence() -> None:
-    rows = order(SRPOConfig(loss_type="gspo"))
-    assert [x.tolist() for x in (rows.distillation, rows.policy, rows.inactive)] == [[2, 5], [1, 3], [0, 4]]
+@pytest.mark.parametrize("loss_type", [name for name in LOSS_TYPES if POLICY_LOSSES[name].whole_sequences])
+def test_a_token_with_advantage_0_moves_the_ratio_of_its_sequence(loss_type: str) -> None:
+    rows = order(SRPOConfig(loss_type=loss_type))
+    assert [x.tolist() for x in rows] == [[2, 5], [1, 3], [0, 4]]
 
 
 @pytest.mark.parametrize("options", [{"kl_coef": 0.1}, {"entropy_coef": -0.1}], ids=str)
 def test_every_policy_row_is_active_under_a_kl_or_entropy_term(options: dict[str, float]) -> None:
     rows = order(SRPOConfig(**options))
-    assert rows.policy.tolist() == [1, 3, 0, 4]
+    assert rows.alone.tolist() == [1, 3, 0, 4]
     assert rows.inactive.tolist() == []
 
 
 def plan_of(
     rows: RowOrder,
-    config: SRPOConfig,
     lengths: list[int] | None = None,
     gradients: int = 2,
     workspace_rows: int = 100,
-    log_mean_known: bool = False,
     scratch: Scratch = SCRATCH,
+    **options: bool,
 ) -> Plan:
     return make_plan(
         rows,
-        lengths,
-        config,
-        memory=RowMemory(1000, 8, scratch, CPU),
-        vocab_size=1000,
+        RowMemory(1000, 8, scratch, CPU),
+        alone_lengths=lengths,
         workspace_bytes=workspace_rows * row_stride(1000) * 8,
         gradients=gradients,
-        log_mean_known=log_mean_known,
+        **options,
     )
 
 
 def test_the_cost_is_3_products_per_policy_row_and_4_per_distillation_row() -> None:
     rows = RowOrder(torch.arange(20), torch.arange(30), torch.arange(5))
-    plan = plan_of(rows, SRPOConfig())
+    plan = plan_of(rows)
     assert (plan.student_products, plan.teacher_products) == (3 * 30 + 3 * 20, 20)
-    assert plan.inactive_chunks == []
-    frozen_weight, forward = plan_of(rows, SRPOConfig(), gradients=1), plan_of(rows, SRPOConfig(), gradients=0)
+    assert plan.inactive == []
+    frozen_weight, forward = plan_of(rows, gradients=1), plan_of(rows, gradients=0)
     assert (frozen_weight.student_products, forward.student_products) == (2 * 50, 50)
-    assert plan_of(rows, SRPOConfig(count_inactive=True)).student_products == 3 * 50 + 5
+    assert plan_of(rows, count_inactive=True).student_products == 3 * 50 + 5
 
 
-def test_a_long_gspo_sequence_costs_one_more_product_of_all_but_its_last_chunk() -> None:
+def test_a_long_sequence_costs_one_more_product_of_all_but_its_last_chunk() -> None:
     rows = RowOrder(torch.arange(0), torch.arange(34), torch.arange(0))
-    config = SRPOConfig(loss_type="gspo")
-    plan = plan_of(rows, config, [4, 25, 5], workspace_rows=60)
-    assert [len(segment) for segment in plan.policy_segments] == [1, 3, 1]
-    assert plan.student_products == 3 * 34 + sum(sizes_of(plan.policy_segments[1][:-1]))
-    assert plan_of(rows, config, [4, 25, 5], workspace_rows=10_000).student_products == 3 * 34
+    plan = plan_of(rows, [4, 25, 5], workspace_rows=60)
+    assert [len(segment) for segment in plan.segments] == [1, 3, 1]
+    assert plan.student_products == 3 * 34 + sum(len(chunk.alone) for chunk in plan.segments[1][:-1])
+    assert plan_of(rows, [4, 25, 5], workspace_rows=10_000).student_products == 3 * 34
 
 
 def test_weights_beyond_the_range_of_fp32_cost_a_teacher_pass() -> None:
     rows = RowOrder(torch.arange(20), torch.arange(0), torch.arange(0))
-    assert not plan_of(rows, SRPOConfig(dw_beta=8.0)).teacher_first
-    plan = plan_of(rows, SRPOConfig(dw_beta=30.0))
-    assert plan.teacher_first
-    assert plan.teacher_products == 2 * 20
-    assert plan_of(rows, SRPOConfig(dw_beta=30.0), log_mean_known=True).teacher_products == 20
+    assert not SRPOObjective(SRPOConfig(dw_beta=8.0), None, 20, 0, 1000).teacher_first
+    assert SRPOObjective(SRPOConfig(dw_beta=30.0), None, 20, 0, 1000).teacher_first
+    assert plan_of(rows, teacher_first=True).teacher_products == 2 * 20
+    assert not SRPOObjective(SRPOConfig(dw_beta=30.0), torch.zeros(()), 20, 0, 1000).teacher_first
+    assert plan_of(rows).teacher_products == 20
 
 
 def test_the_buffer_holds_both_models_of_the_longest_chunk() -> None:
     rows = RowOrder(torch.arange(20), torch.arange(30), torch.arange(0))
     # A workspace for the whole batch, and one for a single row of both models.
-    assert plan_of(rows, SRPOConfig(), workspace_rows=10_000).buffer_rows == 2 * 20 + 30
-    assert plan_of(rows, SRPOConfig(), workspace_rows=7).buffer_rows == 2
+    assert plan_of(rows, workspace_rows=10_000).buffer_rows == 2 * 20 + 30
+    assert plan_of(rows, workspace_rows=7).buffer_rows == 2
     nothing = RowOrder(*(torch.arange(0) for _ in range(3)))
-    assert plan_of(nothing, SRPOConfig()).buffer_rows == 0
+    assert plan_of(nothing).buffer_rows == 0
+
+
+def shared_rows(plan: Plan) -> int:
+    """Rows without a teacher beside the last ones that have one."""
+    return sum(len(chunk.alone) for segment in plan.segments for chunk in segment if len(chunk.taught))
 
 
 def test_the_last_distillation_chunk_shares_its_products_with_policy_rows_that_fit_beside_it() -> None:
     rows = RowOrder(torch.arange(20), torch.arange(30), torch.arange(5))
-    both, alone = (plan_of(rows, SRPOConfig(), workspace_rows=n, scratch=Scratch(0, 0)) for n in (70, 69))
-    assert (both.shared_policy_rows, both.buffer_rows) == (30, 70)
-    assert (alone.shared_policy_rows, alone.buffer_rows) == (0, 40)
+    both, alone = (plan_of(rows, workspace_rows=n, scratch=Scratch(0, 0)) for n in (70, 69))
+    assert (shared_rows(both), both.buffer_rows) == (30, 70)
+    assert (shared_rows(alone), alone.buffer_rows) == (0, 40)
     # No other chunk is cut for it, and no product is added.
-    assert (both.student_products, both.distillation_chunks) == (alone.student_products, alone.distillation_chunks)
+    assert both.student_products == alone.student_products
     # A long sequence is computed twice, in chunks of its own.
-    gspo = SRPOConfig(loss_type="gspo")
-    assert plan_of(rows, gspo, [30], workspace_rows=10_000).shared_policy_rows == 30
-    assert plan_of(rows, gspo, [30], workspace_rows=60).shared_policy_rows == 0
+    assert shared_rows(plan_of(rows, [30], workspace_rows=10_000)) == 30
+    assert shared_rows(plan_of(rows, [30], workspace_rows=60)) == 0
     only_policy = RowOrder(torch.arange(0), torch.arange(30), torch.arange(0))
-    assert plan_of(only_policy, SRPOConfig(), workspace_rows=10_000).shared_policy_rows == 0
+    assert shared_rows(plan_of(only_policy, workspace_rows=10_000)) == 0
 
 
 @pytest.mark.parametrize(("distilled", "policy", "shared"), [(600, 848, 848), (600, 849, 0), (1024, 1, 0)])
@@ -190,13 +217,9 @@ def test_an_accelerator_shares_within_the_rows_of_both_models_of_a_chunk(
 ) -> None:
     plan = make_plan(
         RowOrder(torch.arange(distilled), torch.arange(policy), torch.arange(0)),
-        None,
-        SRPOConfig(),
-        memory=RowMemory(1000, 4, SCRATCH, torch.device("meta"), copy_itemsize=2),
-        vocab_size=1000,
+        RowMemory(1000, 4, SCRATCH, torch.device("meta"), copy_itemsize=2),
         workspace_bytes=None,
         gradients=2,
-        log_mean_known=False,
     )
-    assert plan.shared_policy_rows == shared
+    assert shared_rows(plan) == shared
     assert plan.buffer_rows <= 2 * 1024

@@ -13,9 +13,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 import reference
-from srpo_kernels.rows import torch_rows as rows_torch
+from srpo_kernels.rows import torch_rows
 from srpo_kernels.rows.contract import Dlogits
 from srpo_kernels.verify import naive, timing
 from srpo_kernels.verify.__main__ import main
@@ -54,7 +55,7 @@ def scaled(function: Callable[..., Dlogits], factor: Callable[[], float]) -> Cal
 
     def wrapped(*arguments: Any, **options: Any) -> Dlogits:
         values, rest = function(*arguments, **options)
-        return Dlogits(values * factor(), rest)
+        return Dlogits(values.mul_(factor()), rest)
 
     return wrapped
 
@@ -125,8 +126,8 @@ def test_the_kernels_hold_on_triton(run: Run) -> None:
 
 
 def test_a_gradient_that_is_slightly_off_fails(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    broken = scaled(rows_torch.log_prob_gradient_, lambda: 1.001)
-    monkeypatch.setattr(rows_torch, "log_prob_gradient_", broken)
+    broken = scaled(torch_rows.dlogits_, lambda: 1.001)
+    monkeypatch.setattr(torch_rows, "dlogits_", broken)
     code, outcome, text = run(*TORCH, "--only", "policy loss", "teacher_stats")
     assert code == 1
     assert not outcome["passed"]
@@ -139,20 +140,24 @@ def test_a_gradient_that_is_slightly_off_fails(run: Run, monkeypatch: pytest.Mon
 
 def test_results_that_change_from_run_to_run_fail(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     runs = itertools.count()
-    broken = scaled(rows_torch.log_prob_gradient_, lambda: 1.0 + 1e-6 * next(runs))
-    monkeypatch.setattr(rows_torch, "log_prob_gradient_", broken)
+    broken = scaled(torch_rows.dlogits_, lambda: 1.0 + 1e-6 * next(runs))
+    monkeypatch.setattr(torch_rows, "dlogits_", broken)
     code, outcome, _ = run(*TORCH, "--only", "repeated runs")
     assert code == 1
     assert "between runs" in outcome["failures"][0]
     failed = {check["op"] for check in outcome["checks"] if not check["passed"]}
-    assert failed == {"srpo_loss"}
+    assert failed == {"srpo_loss", "token_stats"}
 
 
 def test_an_exception_is_reported_and_the_run_goes_on(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(*_: Any, **__: Any) -> None:
-        raise RuntimeError("no such [kernel]")
+    whole_rows = torch_rows.whole_rows
 
-    monkeypatch.setattr(rows_torch, "divergence_stats", broken)
+    def broken(logits: Tensor, teacher_logits: Tensor | None, *arguments: Any, **options: Any) -> Any:
+        if teacher_logits is not None:
+            raise RuntimeError("no such [kernel]")
+        return whole_rows(logits, teacher_logits, *arguments, **options)
+
+    monkeypatch.setattr(torch_rows, "whole_rows", broken)
     code, outcome, text = run(*TORCH)
     assert code == 1
     checks = {op: [check for check in outcome["checks"] if check["op"] == op] for op in OPS}
@@ -164,7 +169,7 @@ def test_an_exception_is_reported_and_the_run_goes_on(run: Run, monkeypatch: pyt
 
 
 def test_a_nan_fails(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rows_torch, "log_prob_gradient_", scaled(rows_torch.log_prob_gradient_, lambda: torch.nan))
+    monkeypatch.setattr(torch_rows, "dlogits_", scaled(torch_rows.dlogits_, lambda: torch.nan))
     code, outcome, _ = run(*TORCH, "--only", "policy loss")
     assert code == 1
     assert not any(check["passed"] for check in outcome["checks"])
@@ -181,7 +186,7 @@ def test_a_step_that_cannot_be_timed_fails_for_the_library_alone(
     code, outcome, text = run(*arguments)
     assert code == 0
     assert "OutOfMemoryError: too much" in text
-    monkeypatch.setattr(rows_torch, "row_stats", out_of_memory)
+    monkeypatch.setattr(torch_rows, "whole_rows", out_of_memory)
     code, outcome, _ = run(*arguments)
     assert code == 1
     assert any(failure.startswith("timing, policy, torch: OutOfMemoryError") for failure in outcome["failures"])

@@ -18,14 +18,14 @@ from srpo_kernels import (
     Normalizers,
     SRPOConfig,
     SRPOLoss,
-    rows_torch,
-    slices_torch,
     srpo_loss,
     teacher_stats,
     token_stats,
 )
 from srpo_kernels.engine.plan import RowMemory
-from srpo_kernels.engine.vocabulary import Vocabulary
+from srpo_kernels.rows import torch_rows
+from srpo_kernels.rows.passes import RowPasses
+from srpo_kernels.rows.vocabulary import Vocabulary
 from tests.comparison import Results, assert_as_accurate, assert_same, gradients, run_loss, run_stats, with_leaves
 from tests.parity import coefficients
 from tests.processes import RankError, needs_gloo, run_ranks
@@ -120,7 +120,7 @@ def test_collectives_and_bytes_of_a_loss_are_the_documented_ones() -> None:
     # A sum of each row's dlogits, which says whether they are finite.
     assert first["no gradient of hidden states"] == loss_traffic([policy], [distilled], 1, shared=True)
     assert first["nothing valid"] == loss_traffic([], [], 8)
-    memory = RowMemory.of(torch.ones(20, 8), torch.float32, rows_torch)
+    memory = RowMemory.of(torch.ones(20, 8), torch.float32, RowPasses(torch_rows, Vocabulary.whole(20)))
     chunks = [-(-n // memory.capacity(k, workspace_bytes)) for n, k in ((policy, 1), (distilled, 2))]
     assert max(chunks) > 1
     assert first["chunks"].gathers == 1 + chunks[0] + 2 * chunks[1]
@@ -149,8 +149,8 @@ def test_the_table_in_the_documentation_is_what_the_formulas_say() -> None:
 
 def test_a_shard_takes_the_memory_of_whole_rows_for_more_of_them() -> None:
     weight = torch.empty(16, 8, device="meta")
-    shard = RowMemory.of(weight, torch.float32, rows_torch, Vocabulary(64, 16, 16, None))
-    whole = RowMemory.of(weight, torch.float32, rows_torch)
+    shard = RowMemory.of(weight, torch.float32, RowPasses(torch_rows, Vocabulary(64, 16, 16, None)))
+    whole = RowMemory.of(weight, torch.float32, RowPasses(torch_rows, Vocabulary.whole(16)))
     assert shard.capacity(2, None) == 4 * whole.capacity(2, None)
 
 
@@ -298,7 +298,7 @@ def die(rank: int) -> None:
     inputs = shard_of(loss_inputs(0, (4, 6)), SIZES, rank)
     if rank == 1:
         # After the opening, before the first sums.
-        slices_torch.model_sums = lambda *_, **__: os._exit(3)  # type: ignore[assignment]
+        torch_rows.sums = lambda *_, **__: os._exit(3)  # type: ignore[assignment]
     srpo_loss(**inputs, **group())
 
 

@@ -11,8 +11,10 @@ import srpo_kernels as sk
 from benchmarks.cases import DTYPES, Batch, Case
 from benchmarks.providers import Step, autograd_step
 from srpo_kernels.engine.plan import RowMemory
-from srpo_kernels.rows import torch_rows as rows_torch
+from srpo_kernels.rows import torch_rows
 from srpo_kernels.rows.dtypes import accumulation_dtype
+from srpo_kernels.rows.passes import RowPasses
+from srpo_kernels.rows.vocabulary import Vocabulary
 
 
 def loss(batch: Batch, backend: str = "torch") -> tuple[Tensor, Tensor]:
@@ -43,7 +45,7 @@ def peak_limit(case: Case) -> float:
     # Its pages are never touched.
     weight = torch.empty(case.vocabulary, case.hidden_size, dtype=DTYPES[case.dtype])
     dtype = accumulation_dtype(weight)
-    memory = RowMemory.of(weight, dtype, rows_torch)
+    memory = RowMemory.of(weight, dtype, RowPasses(torch_rows, Vocabulary.whole(len(weight))))
     models = 1 if case.workload == "policy" else 2
     rows = models * memory.capacity(models, None) + memory.scratch.blocks * memory.scratch.rows
     sums = dtype.itemsize * (rows * len(weight) + weight.numel())

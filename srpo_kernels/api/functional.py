@@ -8,10 +8,10 @@ from torch.distributed import ProcessGroup
 from srpo_kernels.api import validation
 from srpo_kernels.api.types import SRPOOutput, TeacherStats, TokenStats
 from srpo_kernels.engine import backends, loss_op, stats_op
+from srpo_kernels.engine.agreement import name_of, refused_together
 from srpo_kernels.engine.arguments import LossArguments, LossOptions, StatsArguments, StatsOptions
-from srpo_kernels.engine.vocabulary import name_of, refused_together
 from srpo_kernels.losses.config import UNSET, SRPOConfig, Unset, resolve_options
-from srpo_kernels.losses.objective import METRICS
+from srpo_kernels.losses.srpo import METRICS
 from srpo_kernels.rollout.normalizers import Normalizers
 from srpo_kernels.rows.dtypes import accumulation_dtype
 
@@ -122,25 +122,29 @@ def srpo_loss(
         backend = backends.resolve_backend(backend, hidden.device, dtype)
         validation.check_workspace(workspace_bytes)
 
+    inputs = {
+        "advantages": advantages,
+        "old_log_probs": old_log_probs,
+        "ref_log_probs": ref_log_probs,
+        "is_weights": is_weights,
+    }
+    given = {name: values for name, values in inputs.items() if values is not None}
     call = LossArguments(
         hidden=hidden,
         weight=weight,
         bias=bias,
         target_ids=target_ids,
-        advantages=advantages,
         mask=mask,
-        sdpo_mask=sdpo_mask,
+        teacher_mask=sdpo_mask,
         teacher_hidden=teacher_hidden,
         teacher_weight=teacher_weight,
         teacher_bias=teacher_bias,
-        old_log_probs=old_log_probs,
-        ref_log_probs=ref_log_probs,
-        is_weights=is_weights,
         sequence_ids=sequence_ids,
+        inputs=list(given.values()),
         **dict.fromkeys(Normalizers._fields) if normalizers is None else normalizers._asdict(),
     )
     groups = name_of(vocab_parallel_group), name_of(sequence_parallel_group)
-    options = LossOptions(config.encode(), backend, workspace_bytes, *groups)
+    options = LossOptions("srpo", list(given), config.encode(), False, backend, workspace_bytes, *groups)
     loss, log_probs, metrics = loss_op.fused_loss(call, options)
     return SRPOOutput(loss, dict(zip(METRICS, metrics.unbind(), strict=True)), log_probs)
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from srpo_kernels.api.types import SRPOOutput
 from srpo_kernels.checks import FLOATING, INTEGER, require_shape, require_tensor
-from srpo_kernels.losses.objective import METRICS
+from srpo_kernels.losses.srpo import METRICS
 
 
 def summarize_metrics(metrics: Mapping[str, Tensor]) -> dict[str, float]:

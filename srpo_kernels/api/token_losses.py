@@ -9,9 +9,11 @@ from torch import Tensor
 
 from srpo_kernels.api.validation import check_config
 from srpo_kernels.checks import BOOL, FLOATING, INTEGER, require_shape, require_tensor
-from srpo_kernels.losses import objective
 from srpo_kernels.losses.config import SRPOConfig
-from srpo_kernels.losses.objective import PolicyTerms, RowInputs
+from srpo_kernels.losses.divergence import sampled_divergence
+from srpo_kernels.losses.registry import POLICY_LOSSES
+from srpo_kernels.losses.sequences import Sequences
+from srpo_kernels.losses.srpo import PolicyTerms, distillation_weights, policy_terms
 
 _DEFAULT_CONFIG = SRPOConfig()
 
@@ -60,17 +62,22 @@ def policy_loss(
         given = "None" if entropy is None else "a tensor"
         raise ValueError(f"entropy is for an entropy_coef other than 0, got {given} with {config.entropy_coef}")
     rows = _ValidRows.of(log_probs, mask)
-    sequences = rows.sequences(sequence_ids) if config.loss_type == "gspo" or sequence_ids is not None else None
-    inputs = RowInputs(
-        advantages=rows.take("advantages", advantages, or_per_sequence=True).detach(),
-        old_log_probs=None if old_log_probs is None else rows.take("old_log_probs", old_log_probs).detach(),
-        ref_log_probs=None if ref_log_probs is None else rows.take("ref_log_probs", ref_log_probs).detach(),
-        is_weights=None if is_weights is None else rows.take("is_weights", is_weights).detach(),
+    whole = POLICY_LOSSES[config.loss_type].whole_sequences
+    sequences = rows.sequences(sequence_ids, config) if whole or sequence_ids is not None else None
+
+    def take(name: str, values: Tensor | None) -> Tensor | None:
+        return None if values is None else rows.take(name, values).detach()
+
+    terms = policy_terms(
+        rows.take("log_probs", log_probs),
+        rows.take("advantages", advantages, or_per_sequence=True).detach(),
+        config,
+        old_log_probs=take("old_log_probs", old_log_probs),
+        ref_log_probs=take("ref_log_probs", ref_log_probs),
+        is_weights=take("is_weights", is_weights),
+        entropy=None if entropy is None else rows.take("entropy", entropy),
         sequences=sequences,
-        num_sequences=0 if sequences is None else log_probs.shape[0],
     )
-    entropies = None if entropy is None else rows.take("entropy", entropy)
-    terms = objective.policy_terms(rows.take("log_probs", log_probs), entropies, inputs, config)
     return PolicyTerms._make(rows.put(values) for values in terms)
 
 
@@ -103,16 +110,10 @@ def sampled_distillation_loss(
     check_config(config)
     rows = _ValidRows.of(log_probs, mask)
     student, teacher = rows.take("log_probs", log_probs), rows.take("teacher_log_probs", teacher_log_probs).detach()
-    inputs = RowInputs(
-        advantages=torch.zeros_like(teacher),
-        old_log_probs=None if old_log_probs is None else rows.take("old_log_probs", old_log_probs).detach(),
-        ref_log_probs=None,
-        is_weights=None if is_weights is None else rows.take("is_weights", is_weights).detach(),
-        sequences=None,
-        num_sequences=0,
-    )
-    weights = objective.distillation_weights(student, inputs, config)
-    return rows.put(weights * objective.sampled_divergence(student, teacher))
+    old = None if old_log_probs is None else rows.take("old_log_probs", old_log_probs).detach()
+    corrections = None if is_weights is None else rows.take("is_weights", is_weights).detach()
+    weights = distillation_weights(student, old, corrections, config)
+    return rows.put(weights * sampled_divergence(student, teacher))
 
 
 class _ValidRows(NamedTuple):
@@ -145,15 +146,15 @@ class _ValidRows(NamedTuple):
     def put(self, values: Tensor) -> Tensor:
         return values.new_zeros(self.shape.numel()).index_put((self.rows,), values).view(self.shape)
 
-    def sequences(self, sequence_ids: Tensor | None) -> Tensor:
+    def sequences(self, sequence_ids: Tensor | None, config: SRPOConfig) -> Sequences:
         """The sequence of each valid row, numbered from 0."""
         if len(self.shape) == 2:
             if sequence_ids is not None:
                 raise ValueError(f"sequence_ids is for packed rows: log_probs must be [N], got {list(self.shape)}")
-            return self.rows // self.shape[1]
+            return Sequences(self.rows // max(self.shape[1], 1), max(self.shape[0], 1))
         if sequence_ids is None:
-            raise ValueError("sequence_ids is required for packed rows with loss_type='gspo', got None")
+            raise ValueError(f"sequence_ids is required for packed rows with loss_type={config.loss_type!r}, got None")
         require_tensor("sequence_ids", sequence_ids, INTEGER, self.rows.device)
         require_shape("sequence_ids", sequence_ids, [self.shape], "the shape of log_probs")
-        sequences: Tensor = torch.unique(sequence_ids[self.rows], return_inverse=True)[1]
-        return sequences
+        known, numbers = torch.unique(sequence_ids[self.rows], return_inverse=True)
+        return Sequences(numbers, max(len(known), 1))

@@ -5,6 +5,7 @@ The fields are the arguments of an operator, in its schema's order: an operator 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -12,36 +13,44 @@ from torch import Tensor
 
 
 class LossArguments(NamedTuple):
-    """The tensors of a call of ``srpo_loss`` in its caller's shapes; the last four are ``Normalizers``' fields."""
+    """The tensors of a call of ``srpo_loss`` or ``fused_loss`` in its caller's shapes.
+
+    ``teacher_mask`` says which rows have a teacher; four are ``Normalizers``' fields, ``srpo_loss``'s alone; ``inputs``
+    are the objective's.
+    """
 
     hidden: Tensor
     weight: Tensor
     bias: Tensor | None
     target_ids: Tensor
-    advantages: Tensor | None
     mask: Tensor | None
-    sdpo_mask: Tensor | None
+    teacher_mask: Tensor | None
     teacher_hidden: Tensor | None
     teacher_weight: Tensor | None
     teacher_bias: Tensor | None
-    old_log_probs: Tensor | None
-    ref_log_probs: Tensor | None
-    is_weights: Tensor | None
     sequence_ids: Tensor | None
     token_count: Tensor | None
     dw_log_mean: Tensor | None
     sdpo_count: Tensor | None
     sequence_count: Tensor | None
+    inputs: list[Tensor]
 
 
 # Of the arguments, the fields of a batch's normalizers.
-NORMALIZERS = LossArguments._fields[-4:]
+NORMALIZERS = ("token_count", "dw_log_mean", "sdpo_count", "sequence_count")
 
 
 class LossOptions(NamedTuple):
-    """The options of a call of ``srpo_loss``; ``config`` is an ``SRPOConfig``, encoded, groups are names."""
+    """The options of such a call; ``config`` is an ``SRPOConfig``, encoded, groups are names.
 
+    ``objective`` is ``"srpo"``, the name of a policy loss, or a function, which no operator takes.
+    ``input_names`` are those of ``inputs``.
+    """
+
+    objective: str | Callable[..., Tensor]
+    input_names: list[str]
     config: str
+    whole_sequences: bool
     backend: str
     workspace_bytes: int | None
     vocab_parallel_group: str | None = None

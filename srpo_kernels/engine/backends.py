@@ -1,4 +1,4 @@
-"""Which implementation of the row passes runs where."""
+"""Which backend runs where."""
 
 from __future__ import annotations
 
@@ -9,10 +9,8 @@ from typing import Literal
 
 import torch
 
-from srpo_kernels.rows import torch_rows as rows_torch
-from srpo_kernels.rows import torch_slices as slices_torch
-from srpo_kernels.rows.contract import RowPasses
-from srpo_kernels.rows.sums import SlicePasses
+from srpo_kernels.rows import torch_rows
+from srpo_kernels.rows.contract import Rows
 
 BackendName = Literal["torch", "triton"]
 
@@ -45,22 +43,13 @@ def resolve_backend(backend: str, device: torch.device, dtype: torch.dtype) -> B
     return "triton"
 
 
-def row_passes(backend: str) -> RowPasses:
-    """The row passes of a backend that ``resolve_backend`` returned; triton is imported for its own alone."""
+def rows_of(backend: str) -> Rows:
+    """The rows of a backend that ``resolve_backend`` returned; triton is imported for its own alone."""
     if backend == "torch":
-        return rows_torch
+        return torch_rows
     with _importing_triton():
-        from srpo_kernels.kernels import passes
-    return passes
-
-
-def slice_passes(backend: str) -> SlicePasses:
-    """The same of the passes over a slice of the vocabulary."""
-    if backend == "torch":
-        return slices_torch
-    with _importing_triton():
-        from srpo_kernels.kernels import slices
-    return slices
+        from srpo_kernels.kernels import rows
+    return rows
 
 
 def _interpreted() -> bool:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from torch import Tensor
 
-from srpo_kernels.losses.objective import RowInputs
+from srpo_kernels.losses.sequences import Sequences
 
 
 class Head(NamedTuple):
@@ -19,17 +20,16 @@ class Head(NamedTuple):
 class Batch(NamedTuple):
     """N rows. Only ``hidden`` ``[N, H]`` and ``head`` carry gradient.
 
-    ``teacher_rows`` ``[N]`` says where in ``teacher_hidden`` ``[M, H_t]`` a row's teacher state is;
-    both are unused when no row is distilled. ``factors`` ``[N]``
-    is each row's share of the loss. ``log_mean`` is the log-mean of the entropy weights; None when it is this batch's.
+    ``inputs`` are the objective's, ``[N]`` by name; ``sequences`` is None where no sequence matters. ``teacher_rows``
+    ``[N]`` says where in ``teacher_hidden`` ``[M, H_t]`` a row's teacher state is; both are unused when no row has a
+    teacher.
     """
 
     hidden: Tensor
     head: Head
     target_ids: Tensor
-    inputs: RowInputs
-    factors: Tensor
-    log_mean: Tensor | None
+    inputs: Mapping[str, Tensor]
+    sequences: Sequences | None
     teacher_hidden: Tensor | None
     teacher_rows: Tensor
     teacher_head: Head
@@ -44,11 +44,15 @@ class Needs(NamedTuple):
 
 
 class FusedResult(NamedTuple):
-    """Loss, log-probs ``[N]``, metrics, and the gradients of the loss in the accumulation dtype."""
+    """Loss, each row's share of it and log-prob ``[N]``, how many rows went wrong, and the loss's gradients.
+
+    ``nonfinite_rows`` counts those whose loss or gradient is not finite. Gradients are in the accumulation dtype.
+    """
 
     loss: Tensor
+    losses: Tensor
     log_probs: Tensor
-    metrics: dict[str, Tensor]
+    nonfinite_rows: Tensor
     grad_hidden: Tensor | None
     grad_weight: Tensor | None
     grad_bias: Tensor | None

@@ -1,16 +1,12 @@
 """The fused path: loss and gradients in one forward, chunk by chunk of rows.
 
-Per chunk: logits by one product, the row pass, the objective on vectors (its autograd gives the coefficients), dlogits
-in the same buffer, then dX and dW by one product each. Distillation rows come first: their entropy weights are divided
-by their mean once it is known, before any policy row is added. The last of them share their products, and between
-shards of the vocabulary an exchange, with the first policy rows where the workspace holds both: few large ones are
-faster than many small ones.
+Per chunk: logits by one product, the row passes, the objective on vectors (its autograd gives the coefficients),
+dlogits in the same buffer, then dX and dW by one product each. Rows with a teacher come first. The last of them share
+their products with the first rows without one where the workspace holds both: few large ones are faster.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -19,304 +15,233 @@ from torch import Tensor
 
 from srpo_kernels.engine import gemm
 from srpo_kernels.engine.batch import Batch, FusedResult, Head, Needs
-from srpo_kernels.engine.distillation import distill_chunk
-from srpo_kernels.engine.plan import Plan
-from srpo_kernels.engine.sharded import row_stats_later
-from srpo_kernels.engine.vocabulary import Vocabulary
-from srpo_kernels.losses import objective
-from srpo_kernels.losses.config import SRPOConfig
-from srpo_kernels.losses.objective import METRICS
-from srpo_kernels.rows.contract import Dlogits, RowPasses, RowSpec, RowStats
+from srpo_kernels.engine.objectives import Evaluation, Objective, evaluate
+from srpo_kernels.engine.plan import Chunk, Plan, Segment
+from srpo_kernels.losses.rows import SUPPORT, TEACHER, TEACHER_SUPPORT, NotComputed
+from srpo_kernels.rows.contract import Dlogits, RowGradients, RowSpec, Statistics
 from srpo_kernels.rows.dtypes import accumulation_dtype
+from srpo_kernels.rows.passes import Request, RowPasses
 
 
-class _Chunk(NamedTuple):
-    """Rows whose products are taken together: their hidden states as an operand, and their logits in the buffer."""
+class _Part(NamedTuple):
+    """Rows of a chunk that all have a teacher, or all have none: their logits, and what was reduced of them."""
 
     rows: Tensor
-    hidden: Tensor
+    taught: bool
+    request: Request
+    stats: Statistics
+
+
+class _Computed(NamedTuple):
+    """A chunk: its hidden states as an operand, the student's logits of all of it, and its parts that are not empty."""
+
+    operand: Tensor
     logits: Tensor
-
-    def split(self, length: int) -> tuple[_Chunk, _Chunk]:
-        """The first rows and the others."""
-        return _Chunk(*(x[:length] for x in self)), _Chunk(*(x[length:] for x in self))
-
-
-class _Carried(NamedTuple):
-    """A chunk of which the distillation rows are done and the ``policy`` rows are not; ``stats`` has theirs.
-
-    ``dlogits`` are the distillation rows', None where they are accumulated already or no gradient is wanted;
-    ``rescale`` brings what was accumulated before to scale.
-    """
-
-    chunk: _Chunk
-    policy: _Chunk
-    stats: Callable[[], RowStats]
-    dlogits: Dlogits | None
-    rescale: Tensor | None
+    parts: list[_Part]
 
 
 class FusedPass:
-    """One run of the loss over a batch, after a plan."""
+    """One run of an objective over a batch, after a plan."""
 
     def __init__(
         self,
         batch: Batch,
         plan: Plan,
-        config: SRPOConfig,
+        objective: Objective,
+        spec: RowSpec,
         needs: Needs,
         passes: RowPasses,
-        vocabulary: Vocabulary,
         buffer: Tensor,
     ) -> None:
-        self.batch, self.plan, self.config, self.needs, self.passes = batch, plan, config, needs, passes
-        self.vocabulary, self.buffer = vocabulary, buffer
+        self.batch, self.plan, self.objective, self.spec = batch, plan, objective, spec
+        self.needs, self.passes, self.buffer = needs, passes, buffer
         self.dtype = accumulation_dtype(batch.hidden, batch.head.weight)
         self.operand_dtype = gemm.operand_dtype(batch.head.weight, self.dtype)
-        topk = min(config.topk, vocabulary.size) if config.distillation_mode == "topk" else 0
-        self.policy_spec = RowSpec(
-            temperature=config.temperature, logit_scale=config.logit_scale, softcap=config.softcap
-        )
-        self.distillation_spec = replace(
-            self.policy_spec,
-            divergence=config.divergence if config.distillation_mode == "full" else None,
-            alpha=config.alpha,
-            topk=topk,
-            add_tail=config.add_tail and 0 < topk < vocabulary.size,
-        )
         self.log_probs = batch.hidden.new_zeros(len(batch.target_ids), dtype=self.dtype)
+        self.losses = torch.zeros_like(self.log_probs)
         # Where hidden states are frozen, the sums of dlogits: they are finite where all dlogits of a row are.
         probe = batch.hidden if needs.hidden else batch.hidden[:, :1]
         self.grad_rows = torch.zeros_like(probe, dtype=self.dtype) if any(needs) else None
         self.grad_head = gemm.HeadGradient(
             batch.head.weight if needs.weight else None, batch.head.bias if needs.bias else None, self.dtype
         )
-        self.finite = torch.ones_like(self.log_probs, dtype=torch.bool)
-        self.metrics = dict.fromkeys(METRICS, self.log_probs.new_zeros(()))
 
     def run(self) -> FusedResult:
-        """Distillation rows, then policy rows, then rows that only metrics want."""
-        loss, carried = self.log_probs.new_zeros(()), None
-        if self.plan.distillation_chunks:
-            distilled, carried = self._distill()
-            loss = loss + distilled
-        if self.plan.policy_segments or self.plan.inactive_chunks or self.batch.inputs.group is not None:
-            loss = loss + self._policy(carried)
+        """All segments, then rows that only metrics want."""
+        if self.objective.teacher_first:
+            self.objective.begin(self._teacher_entropies())
+        loss = self.log_probs.new_zeros(())
+        for segment in self.plan.segments:
+            rows, evaluation = self._run(segment, gradient=any(self.needs))
+            self.losses[rows] = evaluation.losses
+            if evaluation.rescale is not None:
+                loss = loss * evaluation.rescale
+            loss = loss + evaluation.losses.sum()
+        for segment in self.plan.inactive:
+            self._run(segment, gradient=False, active=False)
         self.grad_head.finish()
-        order = self.plan.order
+        finite = self.losses.isfinite()
         if self.grad_rows is not None:
-            self.vocabulary.add_up_(self.grad_rows, torch.cat([order.distillation, order.policy]))
-            self.finite &= self.grad_rows.isfinite().all(1)
-        self._count("nonfinite_rows", ~self.finite)
-        self._count("sdpo_tokens", len(order.distillation))
-        self._count("policy_tokens", len(order.policy) + len(order.inactive))
-        self._count("active_rows", len(order.distillation) + len(order.policy))
-        grad_hidden = self.grad_rows if self.needs.hidden else None
-        grad_head = self.grad_head
-        return FusedResult(loss, self.log_probs, self.metrics, grad_hidden, grad_head.weight, grad_head.bias)
-
-    def _distill(self) -> tuple[Tensor, _Carried | None]:
-        order, beta = self.plan.order.distillation, self.config.dw_beta
-        log_mean = self.batch.log_mean
-        if self.plan.teacher_first:
-            log_mean = objective.log_mean_exp(-beta * self._teacher_entropies())
-        # The gradient is linear in 1 / mean(weights). Until the last chunk has shown that mean, weights are relative
-        # to the middle of the range they can have; that chunk's products bring the others' gradients to scale.
-        reference = (
-            self.log_probs.new_tensor(-0.5 * beta * math.log(self.vocabulary.size)) if log_mean is None else log_mean
+            self.passes.vocabulary.add_up_(self.grad_rows, self.plan.rows)
+            finite &= self.grad_rows.isfinite().all(1)
+        return FusedResult(
+            loss,
+            self.losses,
+            self.log_probs,
+            (~finite).sum(),
+            self.grad_rows if self.needs.hidden else None,
+            self.grad_head.weight,
+            self.grad_head.bias,
         )
-        parts: list[tuple[Tensor, ...]] = []
-        carried = None
-        for ids in self.plan.distillation_chunks:
-            rows = order[ids]
-            shared = self.plan.shared_policy_rows if ids.stop == len(order) else 0
-            chunk = self._logits(torch.cat([rows, self.plan.order.policy[:shared]]))
-            own, policy = chunk.split(len(rows))
-            if shared:
-                policy_stats = self._policy_stats_later(policy)
-            distilled = distill_chunk(
-                self.passes,
-                own.logits,
-                self._teacher_logits(rows, offset=len(chunk.rows)),
-                self.batch.target_ids[rows],
-                self.distillation_spec,
-                self.config,
-                gradient=any(self.needs),
-                dtype=self.operand_dtype,
-            )
-            parts.append((distilled.log_probs, distilled.teacher_entropy, distilled.divergence, distilled.loss))
-            rescale = dlogits = None
-            if log_mean is None and ids.stop == len(order):
-                log_mean = objective.log_mean_exp(-beta * torch.cat([part[1] for part in parts]))
-                rescale, reference = torch.exp(reference - log_mean), log_mean
-            if any(self.needs):
-                weights = torch.exp(-beta * distilled.teacher_entropy - reference)
-                upstream = self.batch.factors[rows] * weights * self._correction(distilled.log_probs, rows)
-                dlogits = distilled.gradient_(upstream)
-                if rescale is not None and self.grad_rows is not None:
-                    self.grad_rows[order[: ids.start]] *= rescale
-                # Dlogits that are not where their logits were are no matrix with others'.
-                if not shared or self.operand_dtype != self.dtype:
-                    self._accumulate(dlogits, own, rescale)
-                    dlogits = None
-            if shared:
-                carried = _Carried(chunk, policy, policy_stats, dlogits, rescale)
 
-        log_probs, teacher_entropy, divergence, token_loss = map(torch.cat, zip(*parts, strict=True))
-        self.log_probs[order] = log_probs
-        weights = torch.exp(-beta * teacher_entropy - reference)
-        weighted = weights * self._correction(log_probs, order) * token_loss
-        self._count("sdpo_loss_sum", weighted)
-        self._count("teacher_entropy_sum", teacher_entropy)
-        self._count("dw_weight_sum", weights)
-        self._count("dw_weight_sq_sum", weights.square())
-        self._count("divergence_sum", divergence)
-        self.finite[order] = weighted.isfinite()
-        return (self.batch.factors[order] * weighted).sum(), carried
-
-    def _policy(self, carried: _Carried | None) -> Tensor:
-        order = self.plan.order
-        stats: list[RowStats] = []
-        # A rank without a policy row takes part where sequences have others elsewhere.
-        for segment in self.plan.policy_segments or [[]]:
-            segment_stats = []
-            for ids in segment:
-                chunk = self._logits(order.policy[ids]) if carried is None else carried.policy
-                chunk_stats = self._policy_stats(chunk) if carried is None else carried.stats()
-                segment_stats.append(chunk_stats)
-            stats += segment_stats
-            if not any(self.needs):
-                carried = None
+    def _run(self, segment: Segment, *, gradient: bool, active: bool = True) -> tuple[Tensor, Evaluation]:
+        """Evaluate a segment, and accumulate its gradients."""
+        while True:
+            computed = [self._compute(chunk, gradient) for chunk in segment]
+            rows = torch.cat([chunk.taught for chunk in segment] + [chunk.alone for chunk in segment])
+            try:
+                evaluation = self._evaluate(computed, rows, gradient, active)
+            except NotComputed as missing:
+                self.objective.widen(frozenset({missing.name}))
                 continue
-            rows = torch.cat([order.policy[:0], *(order.policy[ids] for ids in segment)])
-            grad_log_probs, grad_entropy = self._policy_gradients(segment_stats, rows)
-            # The last chunk's logits are still in the buffer; those of the earlier ones are computed again.
-            for ids in reversed(segment):
-                if ids is not segment[-1]:
-                    chunk = self._logits(order.policy[ids])
-                    chunk_stats = self._policy_stats(chunk)
-                local = slice(ids.start - segment[0].start, ids.stop - segment[0].start)
-                dlogits = self.passes.log_prob_gradient_(
-                    chunk.logits,
-                    chunk_stats,
-                    self.policy_spec,
-                    ids=self.batch.target_ids[chunk.rows, None],
-                    log_probs=chunk_stats.log_probs[:, None],
-                    grad_log_probs=grad_log_probs[local, None],
-                    grad_entropy=None if grad_entropy is None else grad_entropy[local],
-                    dtype=self.operand_dtype,
-                )
-                if carried is None or carried.dlogits is None:
-                    self._accumulate(dlogits, chunk)
-                else:
-                    both = _join(carried.chunk.logits, [carried.dlogits, dlogits])
-                    self._accumulate(both, carried.chunk, carried.rescale)
-                carried = None
-        stats += [self._policy_stats(self._logits(order.inactive[ids])) for ids in self.plan.inactive_chunks]
+            known = self.objective.reads(taught=True)[1] | self.objective.reads(taught=False)[1]
+            if evaluation.gradients.names <= known:
+                break
+            self.objective.widen(evaluation.gradients.names)
+        if gradient:
+            self._accumulate_segment(segment, computed[-1], evaluation)
+        return rows, evaluation
 
-        active = len(order.policy)
-        rows = torch.cat([order.policy, order.inactive]) if self.plan.inactive_chunks else order.policy
-        log_probs, entropy = self._concatenate(stats)
-        self.log_probs[rows] = log_probs
-        inputs = self.batch.inputs.select(rows)
-        terms = objective.policy_terms(log_probs, entropy, inputs, self.config)
-        token_loss = terms.loss[:active]
-        self._count("policy_loss_sum", token_loss)
-        self._count("scored_policy_tokens", len(rows))
-        self._count("clip_low_count", terms.clip_low)
-        self._count("clip_high_count", terms.clip_high)
-        self._count("dual_clip_count", terms.dual_clip)
-        self._count("approx_kl_sum", terms.approx_kl)
-        self._count("ref_kl_sum", terms.ref_kl)
-        self.finite[order.policy] = token_loss.isfinite()
-        if entropy is not None:
-            self._count("entropy_sum", entropy)
-            self._count("entropy_tokens", len(entropy))
-        return (self.batch.factors[rows[:active]] * token_loss).sum()
+    def _compute(self, chunk: Chunk, gradient: bool) -> _Computed:
+        """Logits of a chunk at the front of the buffer, the teacher's behind the student's, and their statistics."""
+        rows = chunk.alone if not len(chunk.taught) else torch.cat(chunk)
+        operand, logits = self._project(self.batch.hidden, rows, rows, self.batch.head, 0)
+        taught, alone = logits.split([len(chunk.taught), len(chunk.alone)])
+        kinds = [(True, chunk.taught, taught), (False, chunk.alone, alone)]
+        requests = [self._request(own, z, len(rows), gradient, taught=kind) for kind, own, z in kinds if len(own)]
+        stats = self.passes.statistics(*requests)
+        present = [(own, kind) for kind, own, _ in kinds if len(own)]
+        parts = [
+            _Part(own, kind, request, reduced)
+            for (own, kind), request, reduced in zip(present, requests, stats, strict=True)
+        ]
+        return _Computed(operand, logits, parts)
 
-    def _policy_stats(self, chunk: _Chunk) -> RowStats:
-        entropy, target_ids = self.config.entropy_coef != 0.0, self.batch.target_ids[chunk.rows]
-        return self.passes.row_stats(chunk.logits, self.policy_spec, target_ids=target_ids, entropy=entropy)
+    def _request(self, rows: Tensor, logits: Tensor, offset: int, gradient: bool, *, taught: bool) -> Request:
+        names, gradients = self.objective.reads(taught)
+        spec, y = replace(self.spec, divergence=None, topk=0), None
+        if any(name in _OF_TEACHER for name in names):
+            y = self._teacher_logits(rows, offset)
+            spec = replace(
+                self.spec,
+                divergence=self.spec.divergence if "divergence" in names else None,
+                topk=self.spec.topk if "support_log_probs" in names else 0,
+            )
+        wanted = gradients if gradient else frozenset()
+        return Request(logits, y, spec, self.batch.target_ids[rows], "entropy" in names, wanted)
 
-    def _policy_stats_later(self, chunk: _Chunk) -> Callable[[], RowStats]:
-        """In the exchange of the distillation rows beside them."""
-        entropy, target_ids = self.config.entropy_coef != 0.0, self.batch.target_ids[chunk.rows]
-        return row_stats_later(self.passes, chunk.logits, self.policy_spec, target_ids=target_ids, entropy=entropy)
+    def _evaluate(self, computed: list[_Computed], rows: Tensor, gradient: bool, active: bool) -> Evaluation:
+        # Rows with a teacher before those without, whatever the chunk.
+        parts = sorted((part for chunk in computed for part in chunk.parts), key=lambda part: not part.taught)
+        num_taught = sum(len(part.rows) for part in parts if part.taught)
+        names = self.objective.reads(taught=False)[0]
+        if num_taught:
+            names |= self.objective.reads(taught=True)[0]
+        statistics = {name: self._statistic(name, parts) for name in names}
+        self.log_probs[rows] = statistics["log_probs"]
+        return evaluate(
+            self.objective,
+            statistics,
+            {name: values[rows] for name, values in self.batch.inputs.items()},
+            None if self.batch.sequences is None else self.batch.sequences.select(rows),
+            num_taught,
+            gradient=gradient,
+            active=active,
+        )
 
-    def _policy_gradients(self, stats: list[RowStats], rows: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Gradients of the rows' share of the loss with respect to their log-probs and entropies."""
-        log_probs, entropy = self._concatenate(stats)
-        variables = [log_probs.requires_grad_()]
-        if entropy is not None:
-            variables.append(entropy.requires_grad_())
-        with torch.enable_grad():
-            loss = objective.policy_terms(log_probs, entropy, self.batch.inputs.select(rows), self.config).loss
-            grad_log_probs, *grad_entropy = torch.autograd.grad(loss, variables, self.batch.factors[rows])
-        return grad_log_probs, grad_entropy[0] if grad_entropy else None
+    def _statistic(self, name: str, parts: list[_Part]) -> Tensor:
+        """Of all parts; 0 in those that do not have it."""
+        values: list[Tensor | None] = [getattr(part.stats, name) for part in parts]
+        like = next((x for x in values if x is not None), self.log_probs[:0])
+        present = [
+            like.new_zeros(len(part.rows), *like.shape[1:]) if x is None else x
+            for part, x in zip(parts, values, strict=True)
+        ]
+        return present[0] if len(present) == 1 else torch.cat([like[:0], *present])
 
-    def _concatenate(self, stats: list[RowStats]) -> tuple[Tensor, Tensor | None]:
-        """The log-probs and, where they were computed, the entropies of consecutive chunks: none, maybe."""
-        entropies = [s.entropy for s in stats if s.entropy is not None]
-        log_probs = torch.cat([self.log_probs[:0], *(s.log_probs for s in stats)])
-        return log_probs, torch.cat(entropies) if entropies else None
+    def _accumulate_segment(self, segment: Segment, last: _Computed, evaluation: Evaluation) -> None:
+        """Add the gradients of all chunks; the last one's logits are still in the buffer, the others' come again."""
+        rescale = evaluation.rescale
+        if rescale is not None and self.grad_rows is not None:
+            self.grad_rows.mul_(rescale)
+        taught, alone = sum(len(chunk.taught) for chunk in segment), sum(len(chunk.alone) for chunk in segment)
+        ends = {True: taught, False: taught + alone}
+        for i, chunk in reversed(list(enumerate(segment))):
+            computed = last if i == len(segment) - 1 else self._compute(chunk, gradient=True)
+            dlogits = []
+            for part in computed.parts:
+                start = ends[part.taught] - len(part.rows)
+                dlogits.append(self._dlogits_(part, evaluation.gradients.select(slice(start, ends[part.taught]))))
+                ends[part.taught] = start
+            self._accumulate(computed, dlogits, rescale)
+            rescale = None
+
+    def _dlogits_(self, part: _Part, gradients: RowGradients) -> Dlogits:
+        """Of the statistics whose gradients the buffer was left for; 0 of those that turned out to have none."""
+        _, expected = self.objective.reads(part.taught)
+        own = {name: getattr(gradients, name) for name in expected}
+        own = {name: torch.zeros_like(getattr(part.stats, name)) if x is None else x for name, x in own.items()}
+        return self.passes.dlogits_(part.request, part.stats, RowGradients(**own), dtype=self.operand_dtype)
 
     def _teacher_entropies(self) -> Tensor:
         entropies = []
-        for chunk in self.plan.distillation_chunks:
-            rows = self.plan.order.distillation[chunk]
-            stats = self.passes.row_stats(
-                self._teacher_logits(rows, offset=0),
-                self.policy_spec,
-                target_ids=self.batch.target_ids[rows],
-                entropy=True,
-            )
+        spec = replace(self.spec, divergence=None, topk=0)
+        for rows in (chunk.taught for segment in self.plan.segments for chunk in segment if len(chunk.taught)):
+            logits, ids = self._teacher_logits(rows, 0), self.batch.target_ids[rows]
+            (stats,) = self.passes.statistics(Request(logits, None, spec, ids, entropy=True, gradient=frozenset()))
             assert stats.entropy is not None
             entropies.append(stats.entropy)
         return torch.cat(entropies)
 
-    def _logits(self, rows: Tensor) -> _Chunk:
-        """The student's, at the front of the buffer."""
-        return self._project(self.batch.hidden, rows, rows, self.batch.head, 0)
-
     def _teacher_logits(self, rows: Tensor, offset: int) -> Tensor:
         batch = self.batch
         assert batch.teacher_hidden is not None
-        return self._project(batch.teacher_hidden, batch.teacher_rows[rows], rows, batch.teacher_head, offset).logits
+        return self._project(batch.teacher_hidden, batch.teacher_rows[rows], rows, batch.teacher_head, offset)[1]
 
-    def _project(self, hidden: Tensor, states: Tensor, rows: Tensor, head: Head, offset: int) -> _Chunk:
+    def _project(self, hidden: Tensor, states: Tensor, rows: Tensor, head: Head, offset: int) -> tuple[Tensor, Tensor]:
+        """Hidden states as an operand, and their logits in the buffer."""
         logits = self.buffer[offset : offset + len(rows)]
         operand = hidden[states].to(gemm.operand_dtype(head.weight, self.dtype))
         gemm.project(operand, head.weight, head.bias, out=logits)
-        return _Chunk(rows, operand, logits)
+        return operand, logits
 
-    def _accumulate(self, dlogits: Dlogits, chunk: _Chunk, rescale: Tensor | None = None) -> None:
-        """Add a chunk's dX rows and its part of dW and db."""
-        values, factor = dlogits
-        hidden = chunk.hidden
-        self.grad_head.add_bias(dlogits, rescale)
-        if self.grad_rows is not None:
-            if self.needs.hidden:
-                grad = self.grad_rows.new_empty(hidden.shape)
-                gemm.backproject(values, self.batch.head.weight, out=grad)
-            else:
-                grad = values.sum(1, keepdim=True, dtype=self.dtype)
-            self.grad_rows[chunk.rows] = grad if factor is None else grad.mul_(factor)
-        self.grad_head.add_weight(values, hidden if factor is None else hidden * factor, rescale)
+    def _accumulate(self, computed: _Computed, dlogits: list[Dlogits], rescale: Tensor | None) -> None:
+        """Add a chunk's dX rows and its part of dW and db, what was there before times ``rescale``."""
+        rows = [part.rows for part in computed.parts]
+        places = [part.request.logits.data_ptr() for part in computed.parts]
+        if len(rows) > 1 and places == [x.values.data_ptr() for x in dlogits]:
+            rows, dlogits = [torch.cat(rows)], [_join(computed.logits, dlogits)]
+        for own, part, operand in zip(rows, dlogits, computed.operand.split([len(x) for x in rows]), strict=True):
+            values, factor = part
+            self.grad_head.add_bias(part, rescale)
+            if self.grad_rows is not None:
+                if self.needs.hidden:
+                    grad = self.grad_rows.new_empty(operand.shape)
+                    gemm.backproject(values, self.batch.head.weight, out=grad)
+                else:
+                    grad = values.sum(1, keepdim=True, dtype=self.dtype)
+                self.grad_rows[own] = grad if factor is None else grad.mul_(factor)
+            self.grad_head.add_weight(values, operand if factor is None else operand * factor, rescale)
+            rescale = None
 
-    def _correction(self, log_probs: Tensor, rows: Tensor) -> Tensor:
-        return objective.distillation_weights(log_probs, self.batch.inputs.select(rows), self.config)
 
-    def _count(self, name: str, value: Tensor | int) -> None:
-        self.metrics[name] = self.metrics[name] + (value.sum() if isinstance(value, Tensor) else value)
+# What takes the teacher's logits.
+_OF_TEACHER = frozenset({"divergence", *TEACHER, *SUPPORT, *TEACHER_SUPPORT})
 
 
 def _join(logits: Tensor, parts: list[Dlogits]) -> Dlogits:
-    """The dlogits of consecutive rows as one, in the place of their ``logits``: there already, as a rule."""
-    places = logits.split([len(part.values) for part in parts])
-    for place, part in zip(places, parts, strict=True):
-        if place.data_ptr() != part.values.data_ptr():
-            place.copy_(part.values)
+    """The dlogits of consecutive rows as one."""
     if all(part.factor is None for part in parts):
         return Dlogits(logits, None)
-    factors = [part.values.new_ones(len(part.values), 1) if part.factor is None else part.factor for part in parts]
+    factors = [logits.new_ones(len(part.values), 1) if part.factor is None else part.factor for part in parts]
     return Dlogits(logits, torch.cat(factors))

@@ -1,4 +1,4 @@
-"""``srpo_loss`` as an operation: its gradients are ready when the forward ends."""
+"""``srpo_loss`` and ``fused_loss`` as an operation: their gradients are ready when the forward ends."""
 
 from __future__ import annotations
 
@@ -9,52 +9,81 @@ import torch
 from torch import Tensor
 
 from srpo_kernels.engine import ops, workspace
+from srpo_kernels.engine.agreement import agree
 from srpo_kernels.engine.arguments import LossArguments, LossOptions, parse
-from srpo_kernels.engine.batch import Needs
+from srpo_kernels.engine.backends import rows_of
+from srpo_kernels.engine.batch import Batch, FusedResult, Needs
+from srpo_kernels.engine.custom import prepare_custom
 from srpo_kernels.engine.fused import FusedPass
-from srpo_kernels.engine.prepare import flat_rows, prepare_loss
+from srpo_kernels.engine.objectives import Objective
+from srpo_kernels.engine.plan import Plan
+from srpo_kernels.engine.prepare import flat_rows
 from srpo_kernels.engine.row_values import warn_of_weights
-from srpo_kernels.engine.sharded import row_passes
-from srpo_kernels.engine.vocabulary import agree
+from srpo_kernels.engine.srpo import prepare_srpo
 from srpo_kernels.losses.config import SRPOConfig
-from srpo_kernels.losses.objective import METRICS
+from srpo_kernels.losses.srpo import METRICS
+from srpo_kernels.rows.contract import RowSpec
 from srpo_kernels.rows.dtypes import accumulation_dtype
+from srpo_kernels.rows.passes import RowPasses
 
 
 def fused_loss(call: LossArguments, options: LossOptions) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss, log-probs in the shape of ``target_ids``, and the ``METRICS`` as one vector.
+    """Loss, log-probs in the shape of ``target_ids``, and more: SRPO's ``METRICS`` as one vector, or each row's loss.
 
     Only the loss carries gradient, to hidden states, weight and bias.
     """
-    loss, log_probs, metrics, *_ = ops.run(torch.ops.srpo_kernels.fused_loss, _FusedLoss, call, options)
+    loss, log_probs, more, *_ = ops.run(torch.ops.srpo_kernels.fused_loss, _FusedLoss, call, options)
     # The backward knows the operation's own result again: the caller's may be changed in place.
-    return loss.clone(), log_probs, metrics
+    return loss.clone(), log_probs, more
 
 
 def _forward(*arguments: Any) -> tuple[Tensor, ...]:
-    """Loss, log-probs, metrics, and the gradients of the loss in the accumulation dtype."""
+    """Loss, log-probs, what an objective has beside them, and the gradients in the accumulation dtype."""
     call, options, needs = parse(arguments, LossArguments, LossOptions, Needs)
     config = SRPOConfig.decode(options.config)
     with torch.autocast(call.hidden.device.type, enabled=False):
-        vocabulary = agree(call, options, needs)
-        passes = row_passes(options.backend, vocabulary)
-        batch, plan, is_whole = prepare_loss(call, config, options, needs, passes, vocabulary)
-        dtype = accumulation_dtype(call.hidden, call.weight)
-        with workspace.borrowed(plan.buffer_rows, len(call.weight), dtype, call.hidden.device) as buffer:
-            result = FusedPass(batch, plan, config, needs, passes, vocabulary, buffer).run()
-    if is_whole and config.dw_beta > 0.0:
-        warn_of_weights(result.metrics["dw_weight_sum"], len(plan.order.distillation), config)
+        passes = RowPasses(rows_of(options.backend), agree(call, options, needs))
+        if options.objective == "srpo":
+            batch, plan, objective, is_whole = prepare_srpo(call, config, options, needs, passes)
+            result = _run(call, batch, plan, objective, config, needs, passes)
+            numbers = objective.metrics | {"nonfinite_rows": result.nonfinite_rows}
+            metrics = {name: x if isinstance(x, Tensor) else result.loss.new_full((), x) for name, x in numbers.items()}
+            if is_whole and config.dw_beta > 0.0:
+                warn_of_weights(float(metrics["dw_weight_sum"]), len(plan.order.taught), config)
+            more = torch.stack([metrics[name].to(result.loss) for name in METRICS])
+        else:
+            batch, plan, custom = prepare_custom(call, config, options, needs, passes)
+            result = _run(call, batch, plan, custom, config, needs, passes)
+            custom.check_values()
+            more = result.losses.view(call.target_ids.shape)
     grad_hidden = None if result.grad_hidden is None else result.grad_hidden.view(call.hidden.shape)
     return (
         result.loss,
         result.log_probs.view(call.target_ids.shape),
-        torch.stack([result.metrics[name] for name in METRICS]),
+        more,
         *ops.dense((grad_hidden, result.grad_weight, result.grad_bias), result.loss),
     )
 
 
+def _run(
+    call: LossArguments,
+    batch: Batch,
+    plan: Plan,
+    objective: Objective,
+    config: SRPOConfig,
+    needs: Needs,
+    passes: RowPasses,
+) -> FusedResult:
+    topk = min(config.topk, passes.vocabulary.size)
+    add_tail = config.add_tail and topk < passes.vocabulary.size
+    spec = RowSpec(config.transform, config.divergence, config.alpha, topk, add_tail)
+    dtype = accumulation_dtype(call.hidden, call.weight)
+    with workspace.borrowed(plan.buffer_rows, len(call.weight), dtype, call.hidden.device) as buffer:
+        return FusedPass(batch, plan, objective, spec, needs, passes, buffer).run()
+
+
 def _fake(*arguments: Any) -> tuple[Tensor, ...]:
-    call, _, needs = parse(arguments, LossArguments, LossOptions, Needs)
+    call, options, needs = parse(arguments, LossArguments, LossOptions, Needs)
     hidden, weight, bias = call[:3]
     loss = hidden.new_empty((), dtype=accumulation_dtype(hidden, weight))
     gradients = (
@@ -62,7 +91,9 @@ def _fake(*arguments: Any) -> tuple[Tensor, ...]:
         loss.new_empty(weight.shape) if needs.weight else None,
         loss.new_empty(bias.shape) if needs.bias else None,
     )
-    return loss, loss.new_empty(call.target_ids.shape), loss.new_empty(len(METRICS)), *ops.dense(gradients, loss)
+    rows = loss.new_empty(call.target_ids.shape)
+    more = loss.new_empty(len(METRICS)) if options.objective == "srpo" else torch.empty_like(rows)
+    return loss, rows, more, *ops.dense(gradients, loss)
 
 
 def _backward(scale: Callable[[Tensor, Tensor], Tensor]) -> ops.Backward:
@@ -73,7 +104,7 @@ def _backward(scale: Callable[[Tensor, Tensor], Tensor]) -> ops.Backward:
         if grad_loss is None:
             return tuple(gradients)
         if grad_loss.numel() != 1:
-            raise RuntimeError(f"srpo_loss takes a scalar upstream gradient, got {list(grad_loss.shape)}")
+            raise RuntimeError(f"the loss takes a scalar upstream gradient, got {list(grad_loss.shape)}")
         for i, (gradient, dtype) in enumerate(zip(saved[1:], ctx.dtypes, strict=True)):
             if dtype is not None:
                 gradients[i] = scale(gradient, grad_loss).to(dtype)
@@ -121,13 +152,13 @@ _operator = torch.library.custom_op(
     mutates_args=(),
     tags=ops.TAGS,
     schema=(
-        "(Tensor hidden, Tensor weight, Tensor? bias, Tensor target_ids, Tensor? advantages, Tensor? mask, "
-        "Tensor? sdpo_mask, Tensor? teacher_hidden, Tensor? teacher_weight, Tensor? teacher_bias, "
-        "Tensor? old_log_probs, Tensor? ref_log_probs, Tensor? is_weights, Tensor? sequence_ids, "
-        "Tensor? token_count, Tensor? dw_log_mean, Tensor? sdpo_count, Tensor? sequence_count, "
-        "str config, str backend, SymInt? workspace_bytes, str? vocab_parallel_group, str? sequence_parallel_group, "
+        "(Tensor hidden, Tensor weight, Tensor? bias, Tensor target_ids, Tensor? mask, Tensor? teacher_mask, "
+        "Tensor? teacher_hidden, Tensor? teacher_weight, Tensor? teacher_bias, Tensor? sequence_ids, "
+        "Tensor? token_count, Tensor? dw_log_mean, Tensor? sdpo_count, Tensor? sequence_count, Tensor[] inputs, "
+        "str objective, str[] input_names, str config, bool whole_sequences, str backend, SymInt? workspace_bytes, "
+        "str? vocab_parallel_group, str? sequence_parallel_group, "
         f"{ops.NEEDS}) "
-        f"-> (Tensor loss, Tensor log_probs, Tensor metrics, {ops.GRADIENTS})"
+        f"-> (Tensor loss, Tensor log_probs, Tensor more, {ops.GRADIENTS})"
     ),
 )
 _operator.register_fake(_fake)

@@ -39,10 +39,16 @@ def run(
     """
     grad = torch.is_grad_enabled()
     needs = Needs(*(grad and x is not None and x.requires_grad for x in call[:3]))
-    others = [x.detach() if x is not None and x.requires_grad else x for x in call[3:]]
+    others = [_detached(x) for x in call[3:]]
     traced = torch.compiler.is_compiling() or isinstance(call.hidden, FakeTensor)
     outputs: tuple[Tensor, ...] = (operator if traced else function.apply)(*call[:3], *others, *options, *needs)
     return outputs
+
+
+def _detached(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_detached(x) for x in value]
+    return value.detach() if isinstance(value, Tensor) and value.requires_grad else value
 
 
 def dense(values: tuple[Tensor | None, ...], like: Tensor) -> tuple[Tensor, ...]:

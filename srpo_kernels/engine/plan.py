@@ -1,75 +1,55 @@
 """Which rows are computed, in which order and chunks, and what that costs.
 
-Rows that cannot move a weight are left out: masked ones, and policy rows whose advantage is 0 while neither the KL nor
-the entropy term is on. The row index is built once, with one read by the host.
+Rows that have zero gradient are left out: masked ones, and those that an objective says so of. The row index is built
+once, with one read by the host.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
-from srpo_kernels.distributed import sum_ranks
 from srpo_kernels.engine import gemm
-from srpo_kernels.engine.vocabulary import Vocabulary
 from srpo_kernels.engine.workspace import row_stride
-from srpo_kernels.losses.config import SRPOConfig
-from srpo_kernels.rows.contract import RowPasses, Scratch
+from srpo_kernels.rows.contract import Scratch
+from srpo_kernels.rows.passes import RowPasses
 
 # Where none is given: enough rows for the products to run near their best at vocabularies up to 262k.
 _DEFAULT_WORKSPACE_CPU = 640 << 20
 _ROWS_ACCELERATOR = 1024
-# Beyond this spread of -dw_beta * H_t, weights that are normalised only at the end could leave fp32's range.
-_MAX_LOG_WEIGHT_SPREAD = 60.0
 
 
-@dataclass(frozen=True)
-class RowOrder:
-    """Row indices into the flattened batch, int64.
+class RowOrder(NamedTuple):
+    """Row indices into the flattened batch, int64, sorted by sequence where sequences matter.
 
-    ``policy`` is sorted by sequence; ``inactive`` are valid policy rows that cannot move a weight.
+    ``taught`` rows have a teacher, ``alone`` ones have none; ``inactive`` are valid ones without a teacher whose
+    gradient is 0.
     """
 
-    distillation: Tensor
-    policy: Tensor
+    taught: Tensor
+    alone: Tensor
     inactive: Tensor
 
 
 def order_rows(
-    valid: Tensor,
-    routed: Tensor,
-    advantages: Tensor,
-    sequences: Tensor | None,
-    num_sequences: int,
-    config: SRPOConfig,
-    group: ProcessGroup | None = None,
+    valid: Tensor, taught: Tensor, moves: Tensor | None, sequences: Tensor | None, num_sequences: int
 ) -> RowOrder:
-    """Sort rows into distillation, active policy, inactive policy and masked ones.
+    """Sort rows into those with a teacher, without one, inactive and masked ones.
 
-    ``valid`` and ``routed`` are bool ``[N]``, ``advantages`` ``[N]``, ``sequences`` int64 ``[N]`` (for gspo, which is
-    active by the sequence: a token with advantage 0 still moves the sequence's ratio). ``group`` has the ranks with
-    other rows of the sequences.
+    ``valid``, ``taught`` and ``moves`` are bool ``[N]``; rows without a teacher that do not move are inactive, none
+    where ``moves`` is None. ``sequences`` is int64 ``[N]``.
     """
-    policy = valid & ~routed
-    moves = advantages != 0
-    if config.kl_coef != 0.0 or config.entropy_coef != 0.0:
-        moves = torch.ones_like(moves)
-    elif config.loss_type == "gspo" and sequences is not None:
-        moving = torch.zeros(num_sequences, dtype=torch.int64, device=valid.device)
-        moves = sum_ranks(moving.index_add_(0, sequences, (policy & moves).long()), group)[sequences] > 0
-    kind = torch.full_like(advantages, 3, dtype=torch.int64)
-    kind[policy] = 2
-    kind[policy & moves] = 1
-    kind[valid & routed] = 0
+    kind = torch.full_like(valid, 3, dtype=torch.int64)
+    kind[valid] = 2
+    kind[valid if moves is None else valid & moves] = 1
+    kind[valid & taught] = 0
     key = kind if sequences is None else kind * num_sequences + sequences
     order = torch.argsort(key, stable=True)
-    distillation, active, inactive, _ = order.split(torch.bincount(kind, minlength=4).tolist())
-    return RowOrder(distillation, active, inactive)
+    return RowOrder(*order.split(torch.bincount(kind, minlength=4).tolist())[:3])
 
 
 @dataclass(frozen=True)
@@ -88,12 +68,9 @@ class RowMemory:
     shards: int = 1
 
     @classmethod
-    def of(
-        cls, weight: Tensor, dtype: torch.dtype, passes: RowPasses, vocabulary: Vocabulary | None = None
-    ) -> RowMemory:
+    def of(cls, weight: Tensor, dtype: torch.dtype, passes: RowPasses) -> RowMemory:
         """For logits in ``dtype`` of the head ``weight``: ``[V, H]``, or a shard of a vocabulary."""
-        if vocabulary is None:
-            vocabulary = Vocabulary.whole(len(weight))
+        vocabulary = passes.vocabulary
         copy, width = gemm.operand_dtype(weight, dtype), vocabulary.largest
         scratch, shards = passes.scratch(width, weight.device), vocabulary.size // width
         copy_itemsize = 0 if copy == dtype else copy.itemsize
@@ -129,110 +106,133 @@ def row_chunks(num_rows: int, capacity: int) -> list[slice]:
     return [slice(start, stop) for start, stop in pairwise(bounds)]
 
 
-def sequence_segments(lengths: list[int], capacity: int) -> list[list[slice]]:
-    """Group rows that are sorted by sequence so that no group cuts a sequence.
+class Chunk(NamedTuple):
+    """Rows whose logits are alive at a time, and whose products are taken together: indices of ``RowOrder``'s kinds."""
 
-    Each group is a list of chunks of at most ``capacity`` rows: one chunk with as many whole sequences as fit, or
-    several chunks of one long sequence.
-    """
-    segments: list[list[slice]] = []
-    start = stop = 0
-    for length in [*(n for n in lengths if n), 0]:
-        if length == 0 or stop + length - start > capacity:
-            if stop > start:
-                chunks = row_chunks(stop - start, capacity)
-                segments.append([slice(c.start + start, c.stop + start) for c in chunks])
-            start = stop
-        stop += length
-    return segments
+    taught: Tensor
+    alone: Tensor
+
+    @property
+    def logits(self) -> int:
+        """Rows of logits, of both models."""
+        return 2 * len(self.taught) + len(self.alone)
 
 
-def weights_need_teacher_first(config: SRPOConfig, vocab_size: int) -> bool:
-    """Whether entropy weights may span more than fp32 can hold until their mean is known.
-
-    Entropies lie in ``[0, log V]``; where ``dw_beta`` spreads the weights too far, the teacher's entropies are
-    computed in a pass of their own (one more product per distillation row).
-    """
-    return config.dw_beta * math.log(vocab_size) > _MAX_LOG_WEIGHT_SPREAD
+# Chunks whose objective is evaluated together. All but the last of several are computed twice, their logits being gone
+# when their gradient is known.
+Segment = list[Chunk]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How one call runs: rows, their chunks (slices of the index vectors), and what it costs.
+    """How one call runs: its rows in segments, and what that costs.
 
-    ``policy_segments`` are lists of chunks whose objective is evaluated together. A segment of several chunks, which
-    only gspo has, computes its log-probs first and its logits once more. ``shared_policy_rows`` is the length of the
-    first segment where its logits are beside those of the last distillation chunk, else 0. ``student_products`` and
-    ``teacher_products`` count rows times products, in units of ``H * V`` multiply-adds: 3 per active policy row, 4 per
-    distillation row.
+    ``student_products`` and ``teacher_products`` count rows times products, in units of ``H * V`` multiply-adds: 3 per
+    row without a teacher, 4 per row with one.
     """
 
     order: RowOrder
-    distillation_chunks: list[slice]
-    policy_segments: list[list[slice]]
-    inactive_chunks: list[slice]
-    shared_policy_rows: int
-    teacher_first: bool
+    segments: list[Segment]
+    inactive: list[Segment]
     student_products: int
     teacher_products: int
 
     @property
     def buffer_rows(self) -> int:
         """Rows of logits, of either model, that are alive at a time."""
-        policy = [chunk for segment in self.policy_segments for chunk in segment]
-        widths = [2 * _length(chunk) for chunk in self.distillation_chunks]
-        shared = [widths[-1] + self.shared_policy_rows] if widths else []
-        return max(widths + shared + [_length(chunk) for chunk in policy + self.inactive_chunks], default=0)
+        return max((chunk.logits for segment in self.segments + self.inactive for chunk in segment), default=0)
+
+    @property
+    def rows(self) -> Tensor:
+        """The rows that have a gradient."""
+        return torch.cat([self.order.taught, self.order.alone])
 
 
 def make_plan(
     order: RowOrder,
-    sequence_lengths: list[int] | None,
-    config: SRPOConfig,
-    *,
     memory: RowMemory,
-    vocab_size: int,
+    *,
+    taught_lengths: list[int] | None = None,
+    alone_lengths: list[int] | None = None,
     workspace_bytes: int | None,
     gradients: int,
-    log_mean_known: bool,
+    count_inactive: bool = False,
+    teacher_first: bool = False,
+    joins: bool = False,
 ) -> Plan:
-    """Lay out the chunks. ``sequence_lengths`` are those of the active policy rows, for gspo alone.
+    """Lay out the chunks.
 
-    ``memory`` is that of the logits in this process, ``vocab_size`` is of the whole vocabulary.
-    ``gradients`` is how many of dX and dW are wanted.
+    ``alone_lengths`` are how many rows without a teacher each sequence has, where an objective sees them together;
+    ``taught_lengths`` those with one, where it sees these with them. ``gradients`` is how many of dX and dW are
+    wanted. ``joins``: an objective takes part in exchanges, without a row too.
     """
-    policy_rows = memory.capacity(1, workspace_bytes)
-    distillation_rows = memory.capacity(2, workspace_bytes)
-    if sequence_lengths is None:
-        segments = [[chunk] for chunk in row_chunks(len(order.policy), policy_rows)]
-    else:
-        segments = sequence_segments(sequence_lengths, policy_rows)
-    inactive = len(order.inactive) if config.count_inactive else 0
-    distilled = len(order.distillation)
-    distillation_chunks = row_chunks(distilled, distillation_rows)
-    teacher_first = bool(distilled) and not log_mean_known and weights_need_teacher_first(config, vocab_size)
+    alone_rows, taught_rows = memory.capacity(1, workspace_bytes), memory.capacity(2, workspace_bytes)
     # Where nothing else is asked for, as many as both models' of a full chunk.
-    together = policy_rows if workspace_bytes is not None else max(policy_rows, 2 * distillation_rows)
-    repeated = sum(_length(chunk) for segment in segments for chunk in segment[:-1])
+    together = alone_rows if workspace_bytes is not None else max(alone_rows, 2 * taught_rows)
+    none = order.taught[:0]
+    if taught_lengths is not None and alone_lengths is not None:
+        segments = _whole_sequences(order, taught_lengths, alone_lengths, alone_rows, taught_rows, together)
+    else:
+        segments = [[Chunk(order.taught[ids], none)] for ids in row_chunks(len(order.taught), taught_rows)]
+        if alone_lengths is None:
+            alone = [[Chunk(none, order.alone[ids])] for ids in row_chunks(len(order.alone), alone_rows)]
+        else:
+            nobody = [0] * len(alone_lengths)
+            alone = _whole_sequences(order, nobody, alone_lengths, alone_rows, taught_rows, alone_rows)
+        # Few large products are faster than many small ones.
+        if segments and alone and len(alone[0]) == 1:
+            both = Chunk(segments[-1][0].taught, alone[0][0].alone)
+            if both.logits <= together:
+                segments[-1:], alone = [[both]], alone[1:]
+        segments += alone
+    if joins and not len(order.alone):
+        segments.append([Chunk(none, none)])
+    inactive = row_chunks(len(order.inactive), alone_rows) if count_inactive else []
+    again = [chunk for segment in segments for chunk in segment[:-1]] if gradients else []
+    taught, twice = len(order.taught), sum(len(chunk.taught) for chunk in again)
     return Plan(
         order,
-        distillation_chunks,
         segments,
-        row_chunks(inactive, policy_rows),
-        _shared_policy_rows(distillation_chunks, segments, together),
-        teacher_first,
-        (len(order.policy) + distilled) * (1 + gradients) + (repeated if gradients else 0) + inactive,
-        distilled * (1 + teacher_first),
+        [[Chunk(none, order.inactive[ids])] for ids in inactive],
+        (len(order.alone) + taught) * (1 + gradients)
+        + twice
+        + sum(len(chunk.alone) for chunk in again)
+        + len(order.inactive) * count_inactive,
+        taught * (1 + teacher_first) + twice,
     )
 
 
-def _shared_policy_rows(distillation_chunks: list[slice], segments: list[list[slice]], capacity: int) -> int:
-    """Rows of the first policy segment if they fit beside the last distillation chunk, else 0."""
-    if not distillation_chunks or not segments or len(segments[0]) > 1:
-        return 0
-    rows = _length(segments[0][0])
-    return rows if 2 * _length(distillation_chunks[-1]) + rows <= capacity else 0
+def sequence_groups(sizes: list[int], capacity: int) -> list[slice]:
+    """Group consecutive sequences of these sizes: as many as fit into ``capacity``, or one that does not."""
+    groups: list[slice] = []
+    start, total = 0, 0
+    for stop, size in enumerate(sizes):
+        if total and total + size > capacity:
+            groups.append(slice(start, stop))
+            start, total = stop, 0
+        total += size
+    return [*groups, slice(start, len(sizes))] if total else groups
 
 
-def _length(chunk: slice) -> int:
-    return int(chunk.stop - chunk.start)
+def _whole_sequences(
+    order: RowOrder,
+    taught_lengths: list[int],
+    alone_lengths: list[int],
+    alone_rows: int,
+    taught_rows: int,
+    together: int,
+) -> list[Segment]:
+    """Segments that cut no sequence: one chunk of as many as fit, or several chunks of one long sequence."""
+    taught_ends, alone_ends = (list(accumulate(x, initial=0)) for x in (taught_lengths, alone_lengths))
+    sizes = [2 * t + a for t, a in zip(taught_lengths, alone_lengths, strict=True)]
+    segments: list[Segment] = []
+    for group in sequence_groups(sizes, together):
+        taught = order.taught[taught_ends[group.start] : taught_ends[group.stop]]
+        alone = order.alone[alone_ends[group.start] : alone_ends[group.stop]]
+        whole = Chunk(taught, alone)
+        if whole.logits <= together:
+            segments.append([whole])
+            continue
+        chunks = [Chunk(taught[ids], alone[:0]) for ids in row_chunks(len(taught), taught_rows)]
+        segments.append(chunks + [Chunk(taught[:0], alone[ids]) for ids in row_chunks(len(alone), alone_rows)])
+    return segments

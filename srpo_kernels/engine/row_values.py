@@ -50,9 +50,9 @@ def check_row_values(
     return numbers
 
 
-def warn_of_weights(weight_sum: Tensor, count: int, config: SRPOConfig) -> None:
+def warn_of_weights(weight_sum: float, count: int, config: SRPOConfig) -> None:
     """Say that the entropy weights of a whole batch, ``count`` rows, have another mean than 1: one host read."""
-    mean = float(weight_sum) / count
+    mean = weight_sum / count
     # A teacher that ran twice in low precision has other entropies by some hundredths of a nat.
     if abs(mean - 1.0) > 0.01 * max(1.0, config.dw_beta):
         warnings.warn(

@@ -15,17 +15,13 @@ from torch import Tensor
 
 from srpo_kernels.engine import gemm, plan, workspace
 from srpo_kernels.engine.batch import Head, Needs
-from srpo_kernels.engine.sharded import ShardedPasses
-from srpo_kernels.engine.vocabulary import Vocabulary
-from srpo_kernels.rows.contract import DivergenceStats, Dlogits, RowGradients, RowPasses, RowSpec, RowStats
+from srpo_kernels.rows.contract import RowGradients, RowSpec, Statistics
 from srpo_kernels.rows.dtypes import accumulation_dtype
+from srpo_kernels.rows.passes import Request, RowPasses
 
 
 class StatsCall(NamedTuple):
-    """What ``token_stats`` works on beside the student: ``rows`` (int64 ``[n]``) of N are computed.
-
-    ``passes`` may consume the logits, ``keeping`` leaves them to the gradient.
-    """
+    """What ``token_stats`` works on beside the student: ``rows`` (int64 ``[n]``) of N are computed."""
 
     target_ids: Tensor
     rows: Tensor
@@ -34,40 +30,33 @@ class StatsCall(NamedTuple):
     teacher_head: Head
     workspace_bytes: int | None
     passes: RowPasses
-    keeping: ShardedPasses
-    vocabulary: Vocabulary
     tiled: bool
 
 
 class _Chunk(NamedTuple):
-    """A ``part`` of the rows: their hidden states as an operand, targets, and both models' logits ``[n, V]``."""
+    """A ``part`` of the rows: their hidden states as an operand, and what is wanted of both models' logits."""
 
     part: slice
-    hidden: Tensor
-    target_ids: Tensor
-    z: Tensor
-    y: Tensor | None
+    operand: Tensor
+    request: Request
 
 
-def forward(hidden: Tensor, head: Head, call: StatsCall) -> RowStats | DivergenceStats:
+def forward(hidden: Tensor, head: Head, call: StatsCall) -> Statistics:
     """Statistics of ``call.rows``, ``[n]`` each."""
     if call.tiled:
         return _forward_tiled(hidden, head, call)
-    chunks = [_statistics(call.passes, chunk, call.spec) for chunk in _chunks(hidden, head, call, call.rows)]
-    paired = [stats for stats in chunks if isinstance(stats, DivergenceStats)]
-    if paired:
-        return DivergenceStats.concatenate(paired)
-    return RowStats.concatenate([stats for stats in chunks if isinstance(stats, RowStats)])
+    requests = (chunk.request._replace(gradient=frozenset()) for chunk in _chunks(hidden, head, call, call.rows))
+    return Statistics.concatenate([call.passes.statistics(request)[0] for request in requests])
 
 
-def _forward_tiled(hidden: Tensor, head: Head, call: StatsCall) -> RowStats | DivergenceStats:
+def _forward_tiled(hidden: Tensor, head: Head, call: StatsCall) -> Statistics:
     from srpo_kernels.kernels.tiles import Projection, tile_stats
 
     student, teacher = Projection(hidden[call.rows], *head), None
     if call.teacher_hidden is not None:
         teacher = Projection(call.teacher_hidden[call.rows], *call.teacher_head)
-    target_ids = call.target_ids[call.rows] - call.vocabulary.first_id
-    return tile_stats(student, teacher, call.spec, target_ids, call.vocabulary.combine)
+    target_ids = call.target_ids[call.rows] - call.passes.vocabulary.first_id
+    return tile_stats(student, teacher, call.spec, target_ids, call.passes.vocabulary.combine)
 
 
 def backward(
@@ -83,23 +72,16 @@ def backward(
     grad_states = torch.zeros(len(rows), hidden.shape[1], dtype=dtype, device=hidden.device) if needs.hidden else None
     grad_head = gemm.HeadGradient(head.weight if needs.weight else None, head.bias if needs.bias else None, dtype)
     for chunk in _chunks(hidden, head, call, rows) if len(rows) else ():
-        dlogits = call.keeping.gradient_(
-            chunk.z,
-            chunk.y,
-            _statistics(call.keeping, chunk, call.spec),
-            grads.select(chunk.part),
-            call.spec,
-            target_ids=chunk.target_ids,
-            dtype=chunk.hidden.dtype,
-        )
+        (own,) = call.passes.statistics(chunk.request)
+        dlogits = call.passes.dlogits_(chunk.request, own, grads.select(chunk.part), dtype=chunk.operand.dtype)
         if grad_states is not None:
-            gemm.backproject(dlogits, head.weight, out=grad_states[chunk.part])
-        grad_head.add_weight(dlogits, chunk.hidden)
-        grad_head.add_bias(Dlogits(dlogits, None))
+            gemm.backproject(dlogits.values, head.weight, out=grad_states[chunk.part])
+        grad_head.add_weight(dlogits.values, chunk.operand)
+        grad_head.add_bias(dlogits)
     grad_head.finish()
 
     grad_hidden = None
-    call.vocabulary.add_up_(grad_states, rows)
+    call.passes.vocabulary.add_up_(grad_states, rows)
     if grad_states is not None:
         grad_hidden = torch.zeros_like(hidden)
         grad_hidden[rows] = grad_states.to(hidden.dtype)
@@ -111,7 +93,7 @@ def backward(
 def _chunks(hidden: Tensor, head: Head, call: StatsCall, rows: Tensor) -> Iterator[_Chunk]:
     """Both models' logits of ``rows``, a workspace at a time; at least one chunk."""
     dtype, models = accumulation_dtype(hidden, head.weight), 1 if call.teacher_hidden is None else 2
-    memory = plan.RowMemory.of(head.weight, dtype, call.passes, call.vocabulary)
+    memory = plan.RowMemory.of(head.weight, dtype, call.passes)
     parts = plan.row_chunks(len(rows), memory.capacity(models, call.workspace_bytes)) or [slice(0, 0)]
     longest = max(part.stop - part.start for part in parts)
 
@@ -128,10 +110,4 @@ def _chunks(hidden: Tensor, head: Head, call: StatsCall, rows: Tensor) -> Iterat
             if call.teacher_hidden is not None:
                 y = buffer[longest : longest + len(ids)]
                 project(call.teacher_hidden, call.teacher_head, ids, y)
-            yield _Chunk(part, operand, call.target_ids[ids], z, y)
-
-
-def _statistics(passes: RowPasses, chunk: _Chunk, spec: RowSpec) -> RowStats | DivergenceStats:
-    if chunk.y is None:
-        return passes.row_stats(chunk.z, spec, target_ids=chunk.target_ids, entropy=True)
-    return passes.divergence_stats(chunk.z, chunk.y, spec, target_ids=chunk.target_ids, gradient=False, entropy=True)
+            yield _Chunk(part, operand, Request(z, y, call.spec, call.target_ids[ids], entropy=True))

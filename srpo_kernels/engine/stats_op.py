@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from srpo_kernels.engine import ops, stats
+from srpo_kernels.engine.agreement import agree
 from srpo_kernels.engine.arguments import StatsArguments, StatsOptions, parse
 from srpo_kernels.engine.batch import Head, Needs
 from srpo_kernels.engine.prepare import flat_rows, prepare_stats, tiles
-from srpo_kernels.engine.vocabulary import agree
 from srpo_kernels.rows.contract import RowGradients
 from srpo_kernels.rows.dtypes import accumulation_dtype, wide_dtype
 
@@ -29,7 +29,17 @@ class Statistics(NamedTuple):
     logsumexp: Tensor
 
 
-_DIFFERENTIABLE = RowGradients._fields
+_DIFFERENTIABLE = ("log_probs", "entropy", "divergence")
+
+
+class _Upstream(NamedTuple):
+    """The upstream gradients, in the shape of the rows, those of a divergence that is not there empty."""
+
+    log_probs: Tensor
+    entropy: Tensor
+    divergence: Tensor
+
+
 _STUDENTS = ("log_probs", "entropy", "logsumexp")
 
 
@@ -74,10 +84,10 @@ def _fake_forward(*arguments: Any) -> tuple[Tensor, ...]:
 
 def _gradients(*arguments: Any) -> tuple[Tensor, ...]:
     """dX, dW and db in the dtypes and shapes of hidden states, weight and bias."""
-    upstream, call, options, needs = parse(arguments, RowGradients, StatsArguments, StatsOptions, Needs)
+    upstream, call, options, needs = parse(arguments, _Upstream, StatsArguments, StatsOptions, Needs)
     if call.mask is not None:
         upstream = [x.masked_fill(~call.mask, 0.0) if x.numel() else x for x in upstream]
-    grads = RowGradients._make(map(torch.flatten, upstream))
+    grads = RowGradients(*map(torch.flatten, upstream))
     if call.teacher_hidden is None:
         grads = grads._replace(divergence=None)
     with torch.autocast(call.hidden.device.type, enabled=False):
@@ -91,7 +101,7 @@ def _gradients(*arguments: Any) -> tuple[Tensor, ...]:
 
 
 def _fake_gradients(*arguments: Any) -> tuple[Tensor, ...]:
-    _, call, _, needs = parse(arguments, RowGradients, StatsArguments, StatsOptions, Needs)
+    _, call, _, needs = parse(arguments, _Upstream, StatsArguments, StatsOptions, Needs)
     gradients = (
         torch.empty_like(flat_rows(call.hidden)).view(call.hidden.shape) if needs.hidden else None,
         call.weight.new_empty(call.weight.shape) if needs.weight else None,

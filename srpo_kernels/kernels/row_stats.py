@@ -70,7 +70,8 @@ def row_stats_kernel(
         z_gap_shift = z_shift - (z_anchor - row_anchor)
         store_sums(own, z_max, z_total, z_weighted, z_gap, z_shift, z_gap_shift, target, slope2)
         tl.store(own + 5, row_anchor)
-        store_sums(own + 6, y_max, y_total, y_weighted, y_gap, y_shift, z_shift - y_shift, LOWEST, slope2)
+        y_target = to_units(tl.load(y_row + target_id, mask=here, other=LOWEST), inner, SOFTCAP, VENDOR, True)
+        store_sums(own + 6, y_max, y_total, y_weighted, y_gap, y_shift, z_shift - y_shift, y_target, slope2)
     else:
         store_sums(sums_ptr + row * 5, z_max, z_total, z_weighted, z_gap, z_shift, z_shift, target, slope2)
 

@@ -11,8 +11,8 @@ from torch import Tensor
 from srpo_kernels.kernels.launch import INTERPRETED, MERGE_WARPS, on_device, tile_launch, vendor_of
 from srpo_kernels.kernels.tile_stats import merge_tiles_kernel, tile_stats_kernel
 from srpo_kernels.kernels.transform import Transform
-from srpo_kernels.rows.contract import DivergenceStats, RowSpec, RowStats
-from srpo_kernels.rows.sums import Combine, ModelSums, finish_divergence, finish_row
+from srpo_kernels.rows.contract import RowSpec, Statistics
+from srpo_kernels.rows.sums import Combine, pair_statistics, row_statistics, unpack
 
 # Bytes of the sums of all tiles that one launch may write.
 _MOST_SUMS = 64 << 20
@@ -32,14 +32,14 @@ def tile_stats(
     spec: RowSpec,
     target_ids: Tensor,
     combine: Combine = lambda parts, slope: parts,
-) -> RowStats | DivergenceStats:
+) -> Statistics:
     """Log-probs, entropies and, with a teacher, the divergence, any but jsd, which takes a second look at the logits.
 
     A row's tiles and the order in which they are summed do not depend on the other rows: its results are the same to
     the last bit in any batch. Where the weights are a slice of the vocabulary, ids are relative to its first one and
     ``combine`` adds the other slices' sums.
     """
-    transform = Transform.of(spec)
+    transform = Transform.of(spec.transform)
     parts = [student] if teacher is None else [student, teacher]
     num_rows, vocab_size = len(student.hidden), len(student.weight)
     device, dtype = student.hidden.device, student.hidden.dtype
@@ -91,7 +91,7 @@ def tile_stats(
                 BLOCK_TILES=triton.next_power_of_2(tiles),
                 num_warps=MERGE_WARPS,
             )
-    models = combine(ModelSums.unpack(merged), transform.slope)
+    models = combine(unpack(merged), transform.slope)
     if teacher is None:
-        return finish_row(models[0], transform.slope, entropy=True)
-    return finish_divergence(models[0], models[1], spec, transform.slope, entropy=True)
+        return row_statistics(models[0], transform.slope, entropy=True)
+    return pair_statistics(models[0], models[1], spec, transform.slope, entropy=True)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from srpo_kernels.rows.contract import LOWEST, RowSpec
+from srpo_kernels.rows.contract import LOWEST, LogitTransform
 
 
 class Transform(NamedTuple):
@@ -22,11 +22,10 @@ class Transform(NamedTuple):
     softcap: bool
 
     @classmethod
-    def of(cls, spec: RowSpec) -> Transform:
-        """The transform of ``spec``."""
-        if spec.softcap is None:
-            return cls(0.0, _fp32(spec.scale / math.log(2.0)), False)
-        return cls(spec.logit_scale / spec.softcap, _fp32(spec.softcap / spec.temperature / math.log(2.0)), True)
+    def of(cls, transform: LogitTransform) -> Transform:
+        """``transform`` in these numbers."""
+        softcap, slope2 = transform.softcap, _fp32(transform.nats_per_unit / math.log(2.0))
+        return cls(0.0, slope2, False) if softcap is None else cls(transform.logit_scale / softcap, slope2, True)
 
     @property
     def slope(self) -> float:

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from enum import Enum
 from typing import Any, Literal, get_args
 
 from srpo_kernels.checks import require_count, require_number
-from srpo_kernels.rows.contract import DIVERGENCES, Divergence
+from srpo_kernels.losses.policy import POLICY_LOSSES
+from srpo_kernels.rows.contract import DIVERGENCES, Divergence, LogitTransform
 
-LossType = Literal["grpo", "cispo", "gspo", "sapo", "reinforce"]
 KLType = Literal["k1", "k2", "k3"]
 DistillationMode = Literal["full", "topk", "sampled"]
 Reduction = Literal["token", "sequence", "constant"]
 
-LOSS_TYPES: tuple[LossType, ...] = get_args(LossType)
+# Those of this library; ``register_policy_loss`` adds to the registry, not to these.
+LOSS_TYPES = tuple(POLICY_LOSSES)
 KL_TYPES: tuple[KLType, ...] = get_args(KLType)
 DISTILLATION_MODES: tuple[DistillationMode, ...] = get_args(DistillationMode)
 REDUCTIONS: tuple[Reduction, ...] = get_args(Reduction)
@@ -33,8 +34,11 @@ class SRPOConfig:
 
     Args:
         loss_type: the policy branch: ``"grpo"`` (clipped rho), ``"cispo"`` (clipped rho as a detached
-            weight), ``"gspo"`` (``"grpo"`` with one rho per sequence), ``"sapo"`` (a sigmoid gate in place of
-            the clip) or ``"reinforce"`` (no rho).
+            weight), ``"gspo"`` (``"grpo"`` with one rho per sequence), ``"luspo"`` (``"gspo"`` times the length of
+            the sequence), ``"sapo"`` (a sigmoid gate in place of the clip), ``"reinforce"`` (no rho), or what
+            ``register_policy_loss`` has added.
+        loss_options: the loss's own options by name; ``"sapo"`` has ``tau_positive`` (1.0) and ``tau_negative``
+            (1.05). Kept as sorted pairs.
         epsilon_low: rho is clipped to at least ``1 - epsilon_low``; >= 0.
         epsilon_high: rho is clipped to at most ``1 + epsilon_high``; >= 0.
         delta: upper bound of the unclipped rho; > 0, for ``"grpo"`` and ``"gspo"`` only. None: no bound.
@@ -44,7 +48,9 @@ class SRPOConfig:
             > 0. None: 80, like any larger number: fp32 has no exponentials of more.
         kl_coef: weight of the divergence from ``ref_log_probs``; >= 0.
         kl_type: its estimator, with ``d = log_probs - ref_log_probs``: ``"k1"`` is ``d``, ``"k2"`` is
-            ``d**2 / 2``, ``"k3"`` is ``exp(-d) + d - 1`` with ``|d|`` at most ``log_ratio_clamp``.
+            ``d**2 / 2``, ``"k3"`` is ``exp(-d) + d - 1`` with ``|d|`` at most ``log_ratio_clamp``. All estimate
+            KL(policy || reference) as a number. As a loss on the policy's own samples, k1 has a gradient of 0 in
+            expectation, k2 that of KL(policy || reference), and k3 that of KL(reference || policy).
         entropy_coef: weight of the bonus ``H(p)``, which the loss subtracts; of either sign.
         divergence: the distillation branch: ``"forward_kl"`` is ``KL(q || p)``, ``"reverse_kl"`` is
             ``KL(p || q)``, ``"jsd"`` is ``(1 - alpha) KL(p || m) + alpha KL(q || m)`` with the mixture
@@ -73,7 +79,8 @@ class SRPOConfig:
         ValueError: a value out of its range or not finite, an unknown name, contradictory options.
     """
 
-    loss_type: LossType = "grpo"
+    loss_type: str = "grpo"
+    loss_options: Mapping[str, float] | tuple[tuple[str, float], ...] = ()
     epsilon_low: float = 0.2
     epsilon_high: float = 0.28
     delta: float | None = None
@@ -97,7 +104,8 @@ class SRPOConfig:
     count_inactive: bool = False
 
     def __post_init__(self) -> None:
-        for name in (*_CHOICES, *_RANGES, *_OPTIONAL_RANGES):
+        object.__setattr__(self, "loss_options", _pairs(self.loss_options))
+        for name in ("loss_type", *_CHOICES, *_RANGES, *_OPTIONAL_RANGES):
             require_option(name, getattr(self, name))
         for name in ("add_tail", "count_inactive"):
             if not isinstance(getattr(self, name), bool):
@@ -105,6 +113,7 @@ class SRPOConfig:
         require_count("topk", self.topk)
         if self.max_length is not None:
             require_count("max_length", self.max_length)
+        self._check_policy_loss()
         self._refuse_contradictions()
         # Ready when it is constructed: a compiler guards on a string it finds, but cannot follow how it is made.
         options = {field.name: getattr(self, field.name) for field in fields(SRPOConfig)}
@@ -121,15 +130,35 @@ class SRPOConfig:
         """The config whose ``encode()`` this is."""
         return SRPOConfig(**json.loads(encoded))
 
+    def _check_policy_loss(self) -> None:
+        loss = POLICY_LOSSES[self.loss_type]
+        for name in ("delta", "dual_clip"):
+            if getattr(self, name) is not None and name not in loss.fields:
+                readers = " or ".join(repr(x.name) for x in POLICY_LOSSES.values() if name in x.fields)
+                raise ValueError(
+                    f"{name} must be None unless loss_type is {readers}, "
+                    f"got {getattr(self, name)!r} with loss_type={self.loss_type!r}"
+                )
+        for name, value in dict(self.loss_options).items():
+            if name not in loss.options:
+                raise ValueError(
+                    f"loss_options must be among {tuple(loss.options)} with loss_type={self.loss_type!r}, got {name!r}"
+                )
+            require_number(f"loss_options[{name!r}]", value, *loss.ranges.get(name, _ANY))
+
+    def policy_options(self) -> dict[str, Any]:
+        """What the policy loss reads: fields of this config, and options of its own."""
+        loss = POLICY_LOSSES[self.loss_type]
+        return {name: getattr(self, name) for name in loss.fields} | {**loss.options, **dict(self.loss_options)}
+
+    @property
+    def transform(self) -> LogitTransform:
+        """The logit transform, of both models."""
+        return LogitTransform(self.temperature, self.logit_scale, self.softcap)
+
     def _refuse_contradictions(self) -> None:
         require_mixture(self.divergence, self.alpha)
         require_transform(self.temperature, self.logit_scale, self.softcap)
-        for name in ("delta", "dual_clip"):
-            if getattr(self, name) is not None and self.loss_type not in ("grpo", "gspo"):
-                raise ValueError(
-                    f"{name} must be None unless loss_type is 'grpo' or 'gspo', "
-                    f"got {getattr(self, name)!r} with loss_type={self.loss_type!r}"
-                )
         if (self.max_length is not None) != (self.reduction == "constant"):
             raise ValueError(
                 "max_length must be given with reduction='constant' and be None otherwise, "
@@ -146,6 +175,19 @@ class SRPOConfig:
         require_number("alpha", alpha, *_RANGES["alpha"])
         divergence: Divergence = "forward_kl" if alpha == 0 else "reverse_kl" if alpha == 1 else "jsd"
         return cls(divergence=divergence, alpha=alpha, **options)
+
+
+def _pairs(options: object) -> tuple[tuple[str, float], ...]:
+    """Options by name as pairs, sorted: so that configs with the same are equal, and can be hashed."""
+    if not isinstance(options, Mapping) and not (
+        isinstance(options, (tuple, list)) and all(isinstance(x, (tuple, list)) and len(x) == 2 for x in options)
+    ):
+        raise TypeError(f"loss_options must be a mapping from names to numbers, got {options!r}")
+    named = dict(options)
+    for name in named:
+        if not isinstance(name, str):
+            raise TypeError(f"loss_options must have strings as names, got {name!r}")
+    return tuple(sorted(named.items()))
 
 
 class Unset(Enum):
@@ -179,7 +221,9 @@ def resolve_options(config: SRPOConfig | None, **keywords: Any) -> dict[str, Any
 
 def require_option(name: str, value: Any) -> None:
     """Raise TypeError or ValueError unless the named option, a choice or a number, can have this value."""
-    if name in _CHOICES:
+    if name == "loss_type":
+        _require_choice(name, value, tuple(POLICY_LOSSES))
+    elif name in _CHOICES:
         _require_choice(name, value, _CHOICES[name])
     elif name in _RANGES:
         require_number(name, value, *_RANGES[name])
@@ -223,11 +267,11 @@ def _require_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
 
 _Range = tuple[str, Callable[[float], bool]]
 
+_ANY: _Range = ("of either sign", lambda value: True)
 _POSITIVE: _Range = ("> 0", lambda value: value > 0)
 _NON_NEGATIVE: _Range = (">= 0", lambda value: value >= 0)
 
 _CHOICES: dict[str, tuple[str, ...]] = {
-    "loss_type": LOSS_TYPES,
     "kl_type": KL_TYPES,
     "divergence": DIVERGENCES,
     "distillation_mode": DISTILLATION_MODES,
@@ -237,7 +281,7 @@ _RANGES: dict[str, _Range] = {
     "epsilon_low": _NON_NEGATIVE,
     "epsilon_high": _NON_NEGATIVE,
     "kl_coef": _NON_NEGATIVE,
-    "entropy_coef": ("of either sign", lambda value: True),
+    "entropy_coef": _ANY,
     "alpha": ("in [0, 1]", lambda value: 0 <= value <= 1),
     "dw_beta": _NON_NEGATIVE,
     "temperature": _POSITIVE,

@@ -1,8 +1,8 @@
-"""What a row pass takes and returns: the contract between the engine and its backends.
+"""What a backend computes of rows of logits: the contract between it and everything above.
 
-A row pass reads logits ``[n, V]`` (or a slice of the vocabulary) one row at a time and reduces each row to a few
-numbers, or turns the buffer into the gradient of the logits. ``rows_torch`` implements ``RowPasses`` on every device,
-``kernels.passes`` in Triton, and ``engine.sharded`` on logits that lie in several processes.
+A backend reads logits ``[n, V]``, or a slice of the vocabulary, one row at a time, reduces each row to a few numbers,
+and turns the buffer into the gradient of the logits. ``torch_rows`` does so on every device, ``kernels`` in Triton.
+``passes`` puts together what they return, for a whole vocabulary and for shards of it alike.
 """
 
 from __future__ import annotations
@@ -23,8 +23,56 @@ DIVERGENCES: tuple[Divergence, ...] = get_args(Divergence)
 LOWEST = -1e30
 
 
+class LogitTransform(NamedTuple):
+    """``softcap * tanh(x * logit_scale / softcap) / temperature``, or ``x * logit_scale / temperature``.
+
+    A *unit* is what a backend counts logits in: a raw logit, or the tanh of one with a softcap.
+    """
+
+    temperature: float = 1.0
+    logit_scale: float = 1.0
+    softcap: float | None = None
+
+    @property
+    def scale(self) -> float:
+        """Slope at zero: the whole of it when there is no softcap."""
+        return self.logit_scale / self.temperature
+
+    @property
+    def constant_slope(self) -> float:
+        """The slope where it is one number; 1 with a softcap, whose slope the backends apply themselves."""
+        return self.scale if self.softcap is None else 1.0
+
+    @property
+    def nats_per_unit(self) -> float:
+        """What a unit stands for."""
+        return self.scale if self.softcap is None else self.softcap / self.temperature
+
+
+_IDENTITY = LogitTransform()
+
+
+@dataclass(frozen=True)
+class RowSpec:
+    """What is computed of a row, beside its target's log-prob; the transform is the same for student and teacher.
+
+    ``divergence`` None: none, with a teacher too. ``topk`` > 0: the log-probs of the student's likeliest tokens.
+    """
+
+    transform: LogitTransform = _IDENTITY
+    divergence: Divergence | None = None
+    alpha: float = 0.5
+    topk: int = 0
+    add_tail: bool = False
+
+    @property
+    def divergence_slope(self) -> float:
+        """What dD/dz has in front of ``p (log-ratio - center)``."""
+        return 1.0 - self.alpha if self.divergence == "jsd" else 1.0
+
+
 class Holds(Enum):
-    """What a statistics' pass left in the student's buffer, for the gradient's pass that comes next."""
+    """What the student's buffer holds for the gradient that comes next."""
 
     LOGITS = "logits"
     PROBABILITIES = "probabilities"
@@ -33,113 +81,100 @@ class Holds(Enum):
     NOTHING = "nothing of use"
 
 
-@dataclass(frozen=True, kw_only=True)
-class RowSpec:
-    """The options that a row pass needs to know; the same for student and teacher.
+class Statistics(NamedTuple):
+    """The reductions of n rows, of the student and, where there is one, of the teacher; None where not asked for.
 
-    Logits are transformed on arrival: ``softcap * tanh(x * logit_scale / softcap) / temperature``, or
-    ``x * logit_scale / temperature`` without a softcap.
-    """
-
-    divergence: Divergence | None = None
-    alpha: float = 0.5
-    temperature: float = 1.0
-    logit_scale: float = 1.0
-    softcap: float | None = None
-    topk: int = 0
-    add_tail: bool = False
-
-    @property
-    def scale(self) -> float:
-        """Slope of the transform at zero: the whole of it when there is no softcap."""
-        return self.logit_scale / self.temperature
-
-    @property
-    def constant_slope(self) -> float:
-        """The transform's slope where it is one number; 1 with a softcap, whose slope the passes apply themselves."""
-        return self.scale if self.softcap is None else 1.0
-
-    @property
-    def divergence_slope(self) -> float:
-        """What dD/dz has in front of ``p (log-ratio - center)``."""
-        return 1.0 - self.alpha if self.divergence == "jsd" else 1.0
-
-
-class RowStats(NamedTuple):
-    """The reductions of one model's rows.
-
-    ``log_probs`` ``[n]`` is the target's; ``logsumexp`` ``[n, 1]`` is in the device's widest dtype, since it is as
+    ``log_probs`` ``[n]`` are the target's; ``logsumexp`` ``[n, 1]`` is in the device's widest dtype, since it is as
     large as a logit; ``entropy`` ``[n]``; ``support_ids`` and ``support_log_probs`` ``[n, K]``; ``tail_logsumexp``
-    ``[n, 1]`` is the log-sum-exp outside the support, as wide. These four are None where they were not asked for.
+    ``[n, 1]`` is the log-sum-exp outside the support, as wide. ``divergence`` ``[n]``; ``center`` ``[n, 1]``, wide
+    too, is what its gradient subtracts from the log-ratio: ``KL(p || m)`` for jsd, the divergence itself for
+    reverse_kl, 0 for forward_kl.
     """
 
     log_probs: Tensor
     logsumexp: Tensor
-    entropy: Tensor | None
-    support_ids: Tensor | None
-    support_log_probs: Tensor | None
-    tail_logsumexp: Tensor | None
+    entropy: Tensor | None = None
+    support_ids: Tensor | None = None
+    support_log_probs: Tensor | None = None
+    tail_logsumexp: Tensor | None = None
+    teacher_log_probs: Tensor | None = None
+    teacher_logsumexp: Tensor | None = None
+    teacher_entropy: Tensor | None = None
+    teacher_support_log_probs: Tensor | None = None
+    teacher_tail_logsumexp: Tensor | None = None
+    divergence: Tensor | None = None
+    center: Tensor | None = None
     holds: Holds = Holds.LOGITS
 
     @property
     def log_tail(self) -> Tensor | None:
-        """The log of the probability outside the support, ``[n]``."""
-        if self.tail_logsumexp is None:
-            return None
-        return (self.tail_logsumexp - self.logsumexp).squeeze(1).to(self.log_probs.dtype)
+        """The log of the student's probability outside the support, ``[n]``."""
+        return _log_tail(self.tail_logsumexp, self.logsumexp, self.log_probs)
+
+    @property
+    def teacher_log_tail(self) -> Tensor | None:
+        """The teacher's outside the same support, ``[n]``."""
+        return _log_tail(self.teacher_tail_logsumexp, self.teacher_logsumexp, self.log_probs)
+
+    def with_teacher(self, teacher: Statistics) -> Statistics:
+        """These, and the same of the teacher as of a student."""
+        return self._replace(
+            teacher_log_probs=teacher.log_probs,
+            teacher_logsumexp=teacher.logsumexp,
+            teacher_entropy=teacher.entropy,
+            teacher_support_log_probs=teacher.support_log_probs,
+            teacher_tail_logsumexp=teacher.tail_logsumexp,
+        )
 
     @classmethod
-    def concatenate(cls, parts: Sequence[RowStats]) -> RowStats:
-        """The statistics of consecutive rows."""
-        return cls._make(_concatenate(parts))
+    def concatenate(cls, parts: Sequence[Statistics]) -> Statistics:
+        """The statistics of consecutive rows; a field that is no tensor is the same in all parts."""
+        columns: Any = zip(*parts, strict=True)
+        return cls._make(torch.cat(column) if isinstance(column[0], Tensor) else column[0] for column in columns)
 
-    def select(self, rows: Tensor) -> RowStats:
+    def select(self, rows: Tensor | slice) -> Statistics:
         """The statistics of some rows."""
-        return type(self)._make(_select(self, rows))
+        return type(self)._make(x[rows] if isinstance(x, Tensor) else x for x in self)
 
 
-class DivergenceStats(NamedTuple):
-    """Both models' reductions and the divergence between them, ``[n]`` or ``[n, 1]`` as in ``RowStats``.
-
-    ``center`` ``[n, 1]``, as wide as the log-sum-exps, is what the gradient subtracts from the log-ratio:
-    ``KL(p || m)`` for jsd, the divergence itself for reverse_kl, 0 for forward_kl.
-    """
-
-    log_probs: Tensor
-    logsumexp: Tensor
-    entropy: Tensor | None
-    teacher_logsumexp: Tensor
-    teacher_entropy: Tensor
-    divergence: Tensor
-    center: Tensor
-    holds: Holds = Holds.LOGITS
-
-    def with_jsd(self, kl: Tensor, teacher_kl: Tensor, spec: RowSpec) -> DivergenceStats:
-        """These with the Jensen-Shannon divergence, from ``KL(p || m)`` and ``KL(q || m)`` ``[n]``."""
-        jsd = (1.0 - spec.alpha) * kl + spec.alpha * teacher_kl
-        # Rounding can take it below 0.
-        return self._replace(divergence=jsd.clamp_min(0.0), center=kl[:, None].to(self.logsumexp.dtype))
-
-    @classmethod
-    def concatenate(cls, parts: Sequence[DivergenceStats]) -> DivergenceStats:
-        """The statistics of consecutive rows."""
-        return cls._make(_concatenate(parts))
-
-    def select(self, rows: Tensor | slice) -> DivergenceStats:
-        """The statistics of some rows."""
-        return type(self)._make(_select(self, rows))
+def _log_tail(tail: Tensor | None, logsumexp: Tensor | None, like: Tensor) -> Tensor | None:
+    return None if tail is None or logsumexp is None else (tail - logsumexp).squeeze(1).to(like.dtype)
 
 
 class RowGradients(NamedTuple):
-    """Upstream gradients of the rows' statistics, ``[n]`` each; ``divergence`` is None without a teacher."""
+    """Upstream gradients of the student's statistics, ``[n]`` and ``[n, K]``; None for those that have none."""
 
-    log_probs: Tensor
-    entropy: Tensor
-    divergence: Tensor | None
+    log_probs: Tensor | None = None
+    entropy: Tensor | None = None
+    divergence: Tensor | None = None
+    support_log_probs: Tensor | None = None
+    log_tail: Tensor | None = None
 
     def select(self, rows: Tensor | slice) -> RowGradients:
         """The gradients of some rows."""
-        return type(self)._make(_select(self, rows))
+        return type(self)._make(None if x is None else x[rows] for x in self)
+
+    @property
+    def names(self) -> frozenset[str]:
+        """The statistics that have a gradient."""
+        return frozenset(name for name, x in self._asdict().items() if x is not None)
+
+
+class Coefficients(NamedTuple):
+    """The gradient of the logits as numbers per row, before the slope of the logit transform.
+
+    ``dz_v = (at_ids_k if v = ids_k else outside p_v) + by_log p_v (log p_v + H) + by_divergence p_v (r_v - center)``,
+    where r is the log-ratio to the teacher, or to the mixture for jsd; for forward_kl the last term is
+    ``by_divergence (p_v - q_v)``. The softmax beside ``outside`` is relative to ``logsumexp`` ``[n, 1]``: that of the
+    row, or of the tokens outside a support. ``ids`` and ``at_ids`` are ``[n, K]``, the others ``[n]``; None is 0.
+    """
+
+    ids: Tensor
+    at_ids: Tensor
+    outside: Tensor
+    logsumexp: Tensor
+    by_log: Tensor | None
+    by_divergence: Tensor | None
 
 
 class Dlogits(NamedTuple):
@@ -154,107 +189,87 @@ class Dlogits(NamedTuple):
 
 
 class Scratch(NamedTuple):
-    """What a row pass allocates at most: ``blocks`` buffers of ``rows`` rows of logits."""
+    """What a pass allocates at most: ``blocks`` buffers of ``rows`` rows of logits."""
 
     blocks: int
     rows: int
 
 
-class RowPasses(Protocol):
-    """What a backend implements. Logits are ``[n, V]`` with rows of any stride; a pass may consume what it is given.
+class ModelSums(NamedTuple):
+    """A part of a row of one model: ``maximum`` unit, and sums of ``e = exp(slope * x)`` with ``x = unit - maximum``.
 
-    What the statistics' pass leaves in the student's buffer is for the matching gradient's eyes alone, and is named in
-    ``holds``: a gradient that needs something else raises RuntimeError.
+    ``total`` is of e, ``weighted`` of e x. ``target`` is the unit of the target where it is in this part, else below
+    any logit. Of two models side by side, ``gap`` is the sum of e times the student's unit minus the teacher's: the
+    student's less that difference where its own maximum is, the teacher's less that of both maxima. The teacher's unit
+    where the student's maximum is, is the student's ``anchor``. For a model alone the gap is 0.
+
+    Sums are relative to the maximum because most rows of a language model have hardly anything beside it: what is left
+    would be lost to the rounding of the logits themselves.
+    """
+
+    maximum: Tensor
+    total: Tensor
+    weighted: Tensor
+    gap: Tensor
+    target: Tensor
+    anchor: Tensor | None = None
+
+
+class Rows(Protocol):
+    """What a backend implements, for logits ``[n, V_r]`` of the whole vocabulary or of a slice of it.
+
+    Rows may have any stride. Ids are relative to the slice's first one; those outside of ``[0, V_r)`` are another
+    slice's. Sums leave the logits as they are, and ``dlogits_`` finds them so; only ``whole_rows`` may leave something
+    else, which it names in ``holds``, and a ``dlogits_`` that needs another raises RuntimeError.
     """
 
     def scratch(self, vocab_size: int, device: torch.device) -> Scratch:
         """What a pass allocates beside its arguments."""
 
-    def row_stats(
+    def slope(self, transform: LogitTransform) -> float:
+        """Nats per unit, as this backend rounds it."""
+
+    def sums(
+        self, logits: Tensor, teacher_logits: Tensor | None, transform: LogitTransform, *, target_ids: Tensor
+    ) -> list[ModelSums]:
+        """The sums of the student and, where there is one, of the teacher."""
+
+    def support_sums(
+        self, logits: Tensor, transform: LogitTransform, *, target_ids: Tensor, support_ids: Tensor
+    ) -> tuple[ModelSums, Tensor]:
+        """The sums of the slice without the support ``[n, K]``, and the support's units, LOWEST in other slices."""
+
+    def mixture_kl(
+        self, logits: Tensor, teacher_logits: Tensor, stats: Statistics, spec: RowSpec, *, first: bool
+    ) -> Tensor:
+        """The slice's part of ``KL(p || m)`` and ``KL(q || m)``, ``[n, 2]`` in nats: parts add up.
+
+        ``first`` is true for one of the slices, which adds what belongs to the row as a whole.
+        """
+
+    def whole_rows(
         self,
         logits: Tensor,
+        teacher_logits: Tensor | None,
         spec: RowSpec,
         *,
         target_ids: Tensor,
-        support_ids: Tensor | None = None,
-        entropy: bool = False,
-    ) -> RowStats:
-        """Reduce logits to the targets' log-probs, entropy, log-sum-exp and a support's log-probs, per row.
+        entropy: bool,
+        gradient: frozenset[str],
+    ) -> Statistics | None:
+        """The statistics of whole rows in one go, and in the buffer what ``gradient`` of them needs.
 
-        ``support_ids`` ``[n, K]`` names the support; with None and ``spec.topk`` it is the row's own top-k.
+        ``gradient`` names the statistics that will have upstream gradients. None where sums do as well.
         """
 
-    def divergence_stats(
-        self,
-        student_logits: Tensor,
-        teacher_logits: Tensor,
-        spec: RowSpec,
-        *,
-        target_ids: Tensor,
-        gradient: bool,
-        entropy: bool = False,
-    ) -> DivergenceStats:
-        """Reduce both models' logits to their statistics and the divergence.
-
-        ``gradient`` says that ``divergence_gradient_`` follows. ``entropy`` adds the student's entropy; the teacher's
-        is always there.
-        """
-
-    def log_prob_gradient_(
+    def dlogits_(
         self,
         logits: Tensor,
-        stats: RowStats,
+        teacher_logits: Tensor | None,
+        stats: Statistics,
+        coefficients: Coefficients,
         spec: RowSpec,
         *,
-        ids: Tensor,
-        log_probs: Tensor,
-        grad_log_probs: Tensor,
-        grad_tail: Tensor | None = None,
-        grad_entropy: Tensor | None = None,
         dtype: torch.dtype,
     ) -> Dlogits:
-        """Turn what ``row_stats`` left in ``logits`` into dlogits, for K log-probs, their tail and the entropy.
-
-        ``ids``, ``log_probs`` and their upstream gradients g are ``[n, K]``: ``dz_v = sum_k g_k (1[v = k] - p_v)``. The
-        tail adds ``g_tail (1[v outside] p_v / tail - p_v)``, the entropy ``-g_H p_v (log p_v + H)``, which needs
-        ``row_stats(entropy=True)`` and goes with no tail.
-        """
-
-    def divergence_gradient_(
-        self,
-        student_logits: Tensor,
-        teacher_logits: Tensor,
-        stats: DivergenceStats,
-        spec: RowSpec,
-        *,
-        grad_divergence: Tensor,
-        dtype: torch.dtype,
-    ) -> Dlogits:
-        """Turn what ``divergence_stats(gradient=True)`` left into dlogits, for ``grad_divergence`` ``[n]``."""
-
-
-def support_coefficients(
-    log_probs: Tensor, grad_log_probs: Tensor, grad_tail: Tensor | None, log_tail: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """``dz`` at K given ids, ``[n, K]``, and what multiplies a softmax elsewhere, ``[n]``, for K log-probs and a tail.
-
-    At an id it is ``g_k - total p_k``, from the log-prob: exactly 0 for the one token of a row that has no other.
-    Elsewhere it is ``-total p_v``, or with a tail ``(g_tail - total tail) p_v / tail``: ``p_v / tail`` is the softmax
-    of the tail alone, whose log-sum-exp is ``tail_logsumexp``, and is there where ``p_v`` has underflown.
-    """
-    total = grad_log_probs.sum(1)
-    outside = -total
-    if grad_tail is not None and log_tail is not None:
-        total = total + grad_tail
-        outside = grad_tail - total * log_tail.exp()
-    return grad_log_probs - total[:, None] * log_probs.exp(), outside
-
-
-def _concatenate(parts: Sequence[Sequence[Any]]) -> list[Any]:
-    """Field by field; a field that is no tensor is the same in all parts."""
-    columns = zip(*parts, strict=True)
-    return [torch.cat(column) if isinstance(column[0], Tensor) else column[0] for column in columns]
-
-
-def _select(fields: Sequence[Any], rows: Tensor | slice) -> list[Any]:
-    return [x[rows] if isinstance(x, Tensor) else x for x in fields]
+        """Turn what the buffer holds into dlogits, and consume the teacher's logits."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from srpo_kernels.checks import refuse_name
-from srpo_kernels.rows.contract import LOWEST, RowSpec, Scratch
+from srpo_kernels.rows.contract import LOWEST, LogitTransform, RowSpec, Scratch
 from srpo_kernels.rows.dtypes import wide_dtype
 
 NATS = math.log(2.0)
@@ -58,34 +58,29 @@ def blocks(buffer: Tensor, scratch: int, *, buffers: int) -> Iterator[tuple[slic
         yield rows, list(spare[:, : rows.stop - rows.start])
 
 
-def nats_per_unit(spec: RowSpec) -> float:
-    """What a unit stands for: a raw logit, or the tanh of one with a softcap."""
-    return spec.scale if spec.softcap is None else spec.softcap / spec.temperature
+def bits_per_unit(transform: LogitTransform, dtype: torch.dtype) -> float:
+    """What a unit stands for, as ``dtype`` has it: where logits are large, whatever meets them is off by as much."""
+    return torch.tensor(transform.nats_per_unit / NATS, dtype=dtype, device="cpu").item()
 
 
-def bits_per_unit(spec: RowSpec, dtype: torch.dtype) -> float:
-    """The same in bits, as ``dtype`` has it: where logits are large, whatever meets them must be off by as much."""
-    return torch.tensor(nats_per_unit(spec) / NATS, dtype=dtype, device="cpu").item()
-
-
-def to_units_(z: Tensor, spec: RowSpec, slope: Tensor | None = None, *, finite: bool = True) -> None:
+def to_units_(z: Tensor, transform: LogitTransform, slope: Tensor | None = None, *, finite: bool = True) -> None:
     """Turn raw logits into units in place; ``slope`` takes the transform's derivative where there is a softcap.
 
     Not ``finite`` spares a pass where minus infinity does no harm.
     """
-    if spec.softcap is None:
+    if transform.softcap is None:
         if finite:
             z.clamp_min_(LOWEST)
         return
-    z.mul_(spec.logit_scale / spec.softcap).tanh_()
+    z.mul_(transform.logit_scale / transform.softcap).tanh_()
     if slope is not None:
-        slope.copy_(z).square_().neg_().add_(1.0).mul_(spec.scale)
+        slope.copy_(z).square_().neg_().add_(1.0).mul_(transform.scale)
 
 
-def to_bits_(z: Tensor, spec: RowSpec, slope: Tensor | None = None, *, finite: bool) -> Tensor:
+def to_bits_(z: Tensor, transform: LogitTransform, slope: Tensor | None = None, *, finite: bool) -> Tensor:
     """Transform whole rows in place, into bits below their maxima; returns the maxima ``[n, 1]`` in a wide dtype."""
-    to_units_(z, spec, slope, finite=finite)
-    by, maximum = bits_per_unit(spec, z.dtype), z.amax(1, keepdim=True)
+    to_units_(z, transform, slope, finite=finite)
+    by, maximum = bits_per_unit(transform, z.dtype), z.amax(1, keepdim=True)
     shift, wide = maximum * by, wide_dtype(z.device)
     # The host reads nothing of an accelerator's.
     if z.is_cpu and bool((shift.abs() < _MOST_BITS).all()):
@@ -100,17 +95,17 @@ def normalize_(units: Tensor, logsumexp: Tensor, spec: RowSpec) -> None:
 
     The log-sum-exp is taken off in two parts: it must not be rounded like a logit.
     """
-    by = bits_per_unit(spec, units.dtype)
-    bits = logsumexp * (by / nats_per_unit(spec))
+    by = bits_per_unit(spec.transform, units.dtype)
+    bits = logsumexp * (by / spec.transform.nats_per_unit)
     high = bits.to(units.dtype)
     torch.add(-high, units, alpha=by, out=units).sub_((bits - high).to(units.dtype))
     if spec.divergence == "jsd":
         floor_(units)
 
 
-def bits_at(bits: Tensor, ids: Tensor, shift: Tensor, spec: RowSpec) -> Tensor:
+def bits_at(bits: Tensor, ids: Tensor, shift: Tensor, transform: LogitTransform) -> Tensor:
     """What ``to_bits_`` left at ``ids`` ``[n, K]``, minus infinity as ``LOWEST``, before any floor."""
-    lowest = (LOWEST * bits_per_unit(spec, bits.dtype) - shift).to(bits.dtype)
+    lowest = (LOWEST * bits_per_unit(transform, bits.dtype) - shift).to(bits.dtype)
     return torch.maximum(bits.gather(1, ids), lowest)
 
 
@@ -122,9 +117,9 @@ def softmax(bits: Tensor, out: Tensor) -> Tensor:
     return total
 
 
-def logsumexp(shift: Tensor, log_sum: Tensor, spec: RowSpec) -> Tensor:
+def logsumexp(shift: Tensor, log_sum: Tensor, transform: LogitTransform) -> Tensor:
     """In nats, of a maximum and a sum in bits."""
-    return (shift + log_sum) * (nats_per_unit(spec) / bits_per_unit(spec, log_sum.dtype))
+    return (shift + log_sum) * (transform.nats_per_unit / bits_per_unit(transform, log_sum.dtype))
 
 
 def floor_(bits: Tensor) -> None:
@@ -156,13 +151,13 @@ def argmax(z: Tensor) -> Tensor:
     return torch.zeros_like(z[:, 0], dtype=torch.int64).scatter_reduce_(0, row, column, "amax")[:, None]
 
 
-def slope_of_bits(spec: RowSpec) -> float:
-    """What dD/dz has in front of ``p (log-ratio - center)`` in bits; forward_kl has no logarithm there."""
-    return spec.divergence_slope * (1.0 if spec.divergence == "forward_kl" else NATS)
+def nats_of_gradient(spec: RowSpec) -> float:
+    """What the divergence's own term counts in: bits of a log-ratio, but for forward_kl, which has no logarithm."""
+    return 1.0 if spec.divergence == "forward_kl" else NATS
 
 
 def divergence_gradient(weighted: Tensor, p: Tensor, q: Tensor, center: Tensor, spec: RowSpec, out: Tensor) -> None:
-    """dD/dz up to ``slope_of_bits`` and the transform's slope; ``weighted`` is p times the log-ratio, in bits."""
+    """dD/dz up to constants; ``weighted`` is p times the log-ratio, in bits."""
     match spec.divergence:
         case "forward_kl":
             torch.sub(p, q, out=out)
@@ -170,3 +165,8 @@ def divergence_gradient(weighted: Tensor, p: Tensor, q: Tensor, center: Tensor, 
             torch.addcmul(weighted, p, center, value=-1.0, out=out)
         case unknown:
             refuse_name("divergence", unknown)
+
+
+def inside(ids: Tensor, z: Tensor) -> Tensor:
+    """Which ids are of the slice that ``z`` has."""
+    return (ids >= 0) & (ids < z.shape[1])

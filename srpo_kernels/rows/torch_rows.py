@@ -1,13 +1,9 @@
-"""The row passes in torch: every device, every floating dtype.
+"""The rows in torch: every device, every floating dtype.
 
-Each pass walks over blocks of a few rows that stay in the cache and works in place on the caller's buffer; nothing of
-the buffer's size is allocated. A pass *consumes* the logits: what it leaves in the buffer is what the matching gradient
-wants to find there, so that no exponential is taken twice. A gradient is the buffer times a factor per row, which the
-products apply to their ``[n, H]`` side: a pass over the buffer less.
-
-- ``row_stats`` leaves probabilities, or their logarithms where the gradient needs them (entropy), or the logits where
-  there is a softcap or a support; ``log_prob_gradient_`` turns any of them into dlogits.
-- ``divergence_stats`` leaves dD/dlogits up to the factor of ``divergence_gradient_``.
+Each pass walks over blocks of a few rows that stay in the cache; nothing of the buffer's size is allocated. Of whole
+rows it *consumes* the logits: what it leaves in the buffer is what the gradient wants to find there, so that no
+exponential is taken twice. Such a gradient is the buffer times a factor per row, which the products apply to their
+``[n, H]`` side: a pass over the buffer less.
 """
 
 from __future__ import annotations
@@ -16,59 +12,63 @@ import torch
 from torch import Tensor
 
 from srpo_kernels.checks import refuse_name
-from srpo_kernels.rows import torch_slices as slices_torch
-from srpo_kernels.rows.contract import DivergenceStats, Dlogits, Holds, RowSpec, RowStats, support_coefficients
-from srpo_kernels.rows.sums import finish_row, finish_support
+from srpo_kernels.rows.contract import Coefficients, Dlogits, Holds, LogitTransform, RowSpec, Statistics
 from srpo_kernels.rows.torch_blocks import (
     NATS,
     bits_at,
+    bits_per_unit,
     blocks,
     divergence_gradient,
     dot,
     floor_,
+    inside,
     log_ratio_to_mixture,
     logsumexp,
-    nats_per_unit,
+    nats_of_gradient,
+    normalize_,
     scratch,
-    slope_of_bits,
     softmax,
     to_bits_,
+    to_units_,
 )
+from srpo_kernels.rows.torch_sums import mixture_kl, sums, support_sums
 
-__all__ = [
-    "divergence_gradient_",
-    "divergence_stats",
-    "log_prob_gradient_",
-    "row_stats",
-    "scratch",
-]
+__all__ = ["dlogits_", "mixture_kl", "scratch", "slope", "sums", "support_sums", "whole_rows"]
 
 
-def row_stats(
+def slope(transform: LogitTransform) -> float:
+    """Exact: where the logits' own sums are rounded, it is undone."""
+    return transform.nats_per_unit
+
+
+def whole_rows(
     logits: Tensor,
+    teacher_logits: Tensor | None,
     spec: RowSpec,
     *,
     target_ids: Tensor,
-    support_ids: Tensor | None = None,
-    entropy: bool = False,
-) -> RowStats:
-    """Leave probabilities in ``logits``, with ``entropy`` their log2, with a softcap or a support the logits."""
-    slope = nats_per_unit(spec)
-    if spec.topk and support_ids is None:
-        support_ids = logits.topk(spec.topk, dim=1).indices
-    if support_ids is not None:
-        sums, units = slices_torch.support_sums(logits, spec, target_ids=target_ids, support_ids=support_ids)
-        return finish_support(sums, units, support_ids, spec, slope, entropy=entropy)
-    if spec.softcap is not None:
+    entropy: bool,
+    gradient: frozenset[str],
+) -> Statistics | None:
+    """Where the gradient is of the log-probs and the entropy of one model, or of the divergence alone."""
+    if teacher_logits is None:
         # The transform's derivative wants the tanh: a probability is too far from it.
-        (sums,) = slices_torch.model_sums(logits, None, spec, target_ids=target_ids)
-        return finish_row(sums, slope, entropy=entropy)
+        if spec.topk or spec.transform.softcap is not None or not gradient <= {"log_probs", "entropy"}:
+            return None
+        return _one_model(logits, spec.transform, target_ids, entropy or "entropy" in gradient)
+    if spec.divergence is None or not gradient <= {"divergence"}:
+        return None
+    return _two_models(logits, teacher_logits, spec, target_ids, entropy, bool(gradient))
+
+
+def _one_model(logits: Tensor, transform: LogitTransform, target_ids: Tensor, entropy: bool) -> Statistics:
+    """Leave probabilities, with ``entropy`` their log2."""
     holds = Holds.LOG2_PROBABILITIES if entropy else Holds.PROBABILITIES
     parts = []
     for rows, work in blocks(logits, 1 if entropy else 0, buffers=1):
         z = logits[rows]
-        shift = to_bits_(z, spec, finite=entropy)
-        target_bits = bits_at(z, target_ids[rows, None], shift, spec)
+        shift = to_bits_(z, transform, finite=entropy)
+        target_bits = bits_at(z, target_ids[rows, None], shift, transform)
         p = work[0] if entropy else z
         log_sum = softmax(z, out=p).log2_()
         log_probs = (target_bits - log_sum).squeeze(1).mul_(NATS).clamp_max_(0.0)
@@ -76,42 +76,39 @@ def row_stats(
         if entropy:
             z.sub_(log_sum)
             entropies = dot(p, z, out=p).squeeze(1).mul_(-NATS).clamp_min_(0.0)
-        parts.append(RowStats(log_probs, logsumexp(shift, log_sum, spec), entropies, None, None, None, holds))
-    return RowStats.concatenate(parts)
+        parts.append(Statistics(log_probs, logsumexp(shift, log_sum, transform), entropies, holds=holds))
+    return Statistics.concatenate(parts)
 
 
-def divergence_stats(
-    student_logits: Tensor,
-    teacher_logits: Tensor,
-    spec: RowSpec,
-    *,
-    target_ids: Tensor,
-    gradient: bool,
-    entropy: bool = False,
-) -> DivergenceStats:
-    """Leave, with ``gradient``, dD/dlogits in ``student_logits`` up to the factor of ``divergence_gradient_``."""
-    capped, jsd = gradient and spec.softcap is not None, spec.divergence == "jsd"
+def _two_models(
+    logits: Tensor, teacher_logits: Tensor, spec: RowSpec, target_ids: Tensor, entropy: bool, gradient: bool
+) -> Statistics:
+    """Leave, with ``gradient``, dD/dlogits up to a factor."""
+    transform = spec.transform
+    capped, jsd = gradient and transform.softcap is not None, spec.divergence == "jsd"
     # Without entropy, jsd needs the student's probabilities alone and takes them in place.
     in_place = jsd and not entropy
     holds = Holds.DIVERGENCE_GRADIENT if gradient else Holds.NOTHING
     parts = []
-    for rows, (q, work, *more) in blocks(student_logits, 3 - in_place + capped, buffers=2):
-        z, y = student_logits[rows], teacher_logits[rows]
+    for rows, (q, work, *more) in blocks(logits, 3 - in_place + capped, buffers=2):
+        z, y, ids = logits[rows], teacher_logits[rows], target_ids[rows, None]
         slope = more.pop() if capped else None
         p = z if in_place else more.pop()
-        shift = to_bits_(z, spec, slope, finite=not jsd)
-        target_bits = bits_at(z, target_ids[rows, None], shift, spec)
+        shift = to_bits_(z, transform, slope, finite=not jsd)
+        target_bits = bits_at(z, ids, shift, transform)
         if jsd:
             floor_(z)
         total = softmax(z, out=p)
         log_sum = total.log2()
         log_probs = (target_bits - log_sum).mul_(NATS).clamp_max_(0.0)
         entropies = (log_sum - dot(p, z, out=work)).squeeze(1).mul_(NATS).clamp_min_(0.0) if entropy else None
-        teacher_shift = to_bits_(y, spec, finite=not jsd)
+        teacher_shift = to_bits_(y, transform, finite=not jsd)
+        teacher_bits = bits_at(y, ids, teacher_shift, transform)
         if jsd:
             floor_(y)
         teacher_total = softmax(y, out=q)
         teacher_log_sum = teacher_total.log2()
+        teacher_log_probs = (teacher_bits - teacher_log_sum).mul_(NATS).clamp_max_(0.0)
         teacher_entropy = teacher_log_sum - dot(q, y, out=work)
 
         # The logarithm of the ratio, not the difference of logarithms: of models that are nearly equal it is nearly 0.
@@ -136,80 +133,118 @@ def divergence_stats(
             if slope is not None:
                 z.mul_(slope)
         parts.append(
-            DivergenceStats(
+            Statistics(
                 log_probs.squeeze(1),
-                logsumexp(shift, log_sum, spec),
+                logsumexp(shift, log_sum, transform),
                 entropies,
-                logsumexp(teacher_shift, teacher_log_sum, spec),
-                teacher_entropy.squeeze(1).clamp_min(0.0) * NATS,
-                divergence.squeeze(1).clamp_min(0.0) * NATS,
-                center.to(shift) * NATS,
-                holds,
+                teacher_log_probs=teacher_log_probs.squeeze(1),
+                teacher_logsumexp=logsumexp(teacher_shift, teacher_log_sum, transform),
+                teacher_entropy=teacher_entropy.squeeze(1).clamp_min(0.0) * NATS,
+                divergence=divergence.squeeze(1).clamp_min(0.0) * NATS,
+                center=center.to(shift) * NATS,
+                holds=holds,
             )
         )
-    return DivergenceStats.concatenate(parts)
+    return Statistics.concatenate(parts)
 
 
-def log_prob_gradient_(
+def dlogits_(
     logits: Tensor,
-    stats: RowStats,
+    teacher_logits: Tensor | None,
+    stats: Statistics,
+    coefficients: Coefficients,
     spec: RowSpec,
     *,
-    ids: Tensor,
-    log_probs: Tensor,
-    grad_log_probs: Tensor,
-    grad_tail: Tensor | None = None,
-    grad_entropy: Tensor | None = None,
     dtype: torch.dtype,
 ) -> Dlogits:
-    """Work in place on what ``row_stats`` left in ``logits``."""
-    if stats.holds is Holds.LOGITS:
-        return slices_torch.log_prob_gradient_(
-            logits,
-            stats,
-            spec,
-            ids=ids,
-            log_probs=log_probs,
-            grad_log_probs=grad_log_probs,
-            grad_tail=grad_tail,
-            grad_entropy=grad_entropy,
-            dtype=dtype,
-        )
-    if stats.holds is Holds.PROBABILITIES and grad_entropy is None:
-        # dz = -g (p - 1[v = id]): the buffer needs one number changed.
-        logits.scatter_add_(1, ids, torch.full_like(grad_log_probs, -1.0))
-        return _dlogits(logits, -grad_log_probs * spec.constant_slope, dtype)
-    _require(stats.holds, Holds.LOG2_PROBABILITIES)
-    at_ids, outside = support_coefficients(log_probs, grad_log_probs, grad_tail, stats.log_tail)
-    for rows, (p,) in blocks(logits, 1, buffers=1):
-        z = logits[rows]
+    """Work in place on what is in both buffers."""
+    ids, at_ids, outside, _, by_log, by_divergence = coefficients
+    constant = spec.transform.constant_slope
+    match stats.holds:
+        case Holds.LOGITS:
+            _from_logits_(logits, teacher_logits, stats, coefficients, spec)
+            return Dlogits(logits.to(dtype), None)
+        case Holds.PROBABILITIES if by_log is None and by_divergence is None:
+            # dz = -g (p - 1[v = id]): the buffer needs one number changed.
+            logits.scatter_add_(1, ids, torch.full_like(at_ids, -1.0))
+            return _dlogits(logits, outside[:, None] * constant, dtype)
+        case Holds.LOG2_PROBABILITIES if by_divergence is None:
+            for rows, (p,) in blocks(logits, 1, buffers=1):
+                z = logits[rows]
+                torch.exp2(z, out=p)
+                _to_entropy_gradient_(z, p, stats, by_log, rows)
+                z.add_(p.mul_(outside[rows, None]).scatter_(1, ids[rows], at_ids[rows]))
+            return _dlogits(logits, torch.full_like(outside, constant)[:, None], dtype)
+        case Holds.DIVERGENCE_GRADIENT if by_divergence is not None and not ids.shape[1]:
+            return _dlogits(logits, by_divergence[:, None] * (constant * nats_of_gradient(spec)), dtype)
+        case holds:
+            terms = {"log-probs": ids.shape[1], "entropy": by_log is not None, "divergence": by_divergence is not None}
+            names = " and ".join(name for name, there in terms.items() if there)
+            raise RuntimeError(f"the buffer holds {holds.value}, of which no gradient of {names} can be made")
+
+
+def _from_logits_(
+    logits: Tensor, teacher_logits: Tensor | None, stats: Statistics, coefficients: Coefficients, spec: RowSpec
+) -> None:
+    ids, at_ids, outside, log_sum, by_log, by_divergence = coefficients
+    transform, taught = spec.transform, teacher_logits is not None and by_divergence is not None
+    capped = transform.softcap is not None
+    for rows, (p, *work) in blocks(logits, 1 + capped + 2 * taught, buffers=1 + taught):
+        z, slope = logits[rows], work.pop() if capped else None
+        to_units_(z, transform, slope)
+        own = stats.select(rows)
+        if teacher_logits is not None and taught:
+            y = teacher_logits[rows]
+            to_units_(y, transform)
+            if spec.divergence == "reverse_kl":
+                _to_log_ratio_(y, z, own, spec, p)
+        normalize_(z, log_sum[rows], spec)
         torch.exp2(z, out=p)
-        if grad_entropy is not None and stats.entropy is not None:
-            z.add_(stats.entropy[rows, None] / NATS).mul_(p).mul_(-NATS * grad_entropy[rows, None])
-        else:
-            z.zero_()
-        z.add_(p.mul_(outside[rows, None]).scatter_(1, ids[rows], at_ids[rows]))
-    return _dlogits(logits, torch.full_like(outside, spec.constant_slope)[:, None], dtype)
+        _to_entropy_gradient_(z, p, stats, by_log, rows)
+        if teacher_logits is not None and by_divergence is not None:
+            gradient = _divergence_gradient(p, y, own, spec, *work)
+            z.addcmul_(gradient, by_divergence[rows, None], value=nats_of_gradient(spec))
+        p.mul_(outside[rows, None])
+        row, k = inside(ids[rows], z).nonzero(as_tuple=True)
+        p[row, ids[rows][row, k]] = at_ids[rows][row, k]
+        z.add_(p).mul_(transform.scale if slope is None else slope)
 
 
-def divergence_gradient_(
-    student_logits: Tensor,
-    teacher_logits: Tensor,
-    stats: DivergenceStats,
-    spec: RowSpec,
-    *,
-    grad_divergence: Tensor,
-    dtype: torch.dtype,
-) -> Dlogits:
-    """Apply a factor to what ``divergence_stats`` left."""
-    _require(stats.holds, Holds.DIVERGENCE_GRADIENT)
-    factor = grad_divergence[:, None] * (spec.constant_slope * slope_of_bits(spec))
-    return _dlogits(student_logits, factor, dtype)
+def _to_entropy_gradient_(bits: Tensor, p: Tensor, stats: Statistics, by_log: Tensor | None, rows: slice) -> None:
+    """Turn log-probabilities in bits into ``by_log p (log p + H)``, 0 for want of ``by_log``."""
+    if by_log is None or stats.entropy is None:
+        bits.zero_()
+    else:
+        bits.add_(stats.entropy[rows, None] / NATS).mul_(p).mul_(NATS * by_log[rows, None])
 
 
-def _require(holds: Holds, wanted: Holds) -> None:
-    if holds is not wanted:
-        raise RuntimeError(f"a gradient needs {wanted.value} in the buffer, which holds {holds.value}")
+def _to_log_ratio_(y: Tensor, z: Tensor, stats: Statistics, spec: RowSpec, work: Tensor) -> None:
+    """Turn the teacher's units into the log-ratio less its mean, in bits.
+
+    Each model's units less their log-sum-exp, the teacher's less the mean of the log-ratio as well: of a row that has
+    one token alone both are exactly 0 there.
+    """
+    assert stats.teacher_logsumexp is not None and stats.center is not None
+    nats = spec.transform.nats_per_unit
+    origin, teacher_origin = stats.logsumexp / nats, (stats.teacher_logsumexp - stats.center) / nats
+    high, teacher_high = origin.to(y.dtype), teacher_origin.to(y.dtype)
+    low = ((origin - high) - (teacher_origin - teacher_high)).to(y.dtype)
+    torch.sub(torch.sub(z, high, out=work), y.sub_(teacher_high), out=y)
+    y.sub_(low).mul_(bits_per_unit(spec.transform, y.dtype))
+
+
+def _divergence_gradient(p: Tensor, y: Tensor, stats: Statistics, spec: RowSpec, q: Tensor, work: Tensor) -> Tensor:
+    """dD/dz up to constants, from p and the teacher's units; for reverse_kl from ``_to_log_ratio_``."""
+    if spec.divergence == "reverse_kl":
+        return y.mul_(p)
+    assert stats.teacher_logsumexp is not None and stats.center is not None
+    normalize_(y, stats.teacher_logsumexp, spec)
+    torch.exp2(y, out=q)
+    if spec.divergence == "jsd":
+        log_ratio_to_mixture(p, q, spec, mixture=work, out=y)
+        y.mul_(p)
+    divergence_gradient(y, p, q, (stats.center / NATS).to(p.dtype), spec, out=y)
+    return y
 
 
 def _dlogits(values: Tensor, factor: Tensor, dtype: torch.dtype) -> Dlogits:

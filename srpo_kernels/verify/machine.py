@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from srpo_kernels.engine.backends import BackendName, resolve_backend, row_passes
+from srpo_kernels.engine.backends import BackendName, resolve_backend, rows_of
 from srpo_kernels.verify.checks import dtype_name
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -62,7 +62,7 @@ def inspect(device_name: str | None, backend: str) -> Machine:
 
 def _obstacle(backend: BackendName, device: torch.device) -> str | None:
     try:
-        row_passes(resolve_backend(backend, device, torch.float32))
+        rows_of(resolve_backend(backend, device, torch.float32))
     except Exception as reason:
         return str(reason)
     return None

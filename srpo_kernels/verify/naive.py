@@ -221,7 +221,7 @@ def _ratio_losses(ratio: Tensor, log_probs: Tensor, advantages: Tensor, config: 
         tau = torch.full_like(ratio, 1.05).masked_fill(advantages > 0, 1.0)
         return -advantages * torch.sigmoid(tau * (ratio - 1)) * 4 / tau
     if config.loss_type != "grpo" and config.loss_type != "gspo":
-        refuse_name("loss_type", config.loss_type)
+        raise ValueError(f"loss_type={config.loss_type!r} is not implemented")
     bounded = ratio if config.delta is None else ratio.clamp(max=config.delta)
     losses = -torch.minimum(bounded * advantages, clipped * advantages)
     if config.dual_clip is None:

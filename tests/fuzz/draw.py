@@ -14,6 +14,7 @@ from torch import Tensor
 import reference
 from srpo_kernels import SRPOConfig
 from srpo_kernels.losses.config import DISTILLATION_MODES, KL_TYPES, LOSS_TYPES, REDUCTIONS
+from srpo_kernels.losses.registry import POLICY_LOSSES
 from srpo_kernels.rows.contract import DIVERGENCES
 from tests.fuzz.models import Inputs, ModelShape, draw_model, to_dtypes
 from tests.strategies import MODEL_TENSORS, transform_of, workspace_floor
@@ -107,7 +108,7 @@ def draw_config(draw: Draw) -> SRPOConfig:
     """Any combination of options that does not contradict itself."""
     one_of = draw.one_of
     loss_type, reduction = one_of("loss_type", *LOSS_TYPES), one_of("reduction", *REDUCTIONS)
-    clipped = loss_type in ("grpo", "gspo")
+    clipped = "delta" in POLICY_LOSSES[loss_type].fields
     divergence = one_of("divergence", *DIVERGENCES)
     # No two clips meet at one ratio: there the derivative is either side's.
     return SRPOConfig(

@@ -1,85 +1,29 @@
-"""The vocabulary and the part of it that this process holds: all of it, or a shard of the rows of the LM head.
+"""How the ranks that hold one vocabulary in shards open a call: who has which shard, and whether one refuses it.
 
-Ranks find out about each other's shards, and whether one of them refuses the call, in one small exchange that opens
-every call. It is not remembered: two heads may have shards of one size on this rank and of two on another, so that only
-some ranks would have to ask again, and those would wait for the others.
+They find out in one small exchange that opens every call. It is not remembered: two heads may have shards of one size
+on this rank and of two on another, so that only some ranks would have to ask again, and those would wait for the
+others.
 """
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from srpo_kernels.distributed import gather_numbers, gather_ranks, group_of, sum_ranks_
+from srpo_kernels.distributed import gather_numbers, group_of
 from srpo_kernels.engine.arguments import LossArguments, LossOptions, StatsArguments, StatsOptions
 from srpo_kernels.engine.batch import Needs
-from srpo_kernels.rows.sums import ModelSums, merge
+from srpo_kernels.rows.vocabulary import Vocabulary
 
 # The arguments whose first dimension is the vocabulary: a rank's own. All others are the same on all ranks.
 _SHARDED = ("weight", "bias", "teacher_weight", "teacher_bias")
-
-
-@dataclass(frozen=True)
-class Vocabulary:
-    """``size`` ids, of which this process's head has those from ``first_id`` on; ``group`` has the other shards.
-
-    ``largest`` is the size of the largest shard: what all ranks lay their chunks out by. ``waiting`` are values for the
-    next exchange, and where what is gathered of them goes.
-    """
-
-    size: int
-    first_id: int
-    largest: int
-    group: ProcessGroup | None
-    waiting: list[tuple[Tensor, list[Tensor]]] = field(default_factory=list)
-
-    @classmethod
-    def whole(cls, size: int) -> Vocabulary:
-        """All of it in one process."""
-        return cls(size, 0, size, None)
-
-    def gather(self, values: Tensor) -> Tensor:
-        """Every shard's ``values`` in rank order, ``[shards, *values.shape]``: one exchange, with all that waits."""
-        # Rows are the same on all ranks: where there are none, nobody waits.
-        if self.group is None or not values.numel():
-            return values.unsqueeze(0)
-        arrived: list[Tensor] = []
-        sent = [*self.waiting, (values, arrived)]
-        self.waiting.clear()
-        gathered = gather_ranks(torch.cat([part.flatten() for part, _ in sent]), self.group)
-        for (part, goal), received in zip(sent, gathered.split([part.numel() for part, _ in sent], dim=1), strict=True):
-            goal.append(received.view(-1, *part.shape))
-        return arrived.pop()
-
-    def gather_later(self, values: Tensor) -> Callable[[], Tensor]:
-        """``gather`` within the next exchange: call what is returned after it, once."""
-        arrived: list[Tensor] = []
-        self.waiting.append((values, arrived))
-        return arrived.pop
-
-    def combine(self, parts: list[ModelSums], slope: float) -> list[ModelSums]:
-        """The sums of whole rows, of one or both models, from this shard's."""
-        if self.group is None:
-            return parts
-        return merge(ModelSums.unpack(self.gather(ModelSums.pack(parts))), slope)
-
-    def add_up_(self, partial: Tensor | None, rows: Tensor) -> None:
-        """Put the sum over all shards in the place of the ``rows`` of ``partial`` ``[N, H]``; others are 0 in all."""
-        if self.group is None or partial is None or not len(rows):
-            return
-        if len(rows) == len(partial):
-            sum_ranks_(partial, self.group)
-            return
-        values = partial[rows]
-        sum_ranks_(values, self.group)
-        partial[rows] = values
 
 
 def agree(call: LossArguments | StatsArguments, options: LossOptions | StatsOptions, needs: Needs) -> Vocabulary:
@@ -130,9 +74,12 @@ def _announcing(group: ProcessGroup) -> Iterator[None]:
 
 def _replicated(call: LossArguments | StatsArguments, options: LossOptions | StatsOptions, needs: Needs) -> str:
     """What has to be the same on all ranks, in words."""
+    named: dict[str, Any] = call._asdict()
+    if isinstance(options, LossOptions):
+        named |= dict(zip(options.input_names, named.pop("inputs"), strict=True))
     tensors = [
         f"{name} {str(x.dtype).removeprefix('torch.')}{list(x.shape[name in _SHARDED :])} on {x.device.type}"
-        for name, x in call._asdict().items()
+        for name, x in named.items()
         if isinstance(x, Tensor)
     ]
     wanted = [name for name, need in needs._asdict().items() if need]

@@ -1,0 +1,64 @@
+"""A caller's objective as the engine runs it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from srpo_kernels.engine.arguments import LossArguments, LossOptions
+from srpo_kernels.engine.batch import Batch, Needs
+from srpo_kernels.engine.objectives import CustomObjective
+from srpo_kernels.engine.plan import Plan, make_plan, order_rows
+from srpo_kernels.engine.prepare import flatten, sequence_lengths
+from srpo_kernels.losses.config import SRPOConfig
+from srpo_kernels.losses.log_ratio import bounded
+from srpo_kernels.losses.registry import POLICY_LOSSES, PolicyRows
+from srpo_kernels.losses.rows import ObjectiveRows
+from srpo_kernels.rows.dtypes import accumulation_dtype
+from srpo_kernels.rows.passes import RowPasses
+
+
+def prepare_custom(
+    call: LossArguments, config: SRPOConfig, options: LossOptions, needs: Needs, passes: RowPasses
+) -> tuple[Batch, Plan, CustomObjective]:
+    """Lay out a call of ``fused_loss``."""
+    whole = options.whole_sequences
+    rows, batch, memory = flatten(call, options, passes, by_sequence=whole, needs_advantages=False)
+    function: Callable[[ObjectiveRows], Tensor]
+    if isinstance(options.objective, str):
+        function, name = partial(_registered, config, options.objective), f"the policy loss {options.objective!r}"
+    else:
+        function, name = options.objective, getattr(options.objective, "__qualname__", repr(options.objective))
+    objective = CustomObjective(function, name, whole_sequences=whole, has_teacher=call.teacher_hidden is not None)
+    count = 1 if rows.sequences is None else rows.sequences.number
+    order = order_rows(rows.valid, rows.taught, None, None if rows.sequences is None else rows.sequences.ids, count)
+    first = torch.cat(order)[:1]
+    if len(first):
+        like = call.hidden.new_empty((), dtype=accumulation_dtype(call.hidden, call.weight))
+        objective.discover({key: values[first] for key, values in batch.inputs.items()}, like)
+    grouped = rows.sequences is not None and rows.sequences.group is not None
+    plan = make_plan(
+        order,
+        memory,
+        taught_lengths=sequence_lengths(order.taught, rows.sequences),
+        alone_lengths=sequence_lengths(order.alone, rows.sequences),
+        workspace_bytes=options.workspace_bytes,
+        gradients=int(needs.hidden) + int(needs.weight),
+        joins=grouped,
+    )
+    return batch, plan, objective
+
+
+def _registered(config: SRPOConfig, name: str, rows: ObjectiveRows) -> Tensor:
+    """A registered policy loss of ``rows.advantages`` and, where they are given, ``rows.old_log_probs``."""
+    loss = POLICY_LOSSES[name]
+    inputs = rows.select_inputs(slice(None))
+    old_log_probs = inputs.get("old_log_probs")
+    log_ratio = rows.log_probs - (rows.log_probs.detach() if old_log_probs is None else old_log_probs)
+    own = config if config.loss_type == name else SRPOConfig(loss_type=name)
+    sequences = rows.whole_sequences if loss.whole_sequences else None
+    policy_rows = PolicyRows(rows.log_probs, bounded(log_ratio, config.log_ratio_clamp), rows.advantages, sequences)
+    return loss(policy_rows, own.policy_options()).loss

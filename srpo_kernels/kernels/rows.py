@@ -1,0 +1,234 @@
+"""The rows in Triton: one kernel per pass, one program per row, from fp32 logits.
+
+A whole row is a slice of the vocabulary like another. A pass of sums leaves the logits as they are; the gradient's pass
+reads them once more and writes dlogits over them, or into a buffer of the products' dtype.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+from torch import Tensor
+
+from srpo_kernels.kernels.launch import on_device, row_launch, vendor_of
+from srpo_kernels.kernels.row_grad import row_grad_kernel
+from srpo_kernels.kernels.row_jsd import row_jsd_kernel
+from srpo_kernels.kernels.row_stats import row_stats_kernel
+from srpo_kernels.kernels.transform import Base2, Transform
+from srpo_kernels.rows.contract import (
+    LOWEST,
+    Coefficients,
+    Dlogits,
+    LogitTransform,
+    ModelSums,
+    RowSpec,
+    Scratch,
+    Statistics,
+)
+from srpo_kernels.rows.dtypes import wide_dtype
+from srpo_kernels.rows.sums import unpack
+
+
+def scratch(vocab_size: int, device: torch.device) -> Scratch:
+    """Nothing of a row's size."""
+    return Scratch(0, 0)
+
+
+def slope(transform: LogitTransform) -> float:
+    """As the kernels round it."""
+    return Transform.of(transform).slope
+
+
+def sums(
+    logits: Tensor, teacher_logits: Tensor | None, transform: LogitTransform, *, target_ids: Tensor
+) -> list[ModelSums]:
+    """One launch for one or both models' logits."""
+    y = logits if teacher_logits is None else teacher_logits
+    models, fields = (1, 5) if teacher_logits is None else (2, 11)
+    out = logits.new_empty(len(logits), fields)
+    launched, vendor = Transform.of(transform), vendor_of(logits.device)
+    launch = row_launch(models, vendor)
+    if len(logits):
+        with on_device(logits):
+            row_stats_kernel[(len(logits),)](
+                logits,
+                y,
+                target_ids.contiguous(),
+                out,
+                logits.stride(0),
+                y.stride(0),
+                logits.shape[1],
+                launched.inner,
+                launched.slope2,
+                TEACHER=models == 2,
+                SOFTCAP=launched.softcap,
+                LANES=launch.lanes,
+                VENDOR=vendor,
+                num_warps=launch.num_warps,
+                num_stages=launch.num_stages,
+            )
+    return unpack(out)
+
+
+def support_sums(
+    logits: Tensor, transform: LogitTransform, *, target_ids: Tensor, support_ids: Tensor
+) -> tuple[ModelSums, Tensor]:
+    """The support is taken out of the logits for as long as the others are summed."""
+    (ids, here), (target, target_here) = (_within(x, logits) for x in (support_ids, target_ids[:, None]))
+    own, units = logits.gather(1, ids), Transform.of(transform).units
+    targets = units(logits.gather(1, target)).masked_fill(~target_here, LOWEST).squeeze(1)
+    # Under a softcap an excluded token has a logit, unlike one that is taken out: above the mark of that.
+    logits.scatter_(1, ids, own.clamp_min(0.5 * LOWEST))
+    # An id of another slice stands at one of this slice that may be in the support as well: the least value counts.
+    logits.scatter_reduce_(1, ids, own.masked_fill(here, LOWEST), "amin")
+    (complement,) = sums(logits, None, transform, target_ids=target_ids)
+    logits.scatter_(1, ids, own)
+    return complement._replace(target=targets), units(own).masked_fill(~here, LOWEST)
+
+
+def _within(ids: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+    """The nearest ids of the slice, and which are the very ones."""
+    nearest = ids.clamp(0, logits.shape[1] - 1)
+    return nearest, nearest == ids
+
+
+def mixture_kl(logits: Tensor, teacher_logits: Tensor, stats: Statistics, spec: RowSpec, *, first: bool) -> Tensor:
+    """In bits, and off by what the log-sum-exps lack in fp32: both are put right here."""
+    transform, vendor = Transform.of(spec.transform), vendor_of(logits.device)
+    assert stats.teacher_logsumexp is not None
+    student, teacher = (Base2.of(x, logits.dtype) for x in (stats.logsumexp, stats.teacher_logsumexp))
+    shares = _shares(student, teacher, spec)
+    launch = row_launch(2, vendor)
+    kl2 = logits.new_empty(len(logits), 2)
+    if len(logits):
+        with on_device(logits):
+            row_jsd_kernel[(len(logits),)](
+                logits,
+                teacher_logits,
+                torch.cat([student.high, teacher.high, shares.to(logits.dtype)], dim=1),
+                kl2,
+                logits.stride(0),
+                teacher_logits.stride(0),
+                logits.shape[1],
+                transform.inner,
+                transform.slope2,
+                SOFTCAP=transform.softcap,
+                LANES=launch.lanes,
+                VENDOR=vendor,
+                num_warps=launch.num_warps,
+                num_stages=launch.num_stages,
+            )
+    # The kernel's p and log p are off by what its log-sum-exp lacks; p sums to 1.
+    kl = kl2 * torch.cat([student.correction, teacher.correction], dim=1)
+    if first:
+        kl = kl - torch.cat([student.low, teacher.low], dim=1)
+    kl = kl * math.log(2.0)
+    if first:
+        # Its mixture is off by the rounding of the shares: their mean, where the models are nearly equal.
+        rounding = shares.to(kl2.dtype) / shares - 1.0
+        rounding = (1.0 - spec.alpha) * rounding[:, :1] + spec.alpha * rounding[:, 1:]
+        kl = kl + rounding.to(kl2.dtype)
+    return kl
+
+
+def whole_rows(
+    logits: Tensor,
+    teacher_logits: Tensor | None,
+    spec: RowSpec,
+    *,
+    target_ids: Tensor,
+    entropy: bool,
+    gradient: frozenset[str],
+) -> None:
+    """Sums do as well."""
+
+
+def dlogits_(
+    logits: Tensor,
+    teacher_logits: Tensor | None,
+    stats: Statistics,
+    coefficients: Coefficients,
+    spec: RowSpec,
+    *,
+    dtype: torch.dtype,
+) -> Dlogits:
+    """Write over the logits, or into a new buffer of ``dtype``."""
+    ids, at_ids, outside, log_sum, by_log, by_divergence = coefficients
+    by_p_at_ids = torch.zeros_like(outside)
+    if by_log is not None:
+        assert stats.entropy is not None
+        by_p_at_ids = by_log * stats.entropy
+    if by_divergence is not None and spec.divergence == "forward_kl":
+        by_p_at_ids = by_p_at_ids + by_divergence
+    if log_sum is stats.tail_logsumexp:
+        # If the tail is excluded tokens, it has no probability, and a log-sum-exp that fp32 is too coarse for.
+        log_sum = log_sum.where(log_sum >= 0.5 * LOWEST * slope(spec.transform), stats.logsumexp)
+    if not ids.shape[1]:
+        # A kernel has one id at least: that of another slice.
+        ids, at_ids = torch.full_like(outside, -1, dtype=torch.int64)[:, None], torch.zeros_like(outside)[:, None]
+    z, y = logits, None if by_divergence is None else teacher_logits
+    transform, vendor = Transform.of(spec.transform), vendor_of(z.device)
+    divergence = "none" if y is None else spec.divergence
+    center, teacher_logsumexp = stats.center, stats.teacher_logsumexp
+    nothing = torch.zeros_like(outside)
+    by_log = nothing if by_log is None else by_log
+    by_divergence = nothing if by_divergence is None else by_divergence
+    student = Base2.of(log_sum, z.dtype)
+    teacher = student if y is None or teacher_logsumexp is None else Base2.of(teacher_logsumexp, z.dtype)
+    # What the log-sum-exps lack in fp32 scales a row's probabilities and shifts its log-ratios.
+    by_log, by_divergence = by_log[:, None] * math.log(2.0), by_divergence[:, None]
+    missing, extra = by_log * student.low, _shares(student, teacher, spec).to(z.dtype)
+    if divergence == "forward_kl":
+        by_divergence = by_divergence * (teacher.correction / student.correction)
+    elif divergence == "reverse_kl" and center is not None and teacher_logsumexp is not None:
+        # Each model's units less their log-sum-exp, the teacher's less the mean of the log-ratio as well: of a row that
+        # has one token alone both are exactly 0 there.
+        by_divergence = by_divergence * transform.slope
+        origins = torch.cat([log_sum, teacher_logsumexp - center], dim=1) / transform.slope
+        extra = origins.to(z.dtype)
+        low = origins - extra
+        missing = missing + by_divergence * (low[:, :1] - low[:, 1:]).to(z.dtype)
+    elif divergence == "jsd" and center is not None:
+        by_divergence = by_divergence * math.log(2.0)
+        missing = missing + by_divergence * (student.low + (center / math.log(2.0)).to(z.dtype))
+    by_p, by_p_at_ids = (outside + by_p_at_ids)[:, None] - missing, by_p_at_ids[:, None] - missing
+    scale = spec.transform.scale * student.correction
+    terms = [x * scale for x in (by_p, by_log, by_divergence, by_p_at_ids)]
+    numbers = torch.cat([student.high, teacher.high, *terms, extra], dim=1)
+    out = z
+    if dtype != z.dtype:
+        out = torch.empty_strided(z.shape, z.stride(), dtype=dtype, device=z.device)
+    launch = row_launch(1 if y is None else 2, vendor)
+    if len(z):
+        with on_device(z):
+            row_grad_kernel[(len(z),)](
+                z,
+                z if y is None else y,
+                out,
+                ids.contiguous(),
+                (at_ids * spec.transform.scale).contiguous(),
+                numbers,
+                z.stride(0),
+                (z if y is None else y).stride(0),
+                out.stride(0),
+                z.shape[1],
+                ids.shape[1],
+                transform.inner,
+                transform.slope2,
+                DIVERGENCE=divergence,
+                SOFTCAP=transform.softcap,
+                LANES=launch.lanes,
+                BLOCK_IDS=triton.next_power_of_2(ids.shape[1]),
+                VENDOR=vendor,
+                num_warps=launch.num_warps,
+                num_stages=launch.num_stages,
+            )
+    return Dlogits(out, None)
+
+
+def _shares(student: Base2, teacher: Base2, spec: RowSpec) -> Tensor:
+    """The models' shares in the mixture, ``[n, 2]`` and wide, for probabilities as the kernels see them."""
+    missing = torch.cat([student.low, teacher.low], dim=1).to(wide_dtype(student.low.device))
+    return torch.exp2(-missing) * missing.new_tensor([1.0 - spec.alpha, spec.alpha])

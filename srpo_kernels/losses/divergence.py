@@ -1,0 +1,51 @@
+"""Divergences between student p and teacher q over a few tokens; those over the vocabulary are the backends'."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from srpo_kernels.checks import refuse_name
+from srpo_kernels.rows.contract import Divergence
+
+
+def support_divergence(
+    log_p: Tensor,
+    log_q: Tensor,
+    log_p_tail: Tensor | None,
+    log_q_tail: Tensor | None,
+    divergence: Divergence,
+    alpha: float,
+    *,
+    renormalize: bool,
+) -> Tensor:
+    """The divergence over K log-probs ``[n, K]`` and, with tails ``[n]``, one more bucket; ``[n]``.
+
+    ``renormalize``: both models over the K. Differentiable in ``log_p`` and ``log_p_tail``.
+    """
+    if log_p_tail is not None and log_q_tail is not None:
+        log_p = torch.cat([log_p, log_p_tail[:, None]], dim=1)
+        log_q = torch.cat([log_q, log_q_tail[:, None]], dim=1)
+    elif renormalize:
+        log_p, log_q = log_p.log_softmax(1), log_q.log_softmax(1)
+    match divergence:
+        case "forward_kl":
+            return _kl(log_q, log_p)
+        case "reverse_kl":
+            return _kl(log_p, log_q)
+        case "jsd":
+            log_m = torch.logaddexp(log_p + math.log1p(-alpha), log_q + math.log(alpha))
+            return (1.0 - alpha) * _kl(log_p, log_m) + alpha * _kl(log_q, log_m)
+        case unknown:
+            refuse_name("divergence", unknown)
+
+
+def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+    return (log_p.exp() * (log_p - log_q)).sum(1)
+
+
+def sampled_divergence(log_probs: Tensor, teacher_log_probs: Tensor) -> Tensor:
+    """``sg(log p_t - log q_t) * log p_t``: the score-function surrogate of reverse KL at the sampled token, ``[n]``."""
+    return (log_probs.detach() - teacher_log_probs) * log_probs

@@ -1,0 +1,108 @@
+"""What an objective sees: the statistics and inputs of n rows, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from srpo_kernels.losses.sequences import Sequences
+
+# Of the student, with gradient, and of the teacher, without: what a row has to say.
+STUDENT = ("log_probs", "entropy", "divergence")
+TEACHER = ("teacher_entropy", "teacher_log_probs")
+# Those of the student's likeliest tokens, ``[n, K]``, and of the rest: for the loss of distillation_mode="topk".
+SUPPORT = ("support_log_probs", "log_tail")
+TEACHER_SUPPORT = ("teacher_support_log_probs", "teacher_log_tail")
+DIFFERENTIABLE = (*STUDENT, *SUPPORT)
+STATISTICS = (*STUDENT, *TEACHER, *SUPPORT, *TEACHER_SUPPORT)
+
+
+class NotComputed(Exception):
+    """An objective reads a statistic that this call has not computed."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.name = name
+
+
+class ObjectiveRows:
+    """n rows of a batch, in any order: their statistics and inputs as attributes, ``[n]`` each.
+
+    ``log_probs``, ``entropy`` and ``divergence`` carry gradient; ``teacher_entropy`` and ``teacher_log_probs`` do not;
+    all in nats. In rows without a teacher the last three are 0; ``has_teacher`` ``[n]``, bool, says which have one.
+    The inputs have the names that ``fused_loss`` was given them by. With ``whole_sequences`` all rows of a sequence are
+    here, and ``sequences`` ``[n]`` int64 numbers them from 0 to ``num_sequences - 1``.
+    """
+
+    def __init__(
+        self,
+        statistics: Mapping[str, Tensor],
+        inputs: Mapping[str, Tensor],
+        sequences: Sequences | None,
+        num_taught: int,
+        *,
+        active: bool = True,
+    ) -> None:
+        self._statistics, self._inputs, self._sequences = statistics, inputs, sequences
+        self.num_taught, self.active = num_taught, active
+        self.read: set[str] = set()
+
+    def __getattr__(self, name: str) -> Tensor:
+        if name in STATISTICS:
+            self.read.add(name)
+            if name not in self._statistics:
+                raise NotComputed(name)
+            return self._statistics[name]
+        if name in self._inputs:
+            return self._inputs[name]
+        raise AttributeError(
+            f"rows have no {name!r}: they have the statistics {(*STUDENT, *TEACHER)}, and as inputs "
+            f"{tuple(self._inputs)}"
+        )
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All statistics and inputs by name."""
+        return {**self._statistics, **self._inputs}
+
+    def finite(self) -> Tensor:
+        """Which rows have finite statistics, ``[n]``, bool."""
+        return torch.stack([x.detach().isfinite() for x in self._statistics.values()]).all(0)
+
+    def select_inputs(self, rows: slice) -> dict[str, Tensor]:
+        """The inputs of some rows, by name."""
+        return {name: values[rows] for name, values in self._inputs.items()}
+
+    def __len__(self) -> int:
+        return len(self._statistics["log_probs"])
+
+    @property
+    def has_teacher(self) -> Tensor:
+        """Which rows have a teacher, ``[n]``, bool."""
+        return torch.arange(len(self), device=self._statistics["log_probs"].device) < self.num_taught
+
+    @property
+    def sequences(self) -> Tensor:
+        """The sequence of each row, ``[n]`` int64."""
+        return self.whole_sequences.ids
+
+    @property
+    def num_sequences(self) -> int:
+        """How many sequences the batch has."""
+        return self.whole_sequences.number
+
+    @property
+    def whole_sequences(self) -> Sequences:
+        """The sequences, with their sums and means over all ranks that have rows of them."""
+        if self._sequences is None:
+            raise ValueError("an objective that reads sequences needs whole_sequences=True")
+        return self._sequences
+
+    def sequence_sum(self, values: Tensor) -> Tensor:
+        """Each row's value replaced by the sum over the rows of its sequence, on every rank that has some; ``[n]``."""
+        return self.whole_sequences.sum(values)
+
+    def sequence_mean(self, values: Tensor) -> Tensor:
+        """Each row's value replaced by the mean over the rows of its sequence, on every rank that has some; ``[n]``."""
+        return self.whole_sequences.mean(values)

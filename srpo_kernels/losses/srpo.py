@@ -1,0 +1,255 @@
+"""The SRPO objective on vectors of rows, in plain torch: the readable heart of the library.
+
+Statistics ``[n]`` of n rows go in and losses ``[n]`` come out; autograd through them gives the coefficients that the
+row passes spread over the vocabulary. Source: SRPO (arXiv 2604.02288), sections 3.1 to 3.3.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from srpo_kernels.checks import refuse_name
+from srpo_kernels.losses.config import SRPOConfig
+from srpo_kernels.losses.divergence import sampled_divergence, support_divergence
+from srpo_kernels.losses.log_ratio import bounded, clipped_is_weights, ref_kl
+from srpo_kernels.losses.registry import POLICY_LOSSES, PolicyRows
+from srpo_kernels.losses.rows import ObjectiveRows
+from srpo_kernels.losses.sequences import Sequences
+
+METRICS = (
+    "policy_loss_sum",
+    "policy_tokens",
+    "sdpo_loss_sum",
+    "sdpo_tokens",
+    "active_rows",
+    "scored_policy_tokens",
+    "clip_low_count",
+    "clip_high_count",
+    "dual_clip_count",
+    "ref_kl_sum",
+    "approx_kl_sum",
+    "entropy_sum",
+    "entropy_tokens",
+    "teacher_entropy_sum",
+    "dw_weight_sum",
+    "dw_weight_sq_sum",
+    "divergence_sum",
+    "nonfinite_rows",
+)
+# Beyond this spread of -dw_beta * H_t, weights that are normalised only at the end could leave fp32's range.
+_MAX_LOG_WEIGHT_SPREAD = 60.0
+
+
+class PolicyTerms(NamedTuple):
+    """The policy branch of n rows: the loss (differentiable) and what a log wants to know, ``[n]`` each."""
+
+    loss: Tensor
+    clip_low: Tensor
+    clip_high: Tensor
+    dual_clip: Tensor
+    approx_kl: Tensor
+    ref_kl: Tensor
+
+
+def policy_terms(
+    log_probs: Tensor,
+    advantages: Tensor,
+    config: SRPOConfig,
+    *,
+    old_log_probs: Tensor | None = None,
+    ref_log_probs: Tensor | None = None,
+    is_weights: Tensor | None = None,
+    entropy: Tensor | None = None,
+    sequences: Sequences | None = None,
+) -> PolicyTerms:
+    """Token losses of the policy branch: the policy loss, times is_weights, plus KL, minus entropy.
+
+    All are ``[n]``. Differentiable in ``log_probs`` and ``entropy`` (None when ``entropy_coef`` is 0).
+    """
+    old_log_probs = log_probs.detach() if old_log_probs is None else old_log_probs
+    log_ratio = bounded(log_probs - old_log_probs, config.log_ratio_clamp)
+    approx_kl = torch.expm1(log_ratio.detach()) - log_ratio.detach()
+    rows = PolicyRows(log_probs, log_ratio, advantages, sequences)
+    loss, *clips = POLICY_LOSSES[config.loss_type](rows, config.policy_options())
+    nowhere = torch.zeros_like(log_ratio, dtype=torch.bool)
+    clip_low, clip_high, dual_clip = (nowhere if clip is None else clip for clip in clips)
+    if is_weights is not None:
+        loss = loss * is_weights
+    kl = torch.zeros_like(approx_kl)
+    if ref_log_probs is not None:
+        kl = ref_kl(log_probs, ref_log_probs, config.kl_type, config.log_ratio_clamp)
+        if config.kl_coef != 0.0:
+            loss = loss + config.kl_coef * kl
+    if entropy is not None:
+        loss = loss - config.entropy_coef * entropy
+    return PolicyTerms(loss, clip_low, clip_high, dual_clip, approx_kl, kl.detach())
+
+
+def distillation_weights(
+    log_probs: Tensor, old_log_probs: Tensor | None, is_weights: Tensor | None, config: SRPOConfig
+) -> Tensor:
+    """``kappa * is_weights``, detached, ``[n]``: the corrections of a divergence, but for the entropy's."""
+    kappa = clipped_is_weights(log_probs, old_log_probs, config.distillation_is_clip)
+    return kappa if is_weights is None else kappa * is_weights
+
+
+def log_mean_exp(values: Tensor) -> Tensor:
+    """Log of the mean of the exponentials of a non-empty vector."""
+    return values.logsumexp(0) - math.log(len(values))
+
+
+class SRPOObjective:
+    """The loss of one call, which sees all rows with a teacher before any without, and sums up its metrics.
+
+    The gradient is linear in one over the mean of the entropy weights. Until the last rows with a teacher have shown
+    that mean, weights are relative to the middle of the range that they can have; with those rows comes the factor
+    that brings all before them to scale.
+
+    Args:
+        config: the options.
+        log_mean: the log-mean of the entropy weights, None where it is that of this call's rows.
+        num_taught: the rows with a teacher of the whole call.
+        num_policy: the valid rows without one, those that are left out among them.
+        vocab_size: bounds an entropy.
+    """
+
+    name = "srpo_loss"
+
+    def __init__(
+        self, config: SRPOConfig, log_mean: Tensor | None, num_taught: int, num_policy: int, vocab_size: int
+    ) -> None:
+        self.config, self.log_mean, self._num_taught = config, log_mean, num_taught
+        spread = config.dw_beta * math.log(vocab_size)
+        self.teacher_first = bool(num_taught) and log_mean is None and spread > _MAX_LOG_WEIGHT_SPREAD
+        self._has_tail = config.add_tail and config.topk < vocab_size
+        self.whole_sequences = POLICY_LOSSES[config.loss_type].whole_sequences
+        self._reference: Tensor | float = -0.5 * spread
+        self._entropies: list[Tensor] = []
+        self.metrics: dict[str, Tensor | float] = dict.fromkeys(METRICS, 0.0)
+        self.metrics |= {"policy_tokens": num_policy, "sdpo_tokens": num_taught}
+
+    def reads(self, taught: bool) -> tuple[frozenset[str], frozenset[str]]:
+        """The statistics that rows with a teacher, or without one, need, and those that carry gradient."""
+        if not taught:
+            names = {"log_probs", "entropy"} if self.config.entropy_coef != 0.0 else {"log_probs"}
+            return frozenset(names), frozenset(names)
+        match self.config.distillation_mode:
+            case "full":
+                return frozenset({"log_probs", "teacher_entropy", "divergence"}), frozenset({"divergence"})
+            case "sampled":
+                return frozenset({"log_probs", "teacher_entropy", "teacher_log_probs"}), frozenset({"log_probs"})
+            case "topk":
+                names = {"log_probs", "teacher_entropy", "support_log_probs", "teacher_support_log_probs"}
+                if self._has_tail:
+                    names |= {"log_tail", "teacher_log_tail"}
+                return frozenset(names), frozenset({"support_log_probs", "log_tail"}) & names
+            case unknown:
+                refuse_name("distillation_mode", unknown)
+
+    def widen(self, names: frozenset[str]) -> None:
+        """It reads what it says, always."""
+        raise RuntimeError(f"the SRPO objective has not said that it reads {sorted(names)}")
+
+    def begin(self, teacher_entropy: Tensor) -> None:
+        """Take the entropies of all rows with a teacher ahead of the rows, where ``teacher_first`` asks for it."""
+        self.log_mean = log_mean_exp(-self.config.dw_beta * teacher_entropy)
+
+    def evaluate(self, rows: ObjectiveRows) -> tuple[Tensor, Tensor | None]:
+        """Each row's share of the loss ``[n]``, and what multiplies all gradients of earlier calls, None for 1."""
+        taught = rows.num_taught
+        if not taught:
+            return self._policy(rows, 0), None
+        losses, rescale = self._distillation(rows, taught)
+        if len(rows) > taught:
+            losses = torch.cat([losses, self._policy(rows, taught)])
+        return losses, rescale
+
+    def _policy(self, rows: ObjectiveRows, start: int) -> Tensor:
+        config, inputs = self.config, rows.select_inputs(slice(start, None))
+        log_probs = rows.log_probs[start:]
+        entropy = rows.entropy[start:] if config.entropy_coef != 0.0 else None
+        terms = policy_terms(
+            log_probs,
+            inputs["advantages"],
+            config,
+            old_log_probs=inputs.get("old_log_probs"),
+            ref_log_probs=inputs.get("ref_log_probs"),
+            is_weights=inputs.get("is_weights"),
+            entropy=entropy,
+            sequences=rows.whole_sequences.select(slice(start, None)) if self.whole_sequences else None,
+        )
+        self._add("scored_policy_tokens", len(log_probs))
+        self._add("clip_low_count", terms.clip_low.sum())
+        self._add("clip_high_count", terms.clip_high.sum())
+        self._add("dual_clip_count", terms.dual_clip.sum())
+        self._add("approx_kl_sum", terms.approx_kl.sum())
+        self._add("ref_kl_sum", terms.ref_kl.sum())
+        if entropy is not None:
+            self._add("entropy_sum", entropy.detach().sum())
+            self._add("entropy_tokens", len(entropy))
+        if rows.active:
+            self._add("active_rows", len(log_probs))
+            self._add("policy_loss_sum", terms.loss.detach().sum())
+        return inputs["factors"] * terms.loss
+
+    def _distillation(self, rows: ObjectiveRows, taught: int) -> tuple[Tensor, Tensor | None]:
+        config, inputs = self.config, rows.select_inputs(slice(taught))
+        log_probs, entropy = rows.log_probs[:taught], rows.teacher_entropy[:taught]
+        token_loss, divergence = self._divergence(rows, taught)
+        rescale = self._normalize(entropy)
+        weights = torch.exp(-config.dw_beta * entropy - (self._reference if self.log_mean is None else self.log_mean))
+        correction = distillation_weights(log_probs, inputs.get("old_log_probs"), inputs.get("is_weights"), config)
+        loss = weights * correction * token_loss
+        self._add("active_rows", taught)
+        self._add("sdpo_loss_sum", loss.detach().sum())
+        self._add("teacher_entropy_sum", entropy.sum())
+        self._add("dw_weight_sum", weights.sum())
+        self._add("dw_weight_sq_sum", weights.square().sum())
+        self._add("divergence_sum", divergence.detach().sum())
+        return inputs["factors"] * loss, rescale
+
+    def _divergence(self, rows: ObjectiveRows, taught: int) -> tuple[Tensor, Tensor]:
+        """The token loss of distillation before any weight, and what a log should show of it."""
+        config = self.config
+        match config.distillation_mode:
+            case "full":
+                divergence = rows.divergence[:taught]
+                return divergence, divergence
+            case "sampled":
+                log_probs, teacher_log_probs = rows.log_probs[:taught], rows.teacher_log_probs[:taught]
+                return sampled_divergence(log_probs, teacher_log_probs), log_probs - teacher_log_probs
+            case "topk":
+                divergence = support_divergence(
+                    rows.support_log_probs[:taught],
+                    rows.teacher_support_log_probs[:taught],
+                    rows.log_tail[:taught] if self._has_tail else None,
+                    rows.teacher_log_tail[:taught] if self._has_tail else None,
+                    config.divergence,
+                    config.alpha,
+                    renormalize=not config.add_tail,
+                )
+                return divergence, divergence
+            case unknown:
+                refuse_name("distillation_mode", unknown)
+
+    def _normalize(self, entropy: Tensor) -> Tensor | None:
+        """Once the last rows with a teacher are here: the log-mean of all weights, and what brings others to scale."""
+        if self.log_mean is not None:
+            return None
+        self._entropies.append(entropy)
+        if sum(map(len, self._entropies)) < self._num_taught:
+            return None
+        self.log_mean = log_mean_exp(-self.config.dw_beta * torch.cat(self._entropies))
+        if len(self._entropies) == 1:
+            return None
+        rescale = torch.exp(self._reference - self.log_mean)
+        for name, factor in (("sdpo_loss_sum", rescale), ("dw_weight_sum", rescale), ("dw_weight_sq_sum", rescale**2)):
+            self.metrics[name] = self.metrics[name] * factor
+        return rescale
+
+    def _add(self, name: str, value: Tensor | int) -> None:
+        self.metrics[name] = self.metrics[name] + value
