@@ -1,29 +1,39 @@
 """SRPO (arXiv 2604.02288) losses from hidden states and the LM head, without the logits."""
 
-from srpo_kernels.api.functional import srpo_loss, teacher_stats, token_stats
+from srpo_kernels.api.fused import fused_loss
 from srpo_kernels.api.metrics import summarize_metrics
 from srpo_kernels.api.modules import SRPOLoss
+from srpo_kernels.api.srpo import srpo_loss
+from srpo_kernels.api.statistics import teacher_stats, token_stats
 from srpo_kernels.api.token_losses import policy_loss, sampled_distillation_loss
-from srpo_kernels.api.types import SRPOOutput, TeacherStats, TokenStats
+from srpo_kernels.api.types import FusedOutput, SRPOOutput, TeacherStats, TokenStats
 from srpo_kernels.engine.workspace import release as release_workspace
 from srpo_kernels.losses.config import SRPOConfig
+from srpo_kernels.losses.registry import PolicyRows, TokenLoss, register_policy_loss
+from srpo_kernels.losses.rows import ObjectiveRows
 from srpo_kernels.losses.srpo import PolicyTerms
 from srpo_kernels.rollout.data_parallel import call_as_forward, scale_for_gradient_mean
 from srpo_kernels.rollout.normalizers import Normalizers
 from srpo_kernels.rollout.routing import Routing, group_advantages, route_samples
 
 __all__ = [
+    "FusedOutput",
     "Normalizers",
+    "ObjectiveRows",
+    "PolicyRows",
     "PolicyTerms",
     "Routing",
     "SRPOConfig",
     "SRPOLoss",
     "SRPOOutput",
     "TeacherStats",
+    "TokenLoss",
     "TokenStats",
     "call_as_forward",
+    "fused_loss",
     "group_advantages",
     "policy_loss",
+    "register_policy_loss",
     "release_workspace",
     "route_samples",
     "sampled_distillation_loss",

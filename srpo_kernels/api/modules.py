@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from srpo_kernels.api.functional import srpo_loss
+from srpo_kernels.api.srpo import srpo_loss
 from srpo_kernels.api.types import SRPOOutput
 from srpo_kernels.api.validation import check_backend, check_config, check_workspace
 from srpo_kernels.losses.config import SRPOConfig

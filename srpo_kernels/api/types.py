@@ -22,6 +22,18 @@ class SRPOOutput(NamedTuple):
     log_probs: Tensor
 
 
+class FusedOutput(NamedTuple):
+    """What ``fused_loss`` returns.
+
+    ``loss``: scalar, carries gradient. ``log_probs`` (nats) and ``losses``, the objective's: ``target_ids``' shape,
+    detached, 0 for masked rows.
+    """
+
+    loss: Tensor
+    log_probs: Tensor
+    losses: Tensor
+
+
 class TokenStats(NamedTuple):
     """What ``token_stats`` returns: ``target_ids``' shape each, in nats.
 

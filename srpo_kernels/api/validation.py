@@ -15,6 +15,7 @@ from srpo_kernels.checks import BOOL, FLOATING, INTEGER, require_shape, require_
 from srpo_kernels.distributed import require_group
 from srpo_kernels.losses.config import SRPOConfig, require_mixture
 from srpo_kernels.losses.registry import POLICY_LOSSES
+from srpo_kernels.losses.rows import RESERVED
 from srpo_kernels.rollout.normalizers import require_normalizers
 
 _BACKENDS = ("auto", "torch", "triton")
@@ -107,13 +108,79 @@ def check_teacher(
     teacher_bias: object,
     weight: Tensor,
     bias: Tensor | None,
-    sdpo_mask: Tensor | None,
+    mask: Tensor | None,
+    mask_name: str = "sdpo_mask",
 ) -> None:
-    """The teacher of ``srpo_loss``: no part of it without ``sdpo_mask``, no head without its hidden states."""
+    """The teacher of a loss: no part of it without the mask of its rows, no head without its hidden states."""
     for name, value in (("teacher_hidden", teacher_hidden), ("teacher_weight", teacher_weight)):
-        if value is not None and sdpo_mask is None:
-            raise ValueError(f"{name} needs sdpo_mask, which says what rows it teaches; got sdpo_mask=None")
+        if value is not None and mask is None:
+            raise ValueError(f"{name} needs {mask_name}, which says what rows it teaches; got {mask_name}=None")
     _check_teacher_head(teacher_hidden, teacher_weight, teacher_bias, weight, bias)
+
+
+def check_objective(objective: object, inputs: object) -> None:
+    """A function, or the name of a policy loss, and what that reads."""
+    if not isinstance(inputs, Mapping):
+        raise TypeError(f"inputs must be a mapping from names to tensors, or None, got {type(inputs).__name__}")
+    if not isinstance(objective, str):
+        if not callable(objective):
+            raise TypeError(f"objective must be a function or the name of a policy loss, got {objective!r}")
+        return
+    if objective not in POLICY_LOSSES:
+        raise ValueError(f"objective must be a function or one of {tuple(POLICY_LOSSES)}, got {objective!r}")
+    if "advantages" not in inputs or not set(inputs) <= {"advantages", "old_log_probs"}:
+        raise ValueError(
+            f"inputs of the policy loss {objective!r} must be 'advantages' and, where they are known, 'old_log_probs', "
+            f"got {list(inputs)}"
+        )
+
+
+def check_inputs(inputs: Mapping[str, Any], target_ids: Tensor) -> None:
+    """The inputs of an objective: by names of their own, a number per sequence or per row each."""
+    rows = target_ids.shape
+    if target_ids.ndim not in (1, 2):
+        raise ValueError(f"target_ids must have shape [B, T] or [N], got {list(rows)}")
+    for name, value in inputs.items():
+        if not isinstance(name, str) or not name.isidentifier() or name.startswith("_"):
+            raise ValueError(f"inputs must have names that are identifiers without a leading _, got {name!r}")
+        if name in RESERVED:
+            raise ValueError(f"inputs must not have the names of what rows have already, got {name!r}")
+        value = require_tensor(f"inputs[{name!r}]", value, FLOATING + INTEGER + BOOL, target_ids.device)
+        require_shape(f"inputs[{name!r}]", value, [rows[:1], rows], "[B], or the shape of target_ids")
+        if value.requires_grad:
+            raise ValueError(f"inputs[{name!r}] must not require a gradient: fused_loss gives it none; detach it")
+
+
+def check_whole_sequences(
+    whole_sequences: object, target_ids: Tensor, sequence_ids: object, sequence_parallel_group: ProcessGroup | None
+) -> None:
+    """What an objective of whole sequences needs, and what only it may have."""
+    if not isinstance(whole_sequences, bool):
+        raise TypeError(f"whole_sequences must be a bool, got {whole_sequences!r}")
+    if sequence_ids is not None:
+        if target_ids.ndim != 1:
+            raise ValueError(f"sequence_ids is for packed rows: target_ids must be [N], got {list(target_ids.shape)}")
+        sequence_ids = require_tensor("sequence_ids", sequence_ids, INTEGER, target_ids.device)
+        require_shape("sequence_ids", sequence_ids, [target_ids.shape], "the shape of target_ids")
+    if whole_sequences and target_ids.ndim == 1 and sequence_ids is None:
+        raise ValueError("sequence_ids is required for packed rows [N] with whole_sequences=True, got None")
+    if not whole_sequences and sequence_parallel_group is not None:
+        raise ValueError("sequence_parallel_group needs whole_sequences=True: rows of a sequence do not meet otherwise")
+
+
+def check_fused_teacher(teacher_hidden: object, teacher_mask: object, target_ids: Tensor, config: SRPOConfig) -> None:
+    """The rows that have a teacher, and the divergence from it, which is that of the whole vocabulary."""
+    rows = target_ids.shape
+    if teacher_mask is not None:
+        if teacher_hidden is None:
+            raise ValueError("teacher_mask needs teacher_hidden, got None")
+        teacher_mask = require_tensor("teacher_mask", teacher_mask, BOOL, target_ids.device)
+        require_shape("teacher_mask", teacher_mask, [rows[:1], rows], "[B], or the shape of target_ids")
+    if teacher_hidden is not None and config.distillation_mode != "full":
+        raise ValueError(
+            "config.distillation_mode must be 'full' where fused_loss has a teacher: its divergence is that of the "
+            f"whole vocabulary, got {config.distillation_mode!r}"
+        )
 
 
 def check_stats_teacher(

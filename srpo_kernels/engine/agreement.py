@@ -83,6 +83,8 @@ def _replicated(call: LossArguments | StatsArguments, options: LossOptions | Sta
         if isinstance(x, Tensor)
     ]
     wanted = [name for name, need in needs._asdict().items() if need]
-    # Each rank has its own peers in another group.
+    # Each rank has its own peers in another group, and its own address of a function.
     common = {name: x is not None if name.endswith("_group") else x for name, x in options._asdict().items()}
+    if callable(function := common.get("objective")):
+        common["objective"] = getattr(function, "__qualname__", type(function).__name__)
     return f"{', '.join(tensors)}; {common}; gradients of {wanted}"

@@ -32,6 +32,11 @@ def fused_loss(call: LossArguments, options: LossOptions) -> tuple[Tensor, Tenso
 
     Only the loss carries gradient, to hidden states, weight and bias.
     """
+    if callable(options.objective) and ops.traced(call):
+        raise ValueError(
+            "objective must be the name of a registered policy loss in a compiled graph, which cannot call a function "
+            "back, got a function: register_policy_loss gives it a name"
+        )
     loss, log_probs, more, *_ = ops.run(torch.ops.srpo_kernels.fused_loss, _FusedLoss, call, options)
     # The backward knows the operation's own result again: the caller's may be changed in place.
     return loss.clone(), log_probs, more

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from srpo_kernels.losses.rows import (
     DIFFERENTIABLE,
+    OF_TEACHER,
     STUDENT,
     TEACHER,
     NotComputed,
@@ -17,9 +18,6 @@ from srpo_kernels.losses.rows import (
 )
 from srpo_kernels.losses.sequences import Sequences
 from srpo_kernels.rows.contract import RowGradients
-
-# What rows without a teacher have nothing to say of.
-_OF_TEACHER = frozenset({"divergence", *TEACHER})
 
 
 class Objective(Protocol):
@@ -109,8 +107,8 @@ class CustomObjective:
         found: tuple[Tensor | None, ...] = (None,) * len(variables)
         try:
             with torch.enable_grad():
-                loss = self.function(rows)
-            found = torch.autograd.grad(loss.sum(), [leaves[name] for name in variables], allow_unused=True)
+                loss = self.function(rows).sum()
+            found = torch.autograd.grad(loss, [leaves[name] for name in variables], allow_unused=True)
         # Whatever is wrong with it, the real rows will show, or it is wrong with made-up ones alone.
         except Exception:
             pass
@@ -120,13 +118,15 @@ class CustomObjective:
 
     def reads(self, taught: bool) -> tuple[frozenset[str], frozenset[str]]:
         """What is known of it so far."""
-        return (self._names, self._gradients) if taught else (self._names - _OF_TEACHER, self._gradients - _OF_TEACHER)
+        return (self._names, self._gradients) if taught else (self._names - OF_TEACHER, self._gradients - OF_TEACHER)
 
     def begin(self, teacher_entropy: Tensor) -> None:
         """Not asked for."""
 
     def widen(self, names: frozenset[str]) -> None:
         """Read these too, with their gradient."""
+        if names <= self._names and names <= self._gradients:
+            raise RuntimeError(f"{self.name} asks again for {sorted(names)}, which it has")
         self._names |= names
         self._gradients |= names & frozenset(STUDENT)
 
@@ -136,15 +136,14 @@ class CustomObjective:
         versions = {name: x._version for name, x in tensors.items()}
         try:
             losses = self.function(rows)
-        except NotComputed as missing:
-            if missing.name in _OF_TEACHER and not self._has_teacher:
-                raise ValueError(
-                    f"{self.name} reads rows.{missing.name}, which needs teacher_hidden, got None"
-                ) from None
+        except NotComputed:
             raise
         except Exception as error:
             error.add_note(f"raised by {self.name}, the objective of fused_loss, for {len(rows)} rows")
             raise
+        absent = sorted(rows.read & OF_TEACHER)
+        if absent and not self._has_teacher:
+            raise ValueError(f"{self.name} reads rows.{absent[0]}, which needs teacher_hidden, got None")
         changed = [name for name, x in tensors.items() if x._version != versions[name]]
         if changed:
             raise ValueError(f"{self.name} must not change its rows in place, and has changed {changed}")

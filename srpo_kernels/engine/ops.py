@@ -33,16 +33,20 @@ def run(
     call: LossArguments | StatsArguments,
     options: LossOptions | StatsOptions,
 ) -> tuple[Tensor, ...]:
-    """Run ``operator`` where a compiler traces the call or tensors have no data, ``function`` elsewhere.
+    """Run ``operator`` where the call is ``traced``, ``function`` elsewhere.
 
     The first three tensors of ``call`` are hidden states, weight and bias; no other carries gradient.
     """
     grad = torch.is_grad_enabled()
     needs = Needs(*(grad and x is not None and x.requires_grad for x in call[:3]))
     others = [_detached(x) for x in call[3:]]
-    traced = torch.compiler.is_compiling() or isinstance(call.hidden, FakeTensor)
-    outputs: tuple[Tensor, ...] = (operator if traced else function.apply)(*call[:3], *others, *options, *needs)
+    outputs: tuple[Tensor, ...] = (operator if traced(call) else function.apply)(*call[:3], *others, *options, *needs)
     return outputs
+
+
+def traced(call: LossArguments | StatsArguments) -> bool:
+    """Whether a compiler traces the call, or its tensors have no data."""
+    return torch.compiler.is_compiling() or isinstance(call.hidden, FakeTensor)
 
 
 def _detached(value: Any) -> Any:

@@ -15,6 +15,8 @@ TEACHER = ("teacher_entropy", "teacher_log_probs")
 # Those of the student's likeliest tokens, ``[n, K]``, and of the rest: for the loss of distillation_mode="topk".
 SUPPORT = ("support_log_probs", "log_tail")
 TEACHER_SUPPORT = ("teacher_support_log_probs", "teacher_log_tail")
+# What rows without a teacher have nothing to say of.
+OF_TEACHER = frozenset({"divergence", *TEACHER})
 DIFFERENTIABLE = (*STUDENT, *SUPPORT)
 STATISTICS = (*STUDENT, *TEACHER, *SUPPORT, *TEACHER_SUPPORT)
 
@@ -52,9 +54,11 @@ class ObjectiveRows:
     def __getattr__(self, name: str) -> Tensor:
         if name in STATISTICS:
             self.read.add(name)
-            if name not in self._statistics:
-                raise NotComputed(name)
-            return self._statistics[name]
+            if name in self._statistics:
+                return self._statistics[name]
+            if name in OF_TEACHER and not self.num_taught:
+                return torch.zeros_like(self._statistics["log_probs"])
+            raise NotComputed(name)
         if name in self._inputs:
             return self._inputs[name]
         raise AttributeError(
@@ -106,3 +110,7 @@ class ObjectiveRows:
     def sequence_mean(self, values: Tensor) -> Tensor:
         """Each row's value replaced by the mean over the rows of its sequence, on every rank that has some; ``[n]``."""
         return self.whole_sequences.mean(values)
+
+
+# Names that no input can have.
+RESERVED = frozenset({*STATISTICS, "num_taught", "active", "read", *vars(ObjectiveRows)})
