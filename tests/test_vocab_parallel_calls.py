@@ -18,14 +18,14 @@ from srpo_kernels import (
     Normalizers,
     SRPOConfig,
     SRPOLoss,
-    rows_torch,
-    slices_torch,
     srpo_loss,
     teacher_stats,
     token_stats,
 )
 from srpo_kernels.engine.plan import RowMemory
 from srpo_kernels.engine.vocabulary import Vocabulary
+from srpo_kernels.rows import torch_rows as rows_torch
+from srpo_kernels.rows import torch_slices as slices_torch
 from tests.comparison import Results, assert_as_accurate, assert_same, gradients, run_loss, run_stats, with_leaves
 from tests.parity import coefficients
 from tests.processes import RankError, needs_gloo, run_ranks
