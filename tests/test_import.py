@@ -50,15 +50,31 @@ def test_public_names_exist() -> None:
     assert sorted(srpo_kernels.__all__) == srpo_kernels.__all__
 
 
-def test_the_wheel_has_the_library_and_its_types_alone(tmp_path: Path) -> None:
-    source = tmp_path / "source"
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a checkout is built into."""
+    source = tmp_path_factory.mktemp("wheel") / "source"
     ignored = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "runs")
-    shutil.copytree(ROOT, source, ignore=ignored)
+    shutil.copytree(ROOT, source, symlinks=True, ignore=ignored)
     build = "from setuptools import build_meta; build_meta.build_wheel('.')"
     run_python("-c", build, cwd=source)
-    (wheel,) = source.glob("*.whl")
+    (path,) = source.glob("*.whl")
+    return path
+
+
+def test_the_wheel_has_the_library_its_types_and_the_oracle_alone(wheel: Path) -> None:
     files = {Path(name) for name in zipfile.ZipFile(wheel).namelist()}
-    modules = {path for path in files if path.parts[0] == "srpo_kernels"}
-    expected = {path.relative_to(ROOT) for path in (ROOT / "srpo_kernels").rglob("*.py")}
-    assert modules == expected | {Path("srpo_kernels/py.typed")}
-    assert all(path.parts[0].endswith(".dist-info") for path in files - modules)
+    modules = {path for path in files if not path.parts[0].endswith(".dist-info")}
+    library = {path.relative_to(ROOT) for path in (ROOT / "srpo_kernels").rglob("*.py")}
+    oracle = {Path("srpo_kernels_reference", path.name) for path in (ROOT / "reference").glob("*.py")}
+    assert modules == library | oracle | {Path("srpo_kernels/py.typed")}
+
+
+def test_an_installed_wheel_verifies_itself(wheel: Path, tmp_path: Path) -> None:
+    pytest.importorskip("rich")
+    pytest.importorskip("tyro")
+    zipfile.ZipFile(wheel).extractall(tmp_path)
+    where = "import srpo_kernels, srpo_kernels_reference as r; print(srpo_kernels.__file__, r.__file__)"
+    assert all(path.startswith(str(tmp_path)) for path in run_python("-c", where, cwd=tmp_path).split())
+    options = ("--device", "cpu", "--backend", "torch", "--quick", "--no-timing", "--only", "reduction")
+    assert "PASS" in run_python("-m", "srpo_kernels.verify", *options, cwd=tmp_path)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import combinations
 from typing import Any
@@ -18,7 +17,6 @@ from srpo_kernels.losses import config
 from srpo_kernels.losses.config import DISTILLATION_MODES, KL_TYPES, LOSS_TYPES, REDUCTIONS
 from srpo_kernels.rollout.routing import ADVANTAGE_SCALES
 from srpo_kernels.rows.contract import DIVERGENCES
-from srpo_kernels.verify import naive
 from tests.comparison import run_loss
 from tests.strategies import Inputs, cast, each_backend, loss_inputs
 
@@ -32,8 +30,7 @@ NAMES = {
 # Combined with which modes a divergence means something.
 MODES = {"divergence": ("full", "topk")}
 
-Loss = Callable[..., Any]
-LIBRARY: list[Any] = ["torch", "triton", "reference", "naive"]
+LIBRARY: list[Any] = ["torch", "triton", "reference"]
 
 
 def batch() -> Inputs:
@@ -52,8 +49,7 @@ def options_of(option: str, name: str, mode: str = "full") -> dict[str, Any]:
 def compute(implementation: str, options: SRPOConfig) -> dict[str, Tensor]:
     if implementation in ("torch", "triton"):
         return run_loss(srpo_loss, batch(), config=options, backend=implementation)
-    function: Loss = reference.srpo_loss if implementation == "reference" else naive.srpo_loss
-    return run_loss(function, batch(), config=options)
+    return run_loss(reference.srpo_loss, batch(), config=options)
 
 
 @pytest.mark.parametrize("implementation", LIBRARY)
@@ -95,10 +91,6 @@ def test_statistics_of_a_divergence_that_nothing_implements_raise(backend: str) 
         token_stats(x, head, ids, teacher_hidden=x, divergence=name, backend=backend)
     with pytest.raises(ValueError, match="divergence"):
         reference.token_stats(x, head, ids, teacher_hidden=x, divergence="planted")
-    options = dataclasses.replace(SRPOConfig())
-    object.__setattr__(options, "divergence", "planted")
-    with pytest.raises(ValueError, match="divergence"):
-        naive.token_stats(x, head, ids, teacher_hidden=x, config=options)
 
 
 @pytest.mark.parametrize("option", ["loss_type", "kl_type"])
