@@ -23,15 +23,15 @@ from benchmarks.costs.measure import KernelCost, PerRow, StepCost, measure
 from benchmarks.costs.sheet import Sheet
 from benchmarks.costs.steps import bf16_products, make_batch, prepare
 from benchmarks.costs.tiles import measure_tiles
-from benchmarks.documents import replace_marked
-from benchmarks.interpreted import interpreting
-from benchmarks.meters import OperatorMeter
 from benchmarks.providers import naive
 from reference.distillation import divergence
 from srpo_kernels import SRPOConfig, srpo_loss
 from tests.comparison import assert_same, run_loss
 from tests.meters import ProductMeter
 from tests.strategies import cast, loss_inputs, workspace_floor
+from tools.documents import replace_marked
+from tools.interpreter.launches import interpreting
+from tools.meters import OperatorMeter
 
 pytestmark = pytest.mark.skipif(not interpreting(), reason="kernels are compiled here: needs TRITON_INTERPRET=1")
 

@@ -23,9 +23,9 @@ import pandas as pd
 import triton
 import triton.language as tl
 
-from benchmarks import gate, gate_rules, machine_code
-from benchmarks.targets import KINDS, TARGETS, Kind, Target
 from srpo_kernels.kernels.variants import Variant
+from tools.gate import command, machine_code, rules
+from tools.gate.targets import KINDS, TARGETS, Kind, Target
 
 ROOT = Path(__file__).parent.parent
 NAMES = tuple(TARGETS)
@@ -84,13 +84,13 @@ def planted() -> Iterator[str]:
         signature = {name: types.get(name, "constexpr") for name in function.arg_names}
         known = tuple(name for name in signature if name.endswith(("_ptr", "stride_row")))
         variant = Variant(label, label, function, signature, constexprs, known, num_warps, 2, elements, size)
-        return json.dumps(asdict(gate_rules.measure(variant, target)))
+        return json.dumps(asdict(rules.measure(variant, target)))
 
     row = {"stride_row": "i64", "size": "i32"}
     tile = {"M": 128, "N": 64, "K": 64}
     small = {"M": 16, "N": 16, "K": 16}
     for target in TARGETS.values():
-        if gate_rules.what_is_missing(target) is not None:
+        if rules.what_is_missing(target) is not None:
             continue
         for label, whole, size in (("whole", True, 4), ("masked", False, 4), ("miscounted", True, 3)):
             block = {"WHOLE": whole, "LANES": LANES, "VECTOR": VECTOR}
@@ -259,7 +259,7 @@ def test_limits(constexprs: dict[str, object], change: dict[str, Any], broken: l
     code = machine_code.MachineCode(32, 0, 0, 0, 16, "none", 16, 64, counts)
     changed = change | {"loop_instructions": counts | change.get("loop_instructions", {})}
     variant = Variant("row_stats", "", None, {}, constexprs, (), 8, 1, 256 * 8, 4)
-    line = gate_rules.line_of(variant, TARGETS["sm_90"], replace(code, **changed), 0.0)
+    line = rules.line_of(variant, TARGETS["sm_90"], replace(code, **changed), 0.0)
     assert line.broken == "; ".join(broken)
 
 
@@ -277,7 +277,7 @@ def test_a_document_gets_both_tables(lines: pd.DataFrame, document: Path) -> Non
     skip_if_left_out(lines, *NAMES)
     lines = lines.reset_index()
     for _ in range(2):
-        gate.write_tables(document, lines)
+        command.write_tables(document, lines)
         text = document.read_text()
         assert "old" not in text
         assert text.startswith("before\n<!-- gate:resources -->\n")
@@ -291,14 +291,14 @@ def test_a_document_without_markers_is_refused(lines: pd.DataFrame, tmp_path: Pa
     path = tmp_path / "empty.md"
     path.write_text("nothing")
     with pytest.raises(SystemExit, match="gate:resources"):
-        gate.write_tables(path, lines.reset_index())
+        command.write_tables(path, lines.reset_index())
     assert path.read_text() == "nothing"
 
 
 def test_every_kernel_of_the_library_keeps_the_rules(document: Path, tmp_path: Path) -> None:
     path = tmp_path / "gate.csv"
     # The interpreter is for other tests: the gate has to step out of it.
-    done = python(*("-m", "benchmarks", "gate", "--csv", str(path), "--docs", str(document)), TRITON_INTERPRET="1")
+    done = python(*("-m", "tools.gate", "--csv", str(path), "--docs", str(document)), TRITON_INTERPRET="1")
     assert path.exists(), done.stderr
     lines = pd.read_csv(path, keep_default_na=False)
     broken = lines[lines["broken"] != ""]
@@ -321,19 +321,19 @@ def test_a_target_without_its_assembler_is_left_out_by_name(tmp_path: Path) -> N
     assembler = tmp_path / "ptxas"
     assembler.write_text("#!/bin/sh\n[ \"$1\" = --version ] && echo 'release 13.1, V13.1.80' || exit 1\n")
     assembler.chmod(0o755)
-    command = ("-m", "benchmarks", "gate", "--targets", "sm_90", "sm_100", "--kernels", "row_jsd")
-    done = python(*command, TRITON_PTXAS_BLACKWELL_PATH=str(assembler), TRITON_CACHE_DIR=str(tmp_path / "cache"))
+    call = ("-m", "tools.gate", "--targets", "sm_90", "sm_100", "--kernels", "row_jsd")
+    done = python(*call, TRITON_PTXAS_BLACKWELL_PATH=str(assembler), TRITON_CACHE_DIR=str(tmp_path / "cache"))
     assert done.returncode == 1
     assert re.search(r"^sm_100 is left out: \w+Error: .+", done.stderr, re.MULTILINE), done.stderr
     assert "row_jsd" in done.stdout
     assert "0 with broken rules; targets left out: 1" in done.stdout
-    alone = python(*command[:4], "sm_100", TRITON_PTXAS_BLACKWELL_PATH=str(assembler))
+    alone = python(*call[:3], "sm_100", TRITON_PTXAS_BLACKWELL_PATH=str(assembler))
     assert alone.returncode == 1
     assert "Traceback" not in alone.stderr
 
 
 def test_a_kernel_that_is_not_there_is_refused() -> None:
-    done = python("-m", "benchmarks", "gate", "--targets", "sm_90", "--kernels", "row_none")
+    done = python("-m", "tools.gate", "--targets", "sm_90", "--kernels", "row_none")
     assert done.returncode == 1
     assert "no kernel is named row_none" in done.stderr
 

@@ -7,8 +7,8 @@ import torch
 import triton
 import triton.language as tl
 
-from benchmarks.interpreted import interpreting
 from srpo_kernels.kernels import launch
+from tools.interpreter.launches import interpreting
 
 pytestmark = pytest.mark.skipif(not interpreting(), reason="kernels are compiled here")
 

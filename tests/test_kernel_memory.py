@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.interpreted import interpreting
 from srpo_kernels.kernels import launch, passes, slices
 from srpo_kernels.kernels.tiles import Projection, tile_stats
 from srpo_kernels.rows.contract import DIVERGENCES, DivergenceStats, RowGradients, RowSpec
-from tests.sanitizer import sanitize, sparse_rows
+from tools.interpreter.launches import interpreting
+from tools.interpreter.sanitizer import sanitize, sparse_rows
 
 pytestmark = pytest.mark.skipif(not interpreting(), reason="kernels are compiled here: needs TRITON_INTERPRET=1")
 

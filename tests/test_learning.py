@@ -17,15 +17,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from benchmarks.learning import policy_optimization, pretrained_analysis
-from benchmarks.learning import study as study_module
-from benchmarks.learning.analysis import differences, stage_scores
-from benchmarks.learning.base import make_model, make_tokenizer
-from benchmarks.learning.drawing import draw
-from benchmarks.learning.policy_optimization import Recipe
-from benchmarks.learning.tasks import CHARACTERS, MAX_REPLY, with_solution
-from benchmarks.learning.tasks import draw as draw_problem
 from benchmarks.results import environment
+from studies.learning import policy_optimization, pretrained_analysis
+from studies.learning import study as study_module
+from studies.learning.analysis import differences, stage_scores
+from studies.learning.base import make_model, make_tokenizer
+from studies.learning.drawing import draw
+from studies.learning.policy_optimization import Recipe
+from studies.learning.tasks import CHARACTERS, MAX_REPLY, with_solution
+from studies.learning.tasks import draw as draw_problem
 
 FAMILIES = ("sum", "split")
 METHODS = study_module.METHODS
@@ -148,7 +148,7 @@ def test_differences_are_those_of_pairs():
 
 def test_a_pretrained_model_is_trained_with_each_method_once(tmp_path, monkeypatch):
     pytest.importorskip("trl", "1.16", reason="the pretrained model is trained by TRL's trainer")
-    from benchmarks.learning import pretrained as module
+    from studies.learning import pretrained as module
     from tests.tiny_trainer import tiny_model, tiny_tokenizer
 
     monkeypatch.setattr(module, "load_model", lambda _: (tiny_model(), tiny_tokenizer()))

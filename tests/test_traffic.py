@@ -13,8 +13,8 @@ import torch
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
 
-from benchmarks.interpreted import interpreting  # noqa: E402
-from benchmarks.traffic import Traffic, measure_traffic, trl_kernels_on_cpu  # noqa: E402
+from tools.interpreter.launches import interpreting  # noqa: E402
+from tools.interpreter.traffic import Traffic, measure_traffic, trl_kernels_on_cpu  # noqa: E402
 
 pytestmark = pytest.mark.skipif(not interpreting(), reason="kernels are compiled here: needs TRITON_INTERPRET=1")
 
@@ -169,7 +169,7 @@ def test_liger_cross_entropy_is_metered():
 
 def test_compiled_kernels_are_refused():
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    code = "from benchmarks.traffic import measure_traffic\nmeasure_traffic().__enter__()"
+    code = "from tools.interpreter.traffic import measure_traffic\nmeasure_traffic().__enter__()"
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=Path(__file__).parent.parent
     )

@@ -12,7 +12,6 @@ import torch
 import torch.distributed as dist
 
 import reference
-from benchmarks.documents import markdown_table
 from benchmarks.wire import Traffic, loss_traffic, table
 from srpo_kernels import (
     Normalizers,
@@ -31,6 +30,7 @@ from tests.parity import coefficients
 from tests.processes import RankError, needs_gloo, run_ranks
 from tests.strategies import Inputs, cast, head_inputs, loss_inputs, policy_rows, workspace_floor
 from tests.test_vocab_parallel import assembled, shard_of
+from tools.documents import markdown_table
 
 pytestmark = needs_gloo
 

@@ -16,12 +16,12 @@ import pandas as pd
 from rich.console import Console
 from rich.progress import track
 
-from benchmarks.documents import markdown_table, replace_marked, rich_table
-from benchmarks.targets import ISSUE_RATIO, SOFTCAP_ISSUE_RATIO, TARGETS, TargetName
+from tools.documents import markdown_table, replace_marked, rich_table
+from tools.gate.targets import ISSUE_RATIO, SOFTCAP_ISSUE_RATIO, TARGETS, TargetName
 
 if TYPE_CHECKING:
-    from benchmarks.gate_rules import Line
     from srpo_kernels.kernels.variants import Variant
+    from tools.gate.rules import Line
 
 # Columns of output that goes to a file.
 _FILE_WIDTH = 200
@@ -96,7 +96,7 @@ def _compile_all(
     return [line for task in tasks if (line := lines[task]) is not None], left_out
 
 
-# The processes below are the only ones to load Triton: the other sub-commands do without it.
+# The processes below are the only ones to load Triton, and without the interpreter.
 @cache
 def _variants(name: TargetName) -> list[Variant]:
     from triton.backends.compiler import GPUTarget
@@ -108,7 +108,7 @@ def _variants(name: TargetName) -> list[Variant]:
 
 
 def _what_is_missing(name: TargetName) -> str | None:
-    from benchmarks.gate_rules import what_is_missing
+    from tools.gate.rules import what_is_missing
 
     return what_is_missing(TARGETS[name])
 
@@ -118,7 +118,7 @@ def _count(name: TargetName) -> int:
 
 
 def _compile(name: TargetName, index: int, kernels: Sequence[str]) -> Line | None:
-    from benchmarks.gate_rules import measure
+    from tools.gate.rules import measure
 
     variant = _variants(name)[index]
     return measure(variant, TARGETS[name]) if not kernels or variant.kernel in kernels else None

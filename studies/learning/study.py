@@ -15,10 +15,11 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from benchmarks.learning.base import load_base, make_model, teach
-from benchmarks.learning.policy_optimization import Method, Recipe, run
-from benchmarks.learning.tasks import Family
-from benchmarks.results import RESULTS, environment
+from benchmarks.results import environment
+from studies.learning import RESULTS
+from studies.learning.base import load_base, make_model, teach
+from studies.learning.policy_optimization import Method, Recipe, run
+from studies.learning.tasks import Family
 
 METHODS: tuple[Method, ...] = get_args(Method)
 _BASE = "base"

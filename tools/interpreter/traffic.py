@@ -9,7 +9,7 @@ from unittest.mock import patch
 
 import numpy as np
 
-from benchmarks.interpreted import Access, Bools, Launch, Observer, record
+from tools.interpreter.launches import Access, Bools, Launch, Observer, record
 
 
 @dataclass

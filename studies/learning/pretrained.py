@@ -10,10 +10,11 @@ import pandas as pd
 import torch
 from datasets import Dataset
 
-from benchmarks.results import RESULTS, environment
+from benchmarks.results import environment
 from examples.rollouts import load_model
 from examples.tasks import TaskName, problems
 from srpo_kernels.integrations.trl import SRPOTrainer, SRPOTrainerConfig
+from studies.learning import RESULTS
 
 TrainerMethod = Literal["grpo", "sdpo", "srpo"]
 

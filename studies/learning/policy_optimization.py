@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 import srpo_kernels as sk
-from benchmarks.learning.base import accuracy, held_out_problems, make_tokenizer
-from benchmarks.learning.tasks import MAX_REPLY, Family, Problem, draw, with_solution
 from examples.rollouts import Rollouts, reprompted_hidden, response_hidden, sample_rollouts
+from studies.learning.base import accuracy, held_out_problems, make_tokenizer
+from studies.learning.tasks import MAX_REPLY, Family, Problem, draw, with_solution
 
 Method = Literal["grpo", "sdpo", "srpo", "srpo-unweighted", "mixing"]
 

@@ -19,7 +19,7 @@ from fractions import Fraction
 from triton import knobs
 from triton.compiler import CompiledKernel
 
-from benchmarks.targets import KINDS, Kind
+from tools.gate.targets import KINDS, Kind
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,9 @@ from pathlib import Path
 
 import pandas as pd
 
-from benchmarks.documents import replace_marked
-from benchmarks.learning import analysis, pretrained_analysis
 from benchmarks.pictures import save
-from benchmarks.results import RESULTS
+from studies.learning import RESULTS, analysis, pretrained_analysis
+from tools.documents import replace_marked
 
 _DOCS = Path(__file__).parent.parent.parent / "docs"
 
@@ -29,13 +28,13 @@ def draw(
         figures: folder for the pictures.
     """
     if not study.exists():
-        raise SystemExit(f"{study} is not there: run `python -m benchmarks.learning study` first")
+        raise SystemExit(f"{study} is not there: run `python -m studies.learning study` first")
     runs = analysis.complete(pd.read_csv(study))
     scores = analysis.stage_scores(runs)
     tables = {
         "stages": analysis.stage_table(scores, runs),
         "differences": analysis.difference_table(scores),
-        "pretrained": "Not measured yet: `python -m benchmarks.learning pretrained`.",
+        "pretrained": "Not measured yet: `python -m studies.learning pretrained`.",
     }
     if pretrained.exists():
         steps = pretrained_analysis.read(pretrained)

@@ -13,8 +13,8 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
-from benchmarks.learning.tasks import CHARACTERS, MAX_REPLY, Family, Problem, draw, with_solution
 from examples.rollouts import encode_chats, sample_rollouts
+from studies.learning.tasks import CHARACTERS, MAX_REPLY, Family, Problem, draw, with_solution
 
 _SEQUENCES = 64
 _EVALUATE_EVERY = 100

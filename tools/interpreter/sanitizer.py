@@ -20,7 +20,7 @@ from numpy.lib.stride_tricks import as_strided
 from numpy.typing import DTypeLike, NDArray
 from torch import Tensor
 
-from benchmarks.interpreted import Access, Bools, Launch, Observer, record, storage_begin
+from tools.interpreter.launches import Access, Bools, Launch, Observer, record, storage_begin
 
 Ints = NDArray[np.int64]
 # Programs of a launch, counted from 1: 0 is nobody.

@@ -9,10 +9,10 @@ import pandas as pd
 from matplotlib import pyplot as plt
 from scipy import stats
 
-from benchmarks.documents import markdown_table
-from benchmarks.learning.analysis import COLOURS, interval
 from benchmarks.pictures import STYLE
 from benchmarks.results import describe_environment
+from studies.learning.analysis import COLOURS, interval
+from tools.documents import markdown_table
 
 _PANELS = {
     "reward": "share of correct replies",

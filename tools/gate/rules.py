@@ -10,9 +10,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
-from benchmarks.machine_code import MachineCode, read
-from benchmarks.targets import ISSUE_RATIO, SOFTCAP_ISSUE_RATIO, Kind, Target, TargetName
 from srpo_kernels.kernels.variants import Variant
+from tools.gate.machine_code import MachineCode, read
+from tools.gate.targets import ISSUE_RATIO, SOFTCAP_ISSUE_RATIO, Kind, Target, TargetName
 
 _LOAD_BYTES = 16
 

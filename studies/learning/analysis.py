@@ -10,10 +10,10 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from scipy import stats
 
-from benchmarks.documents import markdown_table
-from benchmarks.learning.policy_optimization import MEANINGS
 from benchmarks.pictures import STYLE
 from benchmarks.results import describe_environment
+from studies.learning.policy_optimization import MEANINGS
+from tools.documents import markdown_table
 
 # Shares of the run, of which a stage is the mean.
 _STAGES = {"early": (0.0, 0.2), "middle": (0.4, 0.6), "end": (0.8, 1.0)}
