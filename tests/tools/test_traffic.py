@@ -171,6 +171,6 @@ def test_compiled_kernels_are_refused():
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     code = "from tools.interpreter.traffic import measure_traffic\nmeasure_traffic().__enter__()"
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=Path(__file__).parent.parent
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=Path(__file__).parents[2]
     )
     assert "RuntimeError: kernels are compiled here: set TRITON_INTERPRET=1" in done.stderr

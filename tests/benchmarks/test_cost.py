@@ -35,7 +35,7 @@ from tools.meters import OperatorMeter
 
 pytestmark = pytest.mark.skipif(not interpreting(), reason="kernels are compiled here: needs TRITON_INTERPRET=1")
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 DIVERGENCES = tuple(case for case in CASES if case != "policy")
 # Coefficients, ids, sums of a row and the like.
 EXTRA_BYTES = 128

@@ -26,10 +26,10 @@ from srpo_kernels.engine.vocabulary import Vocabulary
 from srpo_kernels.rows import torch_rows as rows_torch
 from srpo_kernels.rows import torch_slices as slices_torch
 from tests.comparison import Results, assert_as_accurate, assert_same, gradients, run_loss, run_stats, with_leaves
+from tests.distributed.test_vocab_parallel import assembled, shard_of
 from tests.parity import coefficients
 from tests.processes import RankError, needs_gloo, run_ranks
 from tests.strategies import Inputs, cast, head_inputs, loss_inputs, policy_rows, workspace_floor
-from tests.test_vocab_parallel import assembled, shard_of
 from tools.documents import markdown_table
 
 pytestmark = needs_gloo
@@ -143,7 +143,7 @@ def test_collectives_and_bytes_of_statistics_are_the_documented_ones() -> None:
 
 
 def test_the_table_in_the_documentation_is_what_the_formulas_say() -> None:
-    document = Path(__file__).parents[1] / "docs" / "vocabulary_parallel.md"
+    document = Path(__file__).parents[2] / "docs" / "vocabulary_parallel.md"
     assert markdown_table(*table()) in document.read_text()
 
 

@@ -17,9 +17,9 @@ from torch.distributed import ProcessGroup
 import reference
 from srpo_kernels import Normalizers, SRPOConfig, srpo_loss, teacher_stats
 from tests.comparison import Results, assert_same, run_loss
+from tests.distributed.test_vocab_parallel import assembled, shard_of
 from tests.processes import needs_gloo, run_ranks
 from tests.strategies import SHARED, Inputs, configs, loss_inputs, take, transform_of, workspaces
-from tests.test_vocab_parallel import assembled, shard_of
 
 pytestmark = needs_gloo
 

@@ -12,10 +12,10 @@ import reference
 from srpo_kernels import Normalizers, SRPOConfig, SRPOLoss, srpo_loss
 from srpo_kernels.losses.config import LOSS_TYPES
 from tests.comparison import Results, assert_same, run_loss
+from tests.distributed.test_vocab_parallel_calls import Wire
+from tests.engine.test_any_split import part_of
 from tests.processes import needs_gloo, run_ranks
 from tests.strategies import Inputs, cast, loss_inputs
-from tests.test_any_split import part_of
-from tests.test_vocab_parallel_calls import Wire
 
 pytestmark = needs_gloo
 

@@ -27,7 +27,7 @@ from srpo_kernels.kernels.variants import Variant
 from tools.gate import command, machine_code, rules
 from tools.gate.targets import KINDS, TARGETS, Kind, Target
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 NAMES = tuple(TARGETS)
 LANES, VECTOR = 256, 4
 
@@ -114,7 +114,7 @@ def python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[s
 
 @pytest.fixture(scope="module")
 def lines() -> pd.DataFrame:
-    done = python("-m", "tests.test_gate", PYTHONPATH=str(ROOT))
+    done = python("-m", "tests.tools.test_gate", PYTHONPATH=str(ROOT))
     assert done.returncode == 0, done.stderr
     return pd.DataFrame([json.loads(line) for line in done.stdout.splitlines()]).set_index(["label", "target"])
 

@@ -11,7 +11,7 @@ import pytest
 
 import srpo_kernels
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 NEW_PACKAGES = """
 import sys

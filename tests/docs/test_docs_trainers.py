@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import srpo_kernels as sk
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
 MASK = torch.tensor([[1, 1, 1, 1, 0], [1, 1, 0, 0, 0], [1, 1, 1, 1, 1], [1, 1, 1, 0, 0]]).bool()
 # Columns of padding before each prompt of the model and of the teacher.

@@ -22,7 +22,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from srpo_kernels.integrations.trl import head as head_module
 from srpo_kernels.integrations.trl.head import LogitTransform, check_head, logit_transform
-from tests.test_trl_trainer import scored_batch
+from tests.integrations.test_trl_trainer import scored_batch
 from tests.tiny_models import ARCHITECTURES, log_probs, patched, tiny_model_of
 from tests.tiny_trainer import ScriptedSRPO, tiny_trainer
 

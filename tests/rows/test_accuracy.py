@@ -16,8 +16,8 @@ import reference
 from srpo_kernels import SRPOConfig, srpo_loss, token_stats
 from srpo_kernels.rows.contract import DIVERGENCES
 from tests.comparison import run_loss, run_stats
+from tests.rows.test_extreme_rows import distilled, heads
 from tests.strategies import Inputs, cast, each_backend
-from tests.test_extreme_rows import distilled, heads
 
 ROWS, VOCABULARY = 8, 4097
 # Where plain torch is exact by luck: two roundings of a probability, one of a row's; and of every logit at its size.

@@ -20,7 +20,7 @@ from tests import verl_path
 
 pytestmark = pytest.mark.skipif(not verl_path.INSTALLED, reason="verl is not installed: `make test` does it")
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 AGGREGATIONS = ["token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"]
 
 

@@ -20,10 +20,10 @@ from srpo_kernels import SRPOConfig, srpo_loss, token_stats
 from srpo_kernels.kernels import launch
 from srpo_kernels.losses.config import DISTILLATION_MODES
 from srpo_kernels.rows.contract import DIVERGENCES
+from tests.api.test_loss_parity import EACH_OPTION
 from tests.comparison import Results, assert_as_accurate, assert_same, gradients, largest, run_loss, with_leaves
 from tests.parity import check_loss, check_stats
 from tests.strategies import Case, Inputs, cast, loss_cases, loss_inputs, stats_cases
-from tests.test_loss_parity import EACH_OPTION
 
 pytestmark = pytest.mark.skipif(not launch.INTERPRETED, reason="verify holds compiled kernels to the same")
 

@@ -195,7 +195,7 @@ def histories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[s
         subprocess.Popen(
             command,
             env=os.environ | shared | {"RANK": rank, "LOCAL_RANK": rank, "OMP_NUM_THREADS": "1"},
-            cwd=Path(__file__).parents[1],
+            cwd=Path(__file__).parents[2],
             stderr=subprocess.PIPE,
             text=True,
         )

@@ -218,7 +218,7 @@ KINDS: dict[str, dict[str, Bad]] = (
     | dict.fromkeys(("add_tail", "count_inactive"), FLAG)
     | {"workspace_bytes": BYTES, "config": CONFIG}
 )
-# Refused with an option that goes with it: tests/test_config.py has its values.
+# Refused with an option that goes with it: tests/losses/test_config.py has its values.
 ELSEWHERE = {"max_length"}
 
 

@@ -18,11 +18,11 @@ import reference
 from srpo_kernels import SRPOConfig, srpo_loss, token_stats
 from srpo_kernels.losses.config import DISTILLATION_MODES
 from srpo_kernels.rows.contract import DIVERGENCES
+from tests.api.test_loss_parity import EACH_OPTION
 from tests.comparison import Results, assert_as_accurate, assert_same, condition_of, run_loss, run_stats
 from tests.parity import coefficients
 from tests.processes import needs_gloo, run_ranks
 from tests.strategies import SHARED, Case, Inputs, cast, loss_cases, loss_inputs, stats_cases
-from tests.test_loss_parity import EACH_OPTION
 
 pytestmark = needs_gloo
 

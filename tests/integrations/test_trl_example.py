@@ -14,7 +14,7 @@ from benchmarks.trl_steps import prepare
 from examples import train_trl
 from tests.tiny_trainer import tiny_model, tiny_tokenizer
 
-README = Path(__file__).parent.parent / "README.md"
+README = Path(__file__).parents[2] / "README.md"
 TINY_RUN = "max_steps=2, logging_steps=1, max_completion_length=4, use_cpu=True, bf16=False, report_to='none'"
 
 
