@@ -6,7 +6,6 @@ import runpy
 import signal
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -18,14 +17,13 @@ pytest.importorskip("rich")
 
 from benchmarks import pictures
 from benchmarks.agreement import compare
-from benchmarks.cases import DEFAULT_ACTIVE, DTYPES, Case, make_batch
+from benchmarks.cases import Case, make_batch
 from benchmarks.memory import measure_peak
 from benchmarks.processes import in_fresh_process
-from benchmarks.providers import PROVIDERS, ProviderName, Result, Unsupported, cross_entropies, naive, prepare
+from benchmarks.providers import PROVIDERS, ProviderName, Result, Unsupported, prepare
 from benchmarks.report import report
 from benchmarks.results import Measurement, ResultsFile, read_csv, single
 from benchmarks.scaling import exponents
-from benchmarks.speed import published
 from benchmarks.timing import Rounds, interleave, quantiles
 from benchmarks.trainers import SIDES, Step, table
 
@@ -239,45 +237,6 @@ def test_help_reads_well(command: str, run: Run, capsys: pytest.CaptureFixture[s
     assert all(word in printed for word in expected)
 
 
-def test_providers_that_disagree_are_not_timed() -> None:
-    batch = make_batch(Case("tiny", "policy", 32))
-    truth = prepare("naive", batch)()
-
-    def step(factor: float) -> Callable[[], Result]:
-        return lambda: truth._replace(grad_weight=truth.grad_weight * factor)
-
-    assert compare({"naive": step(1.0), "trl": step(1.0 + 1e-5)}, batch, 1e-3)["trl"].grad_weight < 1e-4
-    with pytest.raises(RuntimeError, match="trl does not compute the same"):
-        compare({"naive": step(1.0), "trl": step(1.1)}, batch, 1e-3)
-    with pytest.raises(RuntimeError, match="srpo_kernels does not compute the same"):
-        compare({"srpo_kernels": step(float("nan")), "naive": step(1.0)}, batch, 1e-3)
-
-
-def test_a_provider_without_weights_is_held_to_the_loss_without_them() -> None:
-    batch = make_batch(Case("tiny", "jsd", 64))
-    plain = prepare("naive", batch.unweighted())
-    assert compare({"liger": plain}, batch, 1e-6)["liger"].loss == 0.0
-    with pytest.raises(RuntimeError, match="trl does not compute the same"):
-        compare({"trl": plain}, batch, 1e-3)
-
-
-def test_what_a_provider_cannot_do_has_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    capped = make_batch(Case("tiny", "policy", 32, softcap=30.0))
-    with pytest.raises(Unsupported, match="no softcap"):
-        cross_entropies.prepare(lambda hidden, weight, ids: hidden, capped)
-    batch = make_batch(Case("tiny", "policy", 32))
-    for name in ("srpo_kernels-triton", "flash-attn", "quack"):
-        with pytest.raises(Unsupported, match="needs a GPU"):
-            prepare(name, batch)
-    monkeypatch.setitem(sys.modules, "trl.kernels", None)
-    monkeypatch.delitem(sys.modules, "benchmarks.providers.trl_kernels", raising=False)
-    with pytest.raises(Unsupported, match=r"not installed: trl\.kernels"):
-        prepare("trl", batch)
-    monkeypatch.setattr(naive, "available_bytes", lambda device: 1_000)
-    with pytest.raises(Unsupported, match="GiB are free"):
-        prepare("naive", batch)
-
-
 def test_rounds_rotate_and_quantiles_are_ordered() -> None:
     order: list[str] = []
 
@@ -308,65 +267,3 @@ def test_peak_memory_counts_what_a_step_holds() -> None:
     assert peak is not None
     # The kernel counts pages per thread and adds them up late.
     assert 0.95 * gradients <= peak <= 1.3 * gradients
-
-
-def test_every_published_case_can_be_made() -> None:
-    cases = published(CPU)
-    assert len(set(cases)) == len(cases)
-    for case in cases:
-        small = replace(case, head="tiny", rows=32, vocab_size=None)
-        batch = make_batch(small)
-        assert batch.hidden.dtype == DTYPES[case.dtype]
-        assert batch.config.softcap == case.softcap
-    assert {case.head for case in cases} == {"smollm2-135m", "qwen3-0.6b", "gemma-3-1b", "llama-3-8b", "qwen3-8b"}
-
-
-@pytest.mark.parametrize("active", [0.1, 0.25, DEFAULT_ACTIVE, 0.82])
-def test_a_routed_batch_has_the_share_of_active_rows_that_was_asked_for(active: float) -> None:
-    batch = make_batch(Case("tiny", "routed", 4_096, active=active))
-    rows = batch.sdpo_rows | batch.active_policy_rows
-    assert rows.float().mean().item() == pytest.approx(active, abs=0.02)
-
-
-def test_more_active_rows_than_a_routed_batch_can_have_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"active must lie in \(0, 0\.82\] for a routed batch, got 0\.9"):
-        make_batch(Case("tiny", "routed", 64, active=0.9))
-
-
-def test_the_routed_batch_has_the_advertised_shares() -> None:
-    batch = make_batch(ROUTED)
-    sequences = len(batch.mask)
-    policy_sequences = sequences - int(batch.sdpo_mask.sum())
-    silent = batch.advantages == 0
-    assert 1 - batch.mask.float().mean().item() == pytest.approx(0.35, abs=0.005)
-    assert batch.sdpo_mask.sum().item() / sequences == pytest.approx(0.4, abs=0.5 / sequences)
-    assert silent.sum().item() / policy_sequences == pytest.approx(0.3, abs=0.5 / policy_sequences)
-    assert not (silent & batch.sdpo_mask).any()
-    # Lengths do not favour a branch, so tokens have the shares of sequences.
-    assert batch.sdpo_rows.float().mean().item() == pytest.approx(0.65 * 0.4, abs=0.02)
-    assert batch.active_policy_rows.float().mean().item() == pytest.approx(0.65 * 0.6 * 0.7, abs=0.02)
-
-
-def test_the_other_workloads_have_one_kind_of_row() -> None:
-    policy, distillation = (make_batch(Case("tiny", workload, 64)) for workload in ("policy", "jsd"))
-    assert policy.active_policy_rows.all()
-    assert distillation.sdpo_rows.all()
-
-
-def test_a_batch_is_reproducible() -> None:
-    first, second = make_batch(ROUTED), make_batch(ROUTED)
-    assert torch.equal(first.weight, second.weight)
-    assert torch.equal(first.old_log_probs, second.old_log_probs)
-
-
-@pytest.mark.parametrize("rows", [0, 33, -32])
-def test_rows_must_fill_the_sequences(rows: int) -> None:
-    with pytest.raises(ValueError, match=f"multiple of 32 sequences, got {rows}"):
-        make_batch(Case("tiny", "policy", rows))
-
-
-def test_a_step_leaves_no_gradient_behind() -> None:
-    batch = make_batch(Case("tiny", "routed", 128))
-    prepare("srpo_kernels", batch)()
-    assert batch.hidden.grad is None
-    assert batch.weight.grad is None

@@ -12,10 +12,10 @@ import reference
 from srpo_kernels import Normalizers, SRPOConfig, SRPOLoss, srpo_loss
 from srpo_kernels.losses.config import LOSS_TYPES
 from tests.comparison import Results, assert_same, run_loss
-from tests.distributed.test_vocab_parallel_calls import Wire
 from tests.engine.test_any_split import part_of
 from tests.processes import needs_gloo, run_ranks
 from tests.strategies import Inputs, cast, loss_inputs
+from tests.wire import Wire
 
 pytestmark = needs_gloo
 
@@ -53,7 +53,7 @@ def call(rank: int) -> tuple[dict[str, tuple[int, int]], list[Results]]:
     for name, (config, _) in WIRE.items():
         with Wire() as wire:
             run_loss(srpo_loss, piece(rank, ends=(7, 7)), config=config, **options())
-        counts[name] = (wire.traffic.gathers, wire.traffic.reductions)
+        counts[name] = (len(wire.gathered), len(wire.reduced))
 
     inputs = piece(rank, ends=(2, 7))
     eager = run_loss(srpo_loss, inputs, config=GSPO, **options())

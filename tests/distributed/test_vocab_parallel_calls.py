@@ -1,18 +1,15 @@
-"""``vocab_parallel_group``: what crosses ranks, who refuses what, and the other ways to call."""
+"""``vocab_parallel_group``: who refuses what, and the other ways to call."""
 
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
 
 import reference
-from benchmarks.wire import Traffic, loss_traffic, table
 from srpo_kernels import (
     Normalizers,
     SRPOConfig,
@@ -25,12 +22,11 @@ from srpo_kernels.engine.plan import RowMemory
 from srpo_kernels.engine.vocabulary import Vocabulary
 from srpo_kernels.rows import torch_rows as rows_torch
 from srpo_kernels.rows import torch_slices as slices_torch
-from tests.comparison import Results, assert_as_accurate, assert_same, gradients, run_loss, run_stats, with_leaves
+from tests.comparison import Results, assert_as_accurate, assert_same, run_loss, run_stats
 from tests.distributed.test_vocab_parallel import assembled, shard_of
 from tests.parity import coefficients
 from tests.processes import RankError, needs_gloo, run_ranks
-from tests.strategies import Inputs, cast, head_inputs, loss_inputs, policy_rows, workspace_floor
-from tools.documents import markdown_table
+from tests.strategies import Inputs, cast, head_inputs, loss_inputs, workspace_floor
 
 pytestmark = needs_gloo
 
@@ -39,119 +35,6 @@ SIZES = [20, 13]
 
 def group() -> dict[str, Any]:
     return {"vocab_parallel_group": dist.group.WORLD}
-
-
-# What crosses ranks.
-
-
-class Wire:
-    """Counts the collectives that a call uses, and the bytes that this rank puts into them."""
-
-    def __enter__(self) -> Wire:
-        self.gathered: list[int] = []
-        self.reduced: list[int] = []
-        all_gather, all_reduce = dist.all_gather, dist.all_reduce
-
-        def gather(out: list[torch.Tensor], x: torch.Tensor, **kwargs: Any) -> None:
-            self.gathered.append(x.nbytes)
-            all_gather(out, x, **kwargs)
-
-        def reduce(x: torch.Tensor, **kwargs: Any) -> None:
-            self.reduced.append(x.nbytes)
-            all_reduce(x, **kwargs)
-
-        self.patch = mock.patch.multiple(dist, all_gather=gather, all_reduce=reduce)
-        self.patch.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.patch.stop()
-
-    @property
-    def traffic(self) -> Traffic:
-        return Traffic(len(self.gathered), sum(self.gathered), len(self.reduced), sum(self.reduced))
-
-
-EXCHANGES: list[tuple[str, str]] = [
-    ("full", "jsd"),
-    ("full", "forward_kl"),
-    ("full", "reverse_kl"),
-    ("topk", "jsd"),
-    ("sampled", "jsd"),
-]
-
-
-def batch() -> Inputs:
-    return cast(loss_inputs(0, (6, 7), 8, 33, teacher_size=5), torch.float32) | {"advantages": torch.ones(6)}
-
-
-def count_losses(rank: int, workspace_bytes: int) -> dict[str, Traffic]:
-    inputs = shard_of(batch(), SIZES, rank)
-    counts = {}
-
-    def count(name: str, config: SRPOConfig, leaves: tuple[str, ...] = ("hidden", "weight"), **options: Any) -> None:
-        with Wire() as wire:
-            run_loss(srpo_loss, inputs, leaves, config=config, **options, **group())
-        counts[name] = wire.traffic
-
-    for mode, divergence in EXCHANGES:
-        count(f"{mode} {divergence}", SRPOConfig(distillation_mode=mode, divergence=divergence, topk=3))
-    count("no gradient of hidden states", SRPOConfig(), ("weight",))
-    count("chunks", SRPOConfig(), workspace_bytes=workspace_bytes)
-    inputs["mask"] = torch.zeros(6, 7) > 0
-    count("nothing valid", SRPOConfig())
-    return counts
-
-
-def test_collectives_and_bytes_of_a_loss_are_the_documented_ones() -> None:
-    inputs = batch()
-    policy = int(policy_rows(inputs).sum())
-    distilled = int(inputs["mask"].sum()) - policy
-    assert min(policy, distilled) > 0
-    workspace_bytes = 2 * workspace_floor(20, 4, 2)
-    first, second = run_ranks(count_losses, 2, workspace_bytes)
-    assert first == second
-    for mode, divergence in EXCHANGES:
-        expected = loss_traffic([policy], [distilled], 8, mode=mode, divergence=divergence, topk=3, shared=True)
-        assert first[f"{mode} {divergence}"] == expected
-        # The opening and two exchanges of sums, and one of dX.
-        assert expected.gathers <= 3
-        assert expected.reductions == 1
-    # A sum of each row's dlogits, which says whether they are finite.
-    assert first["no gradient of hidden states"] == loss_traffic([policy], [distilled], 1, shared=True)
-    assert first["nothing valid"] == loss_traffic([], [], 8)
-    memory = RowMemory.of(torch.ones(20, 8), torch.float32, rows_torch)
-    chunks = [-(-n // memory.capacity(k, workspace_bytes)) for n, k in ((policy, 1), (distilled, 2))]
-    assert max(chunks) > 1
-    assert first["chunks"].gathers == 1 + chunks[0] + 2 * chunks[1]
-    assert first["chunks"].gathered_bytes == loss_traffic([policy], [distilled], 8).gathered_bytes
-
-
-def count_statistics(rank: int) -> list[Traffic]:
-    inputs = with_leaves(shard_of(cast(head_inputs(0, (17,), 8, 33), torch.float32), SIZES, rank) | {"mask": None})
-    with Wire() as forward:
-        out = token_stats(**inputs, **group())
-    with Wire() as backward:
-        gradients(out.log_probs.sum() + out.entropy.sum(), inputs)
-    return [forward.traffic, backward.traffic]
-
-
-def test_collectives_and_bytes_of_statistics_are_the_documented_ones() -> None:
-    forward, backward = run_ranks(count_statistics, 2)[0]
-    assert forward == Traffic(3, 24 + 17 * 13 * 4, 0, 0)
-    assert backward == Traffic(3, 24 + 17 * 13 * 4, 1, 17 * 8 * 4)
-
-
-def test_the_table_in_the_documentation_is_what_the_formulas_say() -> None:
-    document = Path(__file__).parents[2] / "docs" / "vocabulary_parallel.md"
-    assert markdown_table(*table()) in document.read_text()
-
-
-def test_a_shard_takes_the_memory_of_whole_rows_for_more_of_them() -> None:
-    weight = torch.empty(16, 8, device="meta")
-    shard = RowMemory.of(weight, torch.float32, rows_torch, Vocabulary(64, 16, 16, None))
-    whole = RowMemory.of(weight, torch.float32, rows_torch)
-    assert shard.capacity(2, None) == 4 * whole.capacity(2, None)
 
 
 # Other ways to call.
@@ -242,6 +125,13 @@ def test_groups_of_shards_beside_data_parallelism() -> None:
         "grad bias": torch.cat([of_ranks[2]["grad bias"], of_ranks[3]["grad bias"]]),
     }
     assert_same(actual, {name: expected[name] for name in actual}, 1e-10)
+
+
+def test_a_shard_takes_the_memory_of_whole_rows_for_more_of_them() -> None:
+    weight = torch.empty(16, 8, device="meta")
+    shard = RowMemory.of(weight, torch.float32, rows_torch, Vocabulary(64, 16, 16, None))
+    whole = RowMemory.of(weight, torch.float32, rows_torch)
+    assert shard.capacity(2, None) == 4 * whole.capacity(2, None)
 
 
 # Who refuses what.
