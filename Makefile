@@ -60,8 +60,8 @@ report: $(VENV)/dev.stamp
 	$(BIN)/python -m benchmarks report
 
 learning: $(VENV)/dev.stamp
-	$(BIN)/python -m benchmarks.learning study $(ARGS)
-	$(BIN)/python -m benchmarks.learning draw
+	$(BIN)/python -m studies.learning study $(ARGS)
+	$(BIN)/python -m studies.learning draw
 
 clean:
 	rm -rf $(VENV) .versions build dist *.egg-info .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache

@@ -4,7 +4,6 @@ import tyro
 
 from benchmarks.accuracy import accuracy
 from benchmarks.costs.command import cost
-from benchmarks.gate import gate
 from benchmarks.memory import memory
 from benchmarks.report import report
 from benchmarks.scaling import scaling
@@ -22,7 +21,6 @@ if __name__ == "__main__":
             "trainers": trainers,
             "cost": cost,
             "report": report,
-            "gate": gate,
             "wire": wire,
         },
         prog="python -m benchmarks",

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import srpo_kernels as sk
+from reference.logits import softcapped, token_log_probs
 
 HeadName = Literal["smollm2-135m", "qwen3-0.6b", "gemma-3-1b", "llama-3-8b", "qwen3-8b", "tiny"]
 Workload = Literal["policy", "jsd", "forward_kl", "reverse_kl", "routed"]
@@ -199,8 +200,5 @@ def _log_probs(hidden: Tensor, weight: Tensor, target_ids: Tensor, softcap: floa
     for rows, ids in zip(
         hidden.flatten(0, 1).split(_ROWS_PER_BLOCK), target_ids.flatten().split(_ROWS_PER_BLOCK), strict=True
     ):
-        logits = (rows @ weight.T).float()
-        if softcap is not None:
-            logits = logits.div_(softcap).tanh_().mul_(softcap)
-        blocks.append(logits.log_softmax(-1).gather(-1, ids[:, None])[:, 0])
+        blocks.append(token_log_probs(softcapped((rows @ weight.T).float(), softcap), ids))
     return torch.cat(blocks).view(target_ids.shape)

@@ -10,10 +10,10 @@ import pandas as pd
 
 from benchmarks import pictures, trainers
 from benchmarks.cases import HeadName, Workload
-from benchmarks.documents import markdown_table, replace_marked
 from benchmarks.providers import REGISTRY
 from benchmarks.results import RESULTS, describe_environment, read_csv
 from benchmarks.scaling import exponents, points
+from tools.documents import markdown_table, replace_marked
 
 _ROOT = Path(__file__).parent.parent
 _HEADS: tuple[HeadName, ...] = ("smollm2-135m", "qwen3-0.6b")

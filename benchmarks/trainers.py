@@ -15,10 +15,10 @@ import torch
 
 from benchmarks import tables
 from benchmarks.agreement import relative_error
-from benchmarks.documents import rich_table
 from benchmarks.processes import fresh_peak
 from benchmarks.results import RESULTS, Measurement, ResultsFile, describe_environment, read_csv
 from benchmarks.timing import Rounds, interleave, quantiles
+from tools.documents import rich_table
 
 Branch = Literal["grpo", "sdpo"]
 Side = Literal["srpo_kernels", "trl"]

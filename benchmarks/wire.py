@@ -8,7 +8,7 @@ from typing import NamedTuple
 import pandas as pd
 from rich.console import Console
 
-from benchmarks.documents import markdown_table, replace_marked, rich_table
+from tools.documents import markdown_table, replace_marked, rich_table
 
 _MARKER = "wire:layouts"
 _FILE_WIDTH = 200

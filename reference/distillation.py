@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from reference.logits import select_log_probs
+from .logits import select_log_probs
 
 
 def reverse_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
@@ -100,6 +100,6 @@ def weight_log_mean(teacher_entropy: Tensor, dw_beta: float) -> Tensor:
     return torch.logsumexp(-dw_beta * teacher_entropy, dim=0) - math.log(max(len(teacher_entropy), 1))
 
 
-def entropy_weights(teacher_entropy: Tensor, dw_beta: float, log_mean: Tensor) -> Tensor:
+def entropy_weights(teacher_entropy: Tensor, dw_beta: float, log_mean: Tensor | float) -> Tensor:
     """``w = exp(-dw_beta H_t - log_mean)``: trust confident teachers, 1 on average. Paper 3.2."""
     return torch.exp(-dw_beta * teacher_entropy - log_mean)

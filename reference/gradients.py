@@ -11,9 +11,9 @@ import math
 import torch
 from torch import Tensor
 
-from reference.distillation import log_mixture, reverse_kl
-from reference.logits import entropy
-from reference.policy import LARGEST_LOG_RATIO, log_ratio, sapo_temperature, sequence_mean
+from .distillation import log_mixture, reverse_kl
+from .logits import entropy
+from .policy import LARGEST_LOG_RATIO, log_ratio, sapo_temperature, sequence_mean
 
 
 def head_grads(logits_grad: Tensor, hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:

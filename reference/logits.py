@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,6 +10,9 @@ from torch import Tensor
 
 # What a logit of minus infinity counts as: 0 · LOWEST is 0, so a token that both models exclude adds nothing.
 LOWEST = -1e30
+
+Project = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+"""``[n, H]``, ``[V, H]`` and ``[V]`` or None to ``hidden @ weight.T + bias``, ``[n, V]`` in fp32 or fp64."""
 
 
 def working_dtype(values: Tensor) -> torch.dtype:
@@ -18,10 +22,12 @@ def working_dtype(values: Tensor) -> torch.dtype:
 
 def transform(x: Tensor, *, temperature: float = 1.0, logit_scale: float = 1.0, softcap: float | None = None) -> Tensor:
     """``softcap · tanh(x · logit_scale / softcap) / temperature``, or ``x · logit_scale / temperature``."""
-    x = x * logit_scale
-    if softcap is not None:
-        x = softcap * torch.tanh(x / softcap)
-    return x / temperature
+    return softcapped(x * logit_scale, softcap) / temperature
+
+
+def softcapped(x: Tensor, softcap: float | None) -> Tensor:
+    """``softcap · tanh(x / softcap)``, or x itself without a cap."""
+    return x if softcap is None else softcap * torch.tanh(x / softcap)
 
 
 class AtLeastLowest(torch.autograd.Function):
@@ -36,6 +42,13 @@ class AtLeastLowest(torch.autograd.Function):
         return grad
 
 
+def project_wide(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``hidden @ weight.T + bias``, operands and result in ``working_dtype``."""
+    dtype = working_dtype(hidden)
+    x = hidden.to(dtype) @ weight.to(dtype).T
+    return x if bias is None else x + bias.to(dtype)
+
+
 def head_logits(
     hidden: Tensor,
     weight: Tensor,
@@ -44,13 +57,13 @@ def head_logits(
     temperature: float = 1.0,
     logit_scale: float = 1.0,
     softcap: float | None = None,
+    project: Project = project_wide,
 ) -> Tensor:
-    """``transform(max(hidden @ weight.T + bias, LOWEST))``: ``[n, H]`` and ``[V, H]`` to ``[n, V]``, fp32 or fp64."""
-    dtype = working_dtype(hidden)
-    x = hidden.to(dtype) @ weight.to(dtype).T
-    if bias is not None:
-        x = x + bias.to(dtype)
-    x = AtLeastLowest.apply(x)
+    """``transform(max(hidden @ weight.T + bias, LOWEST))``: ``[n, H]`` and ``[V, H]`` to ``[n, V]``, fp32 or fp64.
+
+    ``project`` computes the matmul: another one rounds as some device or trainer does.
+    """
+    x = AtLeastLowest.apply(project(hidden, weight, bias))
     return transform(x, temperature=temperature, logit_scale=logit_scale, softcap=softcap)
 
 
@@ -73,5 +86,9 @@ def token_log_probs(logits: Tensor, target_ids: Tensor) -> Tensor:
 
 def entropy(logits: Tensor) -> Tensor:
     """``H(p) = -Σ_v p_v log p_v`` in nats over the full vocabulary: ``[n, V]`` to ``[n]``."""
-    log_p = logits.log_softmax(-1)
+    return log_prob_entropy(logits.log_softmax(-1))
+
+
+def log_prob_entropy(log_p: Tensor) -> Tensor:
+    """The same of log-probabilities that are there already."""
     return -(log_p.exp() * log_p).sum(-1)

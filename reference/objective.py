@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from reference import distillation, policy
-from reference.logits import entropy, head_logits, teacher_head, token_log_probs, working_dtype
+from . import distillation, policy
+from .logits import Project, entropy, head_logits, project_wide, teacher_head, token_log_probs, working_dtype
 
 
 class SRPOOutput(NamedTuple):
@@ -97,7 +97,7 @@ def policy_branch(
     """``l_t = is_t · policy loss + kl_coef · KL(ref) - entropy_coef · H(p)`` on the active policy rows."""
     log_probs = token_log_probs(logits, target_ids)
     ratio = policy.importance_ratio(log_probs, old_log_probs, sequence_ids, config)
-    losses = policy.policy_loss(ratio, log_probs, advantages, sequence_ids, config)
+    losses = policy.policy_loss(ratio, log_probs, advantages, config, sequence_ids)
     metrics = policy.clip_counts(ratio, advantages, config)
     if is_weights is not None:
         losses = losses * is_weights
@@ -173,17 +173,23 @@ def srpo_loss(
     sequence_ids: Tensor | None = None,
     normalizers: Any = None,
     config: Any,
+    project: Project = project_wide,
 ) -> SRPOOutput:
     """The SRPO loss ``Σ_policy f_t l_t + Σ_sdpo f_t w_t kappa_t is_t D_t``, ``f_t`` the reduction. Paper 3.3.
 
     ``hidden`` is ``[B, T, H]`` or packed ``[N, H]``, ``weight`` ``[V, H]``, ``target_ids`` ``[B, T]`` or
     ``[N]``. Gradient reaches ``hidden``, ``weight`` and ``bias``. ``config`` needs the attributes of
     ``SRPOConfig``, ``normalizers`` ``token_count``, ``dw_log_mean`` and ``sequence_count``. Each branch
-    selects its rows before any arithmetic, so inf or NaN in a masked row changes nothing.
+    selects its rows before any arithmetic, so inf or NaN in a masked row changes nothing. ``project`` is the matmul
+    of ``head_logits``.
     """
     dtype = working_dtype(hidden)
     logits_of = partial(
-        head_logits, temperature=config.temperature, logit_scale=config.logit_scale, softcap=config.softcap
+        head_logits,
+        temperature=config.temperature,
+        logit_scale=config.logit_scale,
+        softcap=config.softcap,
+        project=project,
     )
 
     def select(value: Tensor | None, rows: Tensor) -> Tensor | None:

@@ -98,7 +98,9 @@ def importance_ratio(log_probs: Tensor, old_log_probs: Tensor | None, sequence_i
     return value.exp()
 
 
-def policy_loss(ratio: Tensor, log_probs: Tensor, advantages: Tensor, sequence_ids: Tensor, config: Any) -> Tensor:
+def policy_loss(
+    ratio: Tensor, log_probs: Tensor, advantages: Tensor, config: Any, sequence_ids: Tensor | None = None
+) -> Tensor:
     """The token loss of ``config.loss_type``, before is-weights, KL and entropy terms."""
     if config.loss_type == "cispo":
         return cispo_loss(ratio, log_probs, advantages, config.epsilon_low, config.epsilon_high)
@@ -113,6 +115,8 @@ def policy_loss(ratio: Tensor, log_probs: Tensor, advantages: Tensor, sequence_i
         bound = -config.dual_clip * advantages
         loss = torch.where(dual_clip_binds(loss, advantages, config.dual_clip), bound, loss)
     if config.loss_type == "luspo":
+        if sequence_ids is None:
+            raise ValueError("sequence_ids: luspo needs them, got None")
         loss = loss * sequence_sum(torch.ones_like(loss), sequence_ids)
     return loss
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from reference.logits import working_dtype
+from .logits import working_dtype
 
 
 class Routing(NamedTuple):

@@ -8,8 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from reference import distillation
-from reference.logits import entropy, head_logits, teacher_head, token_log_probs
+from . import distillation
+from .logits import Project, entropy, head_logits, project_wide, teacher_head, token_log_probs
 
 
 class TokenStats(NamedTuple):
@@ -19,6 +19,13 @@ class TokenStats(NamedTuple):
     entropy: Tensor
     divergence: Tensor | None
     teacher_entropy: Tensor | None
+
+
+class TeacherStats(NamedTuple):
+    """Per row, 0 where masked, detached: ``H(q)`` and the logsumexp of the logits."""
+
+    entropy: Tensor
+    logsumexp: Tensor
 
 
 def token_stats(
@@ -36,20 +43,49 @@ def token_stats(
     temperature: float = 1.0,
     logit_scale: float = 1.0,
     softcap: float | None = None,
+    project: Project = project_wide,
 ) -> TokenStats:
     """``log p_t``, ``H(p)``, ``D(p, q)`` and ``H(q)`` of every valid row, each in ``target_ids``' shape."""
     valid = torch.ones_like(target_ids, dtype=torch.bool) if mask is None else mask
-    logits_of = partial(head_logits, temperature=temperature, logit_scale=logit_scale, softcap=softcap)
-
-    def spread(values: Tensor) -> Tensor:
-        return values.new_zeros(target_ids.shape).masked_scatter(valid, values)
+    logits_of = partial(head_logits, temperature=temperature, logit_scale=logit_scale, softcap=softcap, project=project)
 
     logits = logits_of(hidden[valid], weight, bias)
-    log_probs, entropies = spread(token_log_probs(logits, target_ids[valid])), spread(entropy(logits))
+    log_probs = spread(token_log_probs(logits, target_ids[valid]), valid)
+    entropies = spread(entropy(logits), valid)
     if teacher_hidden is None:
         return TokenStats(log_probs, entropies, None, None)
     head = teacher_head(weight, bias, teacher_weight, teacher_bias)
     teacher_logits = logits_of(teacher_hidden[valid], *head).detach()
     log_p, log_q = logits.log_softmax(-1), teacher_logits.log_softmax(-1)
     divergences = distillation.divergence(log_p, log_q, divergence, alpha)
-    return TokenStats(log_probs, entropies, spread(divergences), spread(entropy(teacher_logits)))
+    return TokenStats(log_probs, entropies, spread(divergences, valid), spread(entropy(teacher_logits), valid))
+
+
+def teacher_stats(
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    *,
+    mask: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
+    temperature: float = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    project: Project = project_wide,
+) -> TeacherStats:
+    """``H(q)`` and ``log Σ_v exp(y_v)`` of every valid row, in the shape of ``teacher_hidden`` but its last axis."""
+    valid = torch.ones_like(teacher_hidden[..., 0], dtype=torch.bool) if mask is None else mask
+    logits = head_logits(
+        teacher_hidden[valid],
+        teacher_weight,
+        teacher_bias,
+        temperature=temperature,
+        logit_scale=logit_scale,
+        softcap=softcap,
+        project=project,
+    ).detach()
+    return TeacherStats(spread(entropy(logits), valid), spread(logits.logsumexp(-1), valid))
+
+
+def spread(values: Tensor, valid: Tensor) -> Tensor:
+    """The values of the valid rows at their places, 0 elsewhere."""
+    return values.new_zeros(valid.shape).masked_scatter(valid, values)

@@ -12,11 +12,11 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 if not torch.accelerator.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
-from benchmarks.interpreted import interpreting
-from tests import interpreter
+from tools.interpreter import rounding
+from tools.interpreter.launches import interpreting
 
 if interpreting():
-    interpreter.install()
+    rounding.install()
 
 # `pytest --hypothesis-profile=deep` searches longer.
 settings.register_profile("ci", max_examples=25, deadline=None, derandomize=True)

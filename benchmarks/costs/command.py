@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 
 from benchmarks.costs import CASES, PROVIDERS, CaseName, ProviderName
-from benchmarks.documents import markdown_table, replace_marked, rich_table
+from tools.documents import markdown_table, replace_marked, rich_table
 
 # Columns of output that goes to a file.
 _FILE_WIDTH = 200

@@ -12,10 +12,10 @@ from triton.runtime.interpreter import GridExecutor
 
 from benchmarks.costs import CaseName, ProviderName
 from benchmarks.costs.steps import HIDDEN_SIZE, prepare
-from benchmarks.meters import OperatorMeter, ProductMeter
-from benchmarks.traffic import Traffic, measure_traffic
 from srpo_kernels.engine import workspace
 from srpo_kernels.verify.timing import MemoryMeter
+from tools.interpreter.traffic import Traffic, measure_traffic
+from tools.meters import OperatorMeter, ProductMeter
 
 _ROWS = (4, 6)
 # One and three of the kernels' largest blocks and a ragged tail, which the engine pads by the same number of elements.

@@ -19,8 +19,8 @@ import srpo_kernels as sk
 from benchmarks.cases import Batch
 from benchmarks.costs import CASES, CaseName, ProviderName
 from benchmarks.providers import Step, autograd_step, fused, naive
-from benchmarks.traffic import trl_kernels_on_cpu
 from srpo_kernels.engine import gemm
+from tools.interpreter.traffic import trl_kernels_on_cpu
 
 # Less than any number of rows: buffers of logits, not dW, make the peak of memory.
 HIDDEN_SIZE = 2

@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.interpreted import Access, Bools, Launch, Observer, record, storage_begin
 from srpo_kernels.kernels.launch import tile_launch
 from srpo_kernels.kernels.tiles import Projection, tile_stats
 from srpo_kernels.rows.contract import RowSpec
+from tools.interpreter.launches import Access, Bools, Launch, Observer, record, storage_begin
 
 _DTYPE = torch.bfloat16
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from benchmarks.cases import Batch
 from benchmarks.providers import Step, Unsupported, autograd_step
-from benchmarks.providers.naive import clipped_policy_loss
+from benchmarks.providers.naive import policy_losses
 
 # Hidden states ``[n, H]``, the head ``[V, H]`` and targets ``[n]`` to cross-entropies ``[n]``.
 CrossEntropies = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -22,9 +22,9 @@ def prepare(cross_entropies: CrossEntropies, batch: Batch, *, softcap: bool = Fa
         raise Unsupported("no softcap")
 
     def loss(batch: Batch) -> tuple[Tensor, Tensor]:
-        losses = cross_entropies(batch.hidden.flatten(0, 1), batch.weight, batch.target_ids.flatten())
-        log_probs = -losses.view_as(batch.target_ids).float()
-        policy_loss = clipped_policy_loss(log_probs, batch.old_log_probs, batch.advantages[:, None], batch.config)
-        return (policy_loss * batch.mask).sum() / batch.mask.sum(), log_probs
+        per_token = cross_entropies(batch.hidden.flatten(0, 1), batch.weight, batch.target_ids.flatten())
+        log_probs = -per_token.view_as(batch.target_ids).float()
+        losses = policy_losses(log_probs, batch.old_log_probs, batch.advantages[:, None], batch.config)
+        return (losses * batch.mask).sum() / batch.mask.sum(), log_probs
 
     return autograd_step(loss, batch)

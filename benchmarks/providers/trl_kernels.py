@@ -14,7 +14,7 @@ from trl.kernels.chunked_logprob import _use_triton
 
 from benchmarks.cases import Batch
 from benchmarks.providers import Step, autograd_step
-from benchmarks.providers.naive import clipped_policy_loss, distillation_weights
+from benchmarks.providers.naive import distillation_weights, policy_losses
 
 # What TRL's trainers pass.
 _VOCAB_CHUNK = 32_768
@@ -32,7 +32,7 @@ def loss(batch: Batch, packed: bool) -> tuple[Tensor, Tensor]:
         rows = batch.policy_rows if packed else ~sequences
         policy_log_probs = _log_probs(batch, batch.hidden[rows], rows)[0]
         advantages = batch.advantages[:, None].expand_as(rows)[rows]
-        losses = clipped_policy_loss(policy_log_probs, batch.old_log_probs[rows], advantages, batch.config)
+        losses = policy_losses(policy_log_probs, batch.old_log_probs[rows], advantages, batch.config)
         terms.append(losses.masked_fill(~batch.mask[rows], 0.0).sum())
         log_probs = log_probs.masked_scatter(rows, policy_log_probs.detach())
     if batch.distills:

@@ -10,10 +10,10 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+import srpo_kernels_reference as reference
 from srpo_kernels import Normalizers, SRPOConfig
 from srpo_kernels.losses.config import KL_TYPES, LOSS_TYPES
 from srpo_kernels.rows.contract import DIVERGENCES
-from srpo_kernels.verify import naive
 
 Op = Literal["srpo_loss", "token_stats", "teacher_stats"]
 Inputs = dict[str, Any]
@@ -236,7 +236,8 @@ def make_inputs(case: Case) -> Inputs:
 def _loss_rows(case: Case, inputs: Inputs, normal: Callable[..., Tensor]) -> Inputs:
     """What ``srpo_loss`` wants to know of each row; old and reference log-probs are near the student's."""
     student = {name: inputs[name] for name in ("hidden", "weight", "target_ids", "bias")}
-    log_probs = naive.token_stats(**student, config=case.config).log_probs
+    options = {name: getattr(case.config, name) for name in TRANSFORM}
+    log_probs = reference.token_stats(**student, **options).log_probs
     sequences = torch.arange(case.rows[0]) % len(_SEQUENCE_IDS if case.packed else _ROUTED)
     return {
         "advantages": torch.tensor(_ADVANTAGES)[sequences],

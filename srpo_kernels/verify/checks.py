@@ -1,4 +1,4 @@
-"""One check at a time: run the library, run plain torch, compare both with plain torch in fp64 on the CPU."""
+"""One check at a time: run the library and the oracle, compare both with the oracle in fp64 on the CPU."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 import srpo_kernels
-from srpo_kernels import SRPOConfig, SRPOOutput
+import srpo_kernels_reference as reference
+from srpo_kernels import SRPOConfig
 from srpo_kernels.engine.backends import BackendName
-from srpo_kernels.verify import naive
 from srpo_kernels.verify.cases import DIVERGENCE, TRANSFORM, Case, Inputs, Op, Size, cast, make_inputs
+from srpo_kernels.verify.plain import project_rounded
 
 Results = dict[str, Tensor]
 
@@ -66,7 +67,7 @@ def parity(case: Case, dtype: torch.dtype, backends: Sequence[BackendName], devi
     """
     try:
         inputs = cast(make_inputs(case), dtype, device)
-        oracle = partial(getattr(naive, case.op), config=case.config)
+        oracle = partial(getattr(reference, case.op), project=project_rounded, **_options(case))
         exact = _results(oracle, cast(inputs, torch.float64, _CPU), case.leaves)
         plain = _results(oracle, inputs, case.leaves)
     except Exception as reason:
@@ -130,12 +131,18 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 def _library(case: Case, backend: BackendName, dtype: torch.dtype) -> Callable[..., Any]:
     """The public function with the options of a case."""
-    options: dict[str, Any] = {"config": case.config}
+    function, options = getattr(srpo_kernels, case.op), _options(case)
     if case.op != "srpo_loss":
-        names = (*TRANSFORM, *DIVERGENCE) if case.op == "token_stats" else TRANSFORM
-        options = {name: getattr(case.config, name) for name in names} | {"engine": case.engine}
-    function = getattr(srpo_kernels, case.op)
+        options["engine"] = case.engine
     return partial(function, backend=backend, workspace_bytes=case.workspace_bytes(dtype), **options)
+
+
+def _options(case: Case) -> dict[str, Any]:
+    """The options of a case as both the library and the oracle take them."""
+    if case.op == "srpo_loss":
+        return {"config": case.config}
+    names = (*TRANSFORM, *DIVERGENCE) if case.op == "token_stats" else TRANSFORM
+    return {name: getattr(case.config, name) for name in names}
 
 
 def _results(function: Callable[..., Any], inputs: Inputs, leaves: tuple[str, ...]) -> Results:
@@ -146,7 +153,7 @@ def _results(function: Callable[..., Any], inputs: Inputs, leaves: tuple[str, ..
     values: Results = {name: x for name, x in out._asdict().items() if isinstance(x, Tensor)}
     results = {name: x.detach() for name, x in values.items()}
     if present:
-        total = out.loss if isinstance(out, SRPOOutput) else _weighted_sum(values)
+        total = values["loss"] if "loss" in values else _weighted_sum(values)
         gradients = torch.autograd.grad(total, [inputs[name] for name in present])
         results |= {f"grad {name}": x for name, x in zip(present, gradients, strict=True)}
     return results

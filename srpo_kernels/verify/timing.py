@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 import srpo_kernels
 from srpo_kernels import SRPOConfig
 from srpo_kernels.engine.backends import BackendName
-from srpo_kernels.verify import naive
+from srpo_kernels.verify import plain
 
 PLAIN = "plain torch"
 WORKLOADS = ("policy", "distillation", "routed")
@@ -80,9 +80,9 @@ def measure(device: torch.device, shape: Shape, backends: Sequence[BackendName])
     """Plain torch and the library on every backend, on each workload."""
     for workload in WORKLOADS:
         inputs = _make_inputs(workload, shape, device)
-        steps: dict[str, Step] = {PLAIN: partial(_step, partial(naive.srpo_loss, project=naive.project_narrow), inputs)}
+        steps: dict[str, Step] = {PLAIN: partial(_step, plain.srpo_loss, inputs)}
         for backend in backends:
-            steps[backend] = partial(_step, partial(srpo_kernels.srpo_loss, backend=backend), inputs)
+            steps[backend] = partial(_step, partial(_library_loss, backend), inputs)
         yield from _measure(workload, steps, [x for x in inputs.values() if isinstance(x, Tensor)], device)
 
 
@@ -117,8 +117,12 @@ def _make_inputs(workload: str, shape: Shape, device: torch.device) -> dict[str,
     }
 
 
-def _step(function: Callable[..., Any], inputs: dict[str, Any]) -> object:
-    return torch.autograd.grad(function(**inputs).loss, [inputs["hidden"], inputs["weight"]])
+def _library_loss(backend: BackendName, **inputs: Any) -> Tensor:
+    return srpo_kernels.srpo_loss(**inputs, backend=backend).loss
+
+
+def _step(loss: Callable[..., Tensor], inputs: dict[str, Any]) -> object:
+    return torch.autograd.grad(loss(**inputs), [inputs["hidden"], inputs["weight"]])
 
 
 def _measure(workload: str, steps: Mapping[str, Step], inputs: list[Tensor], device: torch.device) -> Iterator[Timing]:

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from reference import distillation, logits, policy, token_stats
+from reference import distillation, logits, policy, teacher_stats, token_stats
 
 LOG_P = torch.tensor([[0.75, 0.25]], dtype=torch.float64).log()
 LOG_Q = torch.tensor([[0.5, 0.5]], dtype=torch.float64).log()
@@ -176,3 +176,14 @@ def test_token_stats_of_masked_rows_are_zero_and_without_a_teacher_half_is_none(
     alone = token_stats(hidden, weight, target_ids, mask=mask)
     assert alone.divergence is None
     assert alone.teacher_entropy is None
+
+
+def test_teacher_stats_are_the_entropy_and_logsumexp_of_the_teacher_and_zero_where_masked() -> None:
+    hidden, weight, bias = torch.randn(2, 3, 4).double(), torch.randn(7, 4).double(), torch.randn(7).double()
+    mask = torch.tensor([[True, False, True], [False, True, True]])
+    hidden[~mask] = torch.nan
+    stats = teacher_stats(hidden, weight, teacher_bias=bias, mask=mask, temperature=0.7, softcap=3.0)
+    z = logits.head_logits(hidden[mask], weight, bias, temperature=0.7, softcap=3.0)
+    torch.testing.assert_close(stats.entropy[mask], logits.entropy(z))
+    torch.testing.assert_close(stats.logsumexp[mask], z.logsumexp(-1))
+    assert not stats.entropy[~mask].any() and not stats.logsumexp[~mask].any()

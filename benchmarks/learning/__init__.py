@@ -1,1 +1,0 @@
-"""The learning study: GRPO, SDPO and SRPO on a small model that a CPU can train, over seeds."""

@@ -1,0 +1,1 @@
+"""Experiments that take hours, with their results."""

@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import srpo_kernels
+
+ROOT = Path(__file__).parents[2]
+
+NEW_PACKAGES = """
+import sys
+import torch
+before = set(sys.modules)
+import srpo_kernels
+packages = {name.partition(".")[0] for name in set(sys.modules) - before}
+print(*sorted(packages - set(sys.stdlib_module_names)))
+"""
+
+
+def run_python(*arguments: str, cwd: Path) -> str:
+    environment = os.environ | {"PYTHONPATH": str(cwd)}
+    result = subprocess.run(
+        [sys.executable, *arguments], cwd=cwd, env=environment, capture_output=True, text=True, check=True
+    )
+    return result.stdout
+
+
+def test_importing_it_needs_torch_alone() -> None:
+    # Modules of torch itself that `import torch` leaves for later are no other package.
+    assert set(run_python("-c", NEW_PACKAGES, cwd=ROOT).split()) <= {"srpo_kernels", "torch"}
+
+
+@pytest.mark.parametrize("package", ["trl", "verl"])
+def test_an_integration_without_its_package_names_the_extra(package: str) -> None:
+    code = f"import sys; sys.modules[{package!r}] = None; import srpo_kernels.integrations.{package}"
+    with pytest.raises(subprocess.CalledProcessError) as failure:
+        run_python("-c", code, cwd=ROOT)
+    last = failure.value.stderr.splitlines()[-1]
+    assert last.startswith("ImportError: ") and f"pip install 'srpo-kernels[{package}]'" in last
+
+
+def test_public_names_exist() -> None:
+    assert all(hasattr(srpo_kernels, name) for name in srpo_kernels.__all__)
+    assert sorted(srpo_kernels.__all__) == srpo_kernels.__all__
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a checkout is built into."""
+    source = tmp_path_factory.mktemp("wheel") / "source"
+    ignored = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "runs")
+    shutil.copytree(ROOT, source, symlinks=True, ignore=ignored)
+    build = "from setuptools import build_meta; build_meta.build_wheel('.')"
+    run_python("-c", build, cwd=source)
+    (path,) = source.glob("*.whl")
+    return path
+
+
+def test_the_wheel_has_the_library_its_types_and_the_oracle_alone(wheel: Path) -> None:
+    files = {Path(name) for name in zipfile.ZipFile(wheel).namelist()}
+    modules = {path for path in files if not path.parts[0].endswith(".dist-info")}
+    library = {path.relative_to(ROOT) for path in (ROOT / "srpo_kernels").rglob("*.py")}
+    oracle = {Path("srpo_kernels_reference", path.name) for path in (ROOT / "reference").glob("*.py")}
+    assert modules == library | oracle | {Path("srpo_kernels/py.typed")}
+
+
+def test_an_installed_wheel_verifies_itself(wheel: Path, tmp_path: Path) -> None:
+    pytest.importorskip("rich")
+    pytest.importorskip("tyro")
+    zipfile.ZipFile(wheel).extractall(tmp_path)
+    where = "import srpo_kernels, srpo_kernels_reference as r; print(srpo_kernels.__file__, r.__file__)"
+    assert all(path.startswith(str(tmp_path)) for path in run_python("-c", where, cwd=tmp_path).split())
+    options = ("--device", "cpu", "--backend", "torch", "--quick", "--no-timing", "--only", "reduction")
+    assert "PASS" in run_python("-m", "srpo_kernels.verify", *options, cwd=tmp_path)

@@ -1,0 +1,53 @@
+"""What pyproject.toml admits, what constraints.txt pins, and what docs/versions.md says was tried are one story."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.version import Version
+
+ROOT = Path(__file__).parents[2]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+EXTRAS = {name: [Requirement(line) for line in lines] for name, lines in PROJECT["optional-dependencies"].items()}
+REQUIREMENTS = [Requirement(line) for line in PROJECT["dependencies"]] + [x for extra in EXTRAS.values() for x in extra]
+PINNED = dict(re.findall(r"^([\w-]+)==(.+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE))
+# Packages whose insides are subclassed, patched or compiled with.
+BOUND = ("triton", "trl", "transformers", "verl", "liger-kernel", "cut-cross-entropy", "flash-attn")
+
+
+@pytest.mark.parametrize("requirement", REQUIREMENTS, ids=str)
+def test_what_is_pinned_is_admitted(requirement: Requirement) -> None:
+    if requirement.name in PINNED:
+        assert Version(PINNED[requirement.name]) in requirement.specifier
+
+
+@pytest.mark.parametrize("name", BOUND)
+def test_what_the_library_reaches_into_is_bound_from_above(name: str) -> None:
+    found = [requirement for requirement in REQUIREMENTS if requirement.name == name]
+    assert found
+    assert all(Version("999") not in requirement.specifier for requirement in found)
+
+
+def test_the_trl_extra_asks_for_transformers_5() -> None:
+    [transformers] = [requirement for requirement in EXTRAS["trl"] if requirement.name == "transformers"]
+    assert Version("4.57.1") not in transformers.specifier
+
+
+def test_the_versions_that_were_tried_are_admitted() -> None:
+    text = (ROOT / "docs" / "versions.md").read_text()
+    tried = re.findall(r"^\| ([\d.]+)[^|]*\| ([\d.]+) \| ([\d.]+) \| `make", text, re.MULTILINE)
+    assert (PINNED["torch"], PINNED["triton"], PINNED["numpy"]) in tried
+    for name, column in (("torch", 0), ("triton", 1)):
+        versions = sorted(Version(row[column]) for row in tried)
+        for requirement in REQUIREMENTS:
+            if requirement.name == name:
+                assert all(version in requirement.specifier for version in versions)
+                # Nothing below the oldest one, and no minor version above the newest one that is bound.
+                assert Version(f"{versions[0].major}.{versions[0].minor - 1}") not in requirement.specifier
+    triton = EXTRAS["triton"][0].specifier
+    newest = max(Version(row[1]) for row in tried)
+    assert Version(f"{newest.major}.{newest.minor + 1}") not in triton

@@ -1,0 +1,39 @@
+"""The example script and that of the README, with a tiny model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("trl", "1.16", reason="the trl integration needs trl >= 1.16")
+
+from examples import train_trl
+from tests.tiny_trainer import tiny_model, tiny_tokenizer
+
+README = Path(__file__).parents[2] / "README.md"
+TINY_RUN = "max_steps=2, logging_steps=1, max_completion_length=4, use_cpu=True, bf16=False, report_to='none'"
+
+
+def test_the_example_trains(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train_trl, "load_model", lambda _: (tiny_model(), tiny_tokenizer()))
+    train_trl.main()
+    assert capsys.readouterr().out.count("srpo/sdpo_token_fraction") == 8
+
+
+def test_the_script_of_the_readme_trains(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script = next(part for part in README.read_text().split("```") if "SRPOTrainer(" in part).removeprefix("python\n")
+    assert len(script.splitlines()) <= 20
+    tiny_model().save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    for name, tiny in (("HuggingFaceTB/SmolLM2-135M-Instruct", str(tmp_path / "model")), ("max_steps=100", TINY_RUN)):
+        assert script.count(name) == 1
+        script = script.replace(name, tiny)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(script, str(README), "exec"), {})
+    assert capsys.readouterr().out.count("srpo/sdpo_token_fraction") == 2

@@ -1,0 +1,112 @@
+"""Every name of an option is implemented, in every implementation, and computes what no other name does."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import combinations
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import reference
+from srpo_kernels import SRPOConfig, group_advantages, policy_loss, srpo_loss, token_stats
+from srpo_kernels.losses import config
+from srpo_kernels.losses.config import DISTILLATION_MODES, KL_TYPES, LOSS_TYPES, REDUCTIONS
+from srpo_kernels.rollout.routing import ADVANTAGE_SCALES
+from srpo_kernels.rows.contract import DIVERGENCES
+from tests.comparison import run_loss
+from tests.strategies import Inputs, cast, each_backend, loss_inputs
+
+NAMES = {
+    "loss_type": LOSS_TYPES,
+    "kl_type": KL_TYPES,
+    "divergence": DIVERGENCES,
+    "distillation_mode": DISTILLATION_MODES,
+    "reduction": REDUCTIONS,
+}
+# Combined with which modes a divergence means something.
+MODES = {"divergence": ("full", "topk")}
+
+LIBRARY: list[Any] = ["torch", "triton", "reference"]
+
+
+def batch() -> Inputs:
+    """All kinds of rows; ratios on both sides of the clips."""
+    inputs = loss_inputs(3, (6, 5), teacher_size=5)
+    inputs["sdpo_mask"] = torch.tensor([True, False, False, True, False, False])
+    inputs["advantages"] = torch.tensor([0.5, 1.5, -0.7, 0.3, -1.2, 0.9], dtype=torch.float64)
+    return cast(inputs, torch.float32)
+
+
+def options_of(option: str, name: str, mode: str = "full") -> dict[str, Any]:
+    options = {"kl_coef": 0.3, "topk": 3, "distillation_mode": mode, option: name}
+    return options | ({"max_length": 11} if options.get("reduction") == "constant" else {})
+
+
+def compute(implementation: str, options: SRPOConfig) -> dict[str, Tensor]:
+    if implementation in ("torch", "triton"):
+        return run_loss(srpo_loss, batch(), config=options, backend=implementation)
+    return run_loss(reference.srpo_loss, batch(), config=options)
+
+
+@pytest.mark.parametrize("implementation", LIBRARY)
+@pytest.mark.parametrize("option", NAMES)
+def test_each_name_differs_from_every_other(option: str, implementation: str) -> None:
+    for mode in MODES.get(option, ("full",)):
+        results = {
+            name: compute(implementation, SRPOConfig(**options_of(option, name, mode))) for name in NAMES[option]
+        }
+        for first, second in combinations(results, 2):
+            a, b = results[first]["grad weight"], results[second]["grad weight"]
+            assert (a - b).abs().max() > 1e-4 * a.abs().max(), (mode, first, second)
+
+
+@contextmanager
+def planted(option: str) -> Iterator[str]:
+    """A name that the config accepts and nothing implements: what is left of a change that stops half-way."""
+    name, known = "planted", config._CHOICES[option]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(config._CHOICES, option, (*known, name))
+        yield name
+
+
+@pytest.mark.parametrize("implementation", LIBRARY)
+@pytest.mark.parametrize("option", NAMES)
+def test_a_name_that_nothing_implements_raises(option: str, implementation: str) -> None:
+    for mode in MODES.get(option, ("full",)):
+        with planted(option) as name:
+            options = SRPOConfig(**options_of(option, name, mode))
+            with pytest.raises(ValueError, match=f"{option}.*{name}"):
+                compute(implementation, options)
+
+
+@each_backend
+def test_statistics_of_a_divergence_that_nothing_implements_raise(backend: str) -> None:
+    x, ids = torch.randn(3, 4), torch.zeros(3, dtype=torch.int64)
+    head = torch.randn(7, 4)
+    with planted("divergence") as name, pytest.raises(ValueError, match=f"divergence.*{name}"):
+        token_stats(x, head, ids, teacher_hidden=x, divergence=name, backend=backend)
+    with pytest.raises(ValueError, match="divergence"):
+        reference.token_stats(x, head, ids, teacher_hidden=x, divergence="planted")
+
+
+@pytest.mark.parametrize("option", ["loss_type", "kl_type"])
+def test_token_losses_of_a_name_that_nothing_implements_raise(option: str) -> None:
+    log_probs = torch.full((2, 3), -1.0)
+    with planted(option) as name:
+        options = SRPOConfig(kl_coef=0.1, **{option: name})
+        with pytest.raises(ValueError, match=f"{option}.*{name}"):
+            policy_loss(log_probs, torch.ones(2), ref_log_probs=log_probs, config=options)
+
+
+def test_scales_of_advantages() -> None:
+    rewards = torch.tensor([0.0, 1.0, 0.3, 0.1, 0.2, 5.0])
+    groups = torch.tensor([0, 0, 0, 1, 1, 1])
+    for function in (group_advantages, reference.group_advantages):
+        results = [function(rewards, groups, scale=scale) for scale in ADVANTAGE_SCALES]
+        assert all((a - b).abs().max() > 1e-3 for a, b in combinations(results, 2))
+        with pytest.raises(ValueError, match="scale"):
+            function(rewards, groups, scale="planted")

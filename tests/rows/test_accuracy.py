@@ -1,0 +1,113 @@
+"""Where fp32 has little room: as exact as plain torch, in every regime that training meets.
+
+Held to twice the error of the oracle run in fp32, both against fp64, as a root mean square over rows: a single row may
+be lucky.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import reference
+from srpo_kernels import SRPOConfig, srpo_loss, token_stats
+from srpo_kernels.rows.contract import DIVERGENCES
+from tests.comparison import run_loss, run_stats
+from tests.rows.test_extreme_rows import distilled, heads
+from tests.strategies import Inputs, cast, each_backend
+
+ROWS, VOCABULARY = 8, 4097
+# Where plain torch is exact by luck: two roundings of a probability, one of a row's; and of every logit at its size.
+ROUNDING = 2.0**-23
+
+
+def logits(regime: str) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    """Student's, teacher's, and the options that make them a regime."""
+    torch.manual_seed(5)
+    z, noise = torch.randn(2, ROWS, VOCABULARY).unbind()
+    peak = torch.zeros(VOCABULARY)
+    peak[7] = 14.0
+    return {
+        "flat": (0.5 * z, 0.5 * z + noise, {}),
+        "nearly equal": (0.5 * z, 0.5 * z + 1e-3 * noise, {}),
+        "nearer still": (0.5 * z, 0.5 * z + 1e-4 * noise, {}),
+        "peaked": (z + peak, z + peak + noise, {}),
+        "peaked, nearly equal": (z + peak, z + peak + 1e-3 * noise, {}),
+        "shifted": (z, z + 100.0 + 0.1 * noise, {}),
+        "saturated": (100.0 * z, 100.0 * noise, {}),
+        "saturated at 1e6": (1e6 * z, 1e6 * noise, {}),
+        "softcap": (0.3 * z, 0.3 * z + 0.3 * noise, {"softcap": 30.0}),
+        "small softcap": (0.3 * z, 0.3 * z + 0.3 * noise, {"softcap": 5.0}),
+        "softcap of no effect": (0.3 * z, 0.3 * z + 0.3 * noise, {"softcap": 1e6}),
+        "softcap reached": (30.0 * z, 30.0 * z + 10.0 * noise, {"softcap": 30.0}),
+    }[regime]
+
+
+REGIMES = (
+    "flat", "nearly equal", "nearer still", "peaked", "peaked, nearly equal", "shifted", "saturated",
+    "saturated at 1e6", "softcap", "small softcap", "softcap of no effect", "softcap reached",
+)  # fmt: skip
+
+
+def rms(x: Tensor) -> float:
+    return float(x.double().square().mean().sqrt())
+
+
+def dlogits(results: dict[str, Tensor]) -> Tensor:
+    """A row of the identity's share of dW is the gradient of its logits."""
+    return results["grad weight"].T
+
+
+@each_backend
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("regime", REGIMES)
+def test_divergences(regime: str, divergence: str, backend: str) -> None:
+    z, y, options = logits(regime)
+    stats = {"divergence": divergence, "alpha": 0.5} | options
+    inputs = heads(z, y)
+    upstream = torch.zeros(3, ROWS, dtype=torch.float64)
+    upstream[2] = 1.0
+    runs = [
+        run_stats(token_stats, inputs, upstream, ("weight",), backend=backend, **stats),
+        run_stats(reference.token_stats, inputs, upstream, ("weight",), **stats),
+        run_stats(reference.token_stats, cast(inputs, torch.float64), upstream, ("weight",), **stats),
+    ]
+    check(runs, inputs, value="divergence")
+    config = SRPOConfig(divergence=divergence, dw_beta=0.0, reduction="constant", max_length=1, **options)
+    whole = distilled(z, y, sequence_ids=torch.zeros(ROWS, dtype=torch.int64))
+    runs = [
+        run_loss(srpo_loss, whole, ("weight",), backend=backend, config=config),
+        run_loss(reference.srpo_loss, whole, ("weight",), config=config),
+        run_loss(reference.srpo_loss, cast(whole, torch.float64), ("weight",), config=config),
+    ]
+    check(runs, inputs)
+
+
+def check(runs: list[dict[str, Tensor]], inputs: Inputs, *, value: str | None = None) -> None:
+    pairs = [("gradient", *(dlogits(run) for run in runs))]
+    if value is not None:
+        pairs.append((value, *(run[value] for run in runs)))
+    largest = float(inputs["weight"].abs().max())
+    for name, actual, plain, exact in pairs:
+        error, naive = rms(actual - exact), rms(plain - exact)
+        tiny = ROUNDING * (exact[0].numel() ** -0.5 + largest * rms(exact) if name == "gradient" else rms(exact) + 0.1)
+        assert error <= 2 * naive + tiny, f"{name}: {error:.2e} of {rms(exact):.2e}, plain torch {naive:.2e}"
+
+
+@each_backend
+@pytest.mark.parametrize("softcap", [2.0, 30.0, 1e6])
+def test_log_probs_under_a_softcap(softcap: float, backend: str) -> None:
+    torch.manual_seed(6)
+    for scale in (0.01, 0.3, 3.0, 30.0):
+        inputs = heads(scale * torch.randn(ROWS, 513))
+        upstream = torch.ones(1, ROWS, dtype=torch.float64)
+        options = {"softcap": softcap}
+        runs = [
+            run_stats(token_stats, inputs, upstream, ("weight",), backend=backend, **options),
+            run_stats(reference.token_stats, inputs, upstream, ("weight",), **options),
+            run_stats(reference.token_stats, cast(inputs, torch.float64), upstream, ("weight",), **options),
+        ]
+        check(runs, inputs, value="log_probs")

@@ -1,0 +1,68 @@
+"""The interpreter of the tests rounds as a GPU does."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+from srpo_kernels.kernels import launch
+from tools.interpreter.launches import interpreting
+
+pytestmark = pytest.mark.skipif(not interpreting(), reason="kernels are compiled here")
+
+
+@triton.jit
+def multiply_add_kernel(x_ptr, y_ptr, z_ptr, out_ptr, BLOCK: tl.constexpr):
+    offsets = tl.arange(0, BLOCK)
+    x, y, z = tl.load(x_ptr + offsets), tl.load(y_ptr + offsets), tl.load(z_ptr + offsets)
+    tl.store(out_ptr + offsets, tl.fma(x, y, z))
+
+
+@triton.jit
+def round_kernel(x_ptr, out_ptr, BLOCK: tl.constexpr):
+    offsets = tl.arange(0, BLOCK)
+    tl.store(out_ptr + offsets, tl.load(x_ptr + offsets).to(tl.bfloat16))
+
+
+@triton.jit
+def dot_kernel(x_ptr, y_ptr, out_ptr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr):
+    m, n, k = tl.arange(0, M), tl.arange(0, N), tl.arange(0, K)
+    x, y = tl.load(x_ptr + m[:, None] * K + k[None, :]), tl.load(y_ptr + k[:, None] * N + n[None, :])
+    tl.store(out_ptr + m[:, None] * N + n[None, :], tl.dot(x, y, input_precision="ieee"))
+
+
+def test_a_multiply_add_rounds_once() -> None:
+    x = torch.randn(64)
+    out = torch.empty(64)
+    multiply_add_kernel[(1,)](x, x, -(x * x), out, BLOCK=64)
+    assert torch.equal(out, (x.double().square() - (x * x).double()).float())
+
+
+def test_bf16_is_the_nearest_one() -> None:
+    special = torch.tensor([0.0, -0.0, torch.inf, -torch.inf, 3.4e38, 1e-40, 1 + 2**-8, 1 + 3 * 2**-8])
+    x = torch.cat([torch.randn(56), special])
+    out = torch.empty(64, dtype=torch.bfloat16)
+    round_kernel[(1,)](x, out, BLOCK=64)
+    assert torch.equal(out, x.bfloat16())
+    round_kernel[(1,)](torch.full((64,), torch.nan), out, BLOCK=64)
+    assert out.isnan().all()
+
+
+def test_a_row_of_a_dot_does_not_depend_on_the_others() -> None:
+    x, y = torch.randn(32, 64), torch.randn(64, 32)
+    out, turned, alone = torch.empty(32, 32), torch.empty(32, 32), torch.empty(32, 32)
+    dot_kernel[(1,)](x, y, out, M=32, N=32, K=64)
+    dot_kernel[(1,)](x.flip(0), y, turned, M=32, N=32, K=64)
+    dot_kernel[(1,)](torch.cat([x[5:6], torch.zeros(31, 64)]), y, alone, M=32, N=32, K=64)
+    assert torch.equal(turned.flip(0), out)
+    assert torch.equal(alone[0], out[5])
+    torch.testing.assert_close(out, x @ y)
+
+
+def test_a_numpy_that_it_does_not_run_with_is_named() -> None:
+    launch.check_interpreter("3.7.1", "2.4.6")
+    launch.check_interpreter("3.6.0", "2.3.5")
+    with pytest.raises(ImportError, match=r"triton 3\.6\.0 does not run with numpy 2\.10\.0; install triton>=3\.7"):
+        launch.check_interpreter("3.6.0", "2.10.0")

@@ -1,0 +1,1 @@
+"""What checks kernels without a GPU: the compile gate, the watched interpreter, meters of calls."""
