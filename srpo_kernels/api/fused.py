@@ -14,7 +14,7 @@ from srpo_kernels.engine import backends, loss_op
 from srpo_kernels.engine.agreement import name_of, refused_together
 from srpo_kernels.engine.arguments import NORMALIZERS, LossArguments, LossOptions
 from srpo_kernels.losses.config import SRPOConfig
-from srpo_kernels.losses.registry import POLICY_LOSSES
+from srpo_kernels.losses.registry import policy_loss_of
 from srpo_kernels.losses.rows import ObjectiveRows
 from srpo_kernels.rows.dtypes import accumulation_dtype
 
@@ -105,7 +105,7 @@ def fused_loss(
         validation.check_objective(objective, inputs)
         validation.check_inputs(inputs, target_ids)
         if isinstance(objective, str):
-            whole_sequences = whole_sequences or POLICY_LOSSES[objective].whole_sequences
+            whole_sequences = whole_sequences or policy_loss_of(objective).whole_sequences
         validation.check_whole_sequences(whole_sequences, target_ids, sequence_ids, sequence_parallel_group)
         validation.check_fused_teacher(teacher_hidden, teacher_mask, target_ids, config)
         if teacher_hidden is not None and teacher_mask is None:

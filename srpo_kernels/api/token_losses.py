@@ -11,7 +11,7 @@ from srpo_kernels.api.validation import check_config
 from srpo_kernels.checks import BOOL, FLOATING, INTEGER, require_shape, require_tensor
 from srpo_kernels.losses.config import SRPOConfig
 from srpo_kernels.losses.divergence import sampled_divergence
-from srpo_kernels.losses.registry import POLICY_LOSSES
+from srpo_kernels.losses.registry import policy_loss_of
 from srpo_kernels.losses.sequences import Sequences
 from srpo_kernels.losses.srpo import PolicyTerms, distillation_weights, policy_terms
 
@@ -62,7 +62,7 @@ def policy_loss(
         given = "None" if entropy is None else "a tensor"
         raise ValueError(f"entropy is for an entropy_coef other than 0, got {given} with {config.entropy_coef}")
     rows = _ValidRows.of(log_probs, mask)
-    whole = POLICY_LOSSES[config.loss_type].whole_sequences
+    whole = policy_loss_of(config.loss_type).whole_sequences
     sequences = rows.sequences(sequence_ids, config) if whole or sequence_ids is not None else None
 
     def take(name: str, values: Tensor | None) -> Tensor | None:

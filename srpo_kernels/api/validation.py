@@ -14,7 +14,7 @@ from torch.distributed import ProcessGroup
 from srpo_kernels.checks import BOOL, FLOATING, INTEGER, require_shape, require_tensor
 from srpo_kernels.distributed import require_group
 from srpo_kernels.losses.config import SRPOConfig, require_mixture
-from srpo_kernels.losses.registry import POLICY_LOSSES
+from srpo_kernels.losses.registry import POLICY_LOSSES, policy_loss_of
 from srpo_kernels.losses.rows import RESERVED
 from srpo_kernels.rollout.normalizers import require_normalizers
 
@@ -262,7 +262,7 @@ def check_options(
     """What the configuration needs from the other arguments."""
     if config.kl_coef != 0.0 and ref_log_probs is None:
         raise ValueError(f"ref_log_probs is required when kl_coef is not 0, got None with kl_coef={config.kl_coef}")
-    by_sequence = POLICY_LOSSES[config.loss_type].whole_sequences or config.reduction in ("sequence", "constant")
+    by_sequence = policy_loss_of(config.loss_type).whole_sequences or config.reduction in ("sequence", "constant")
     if by_sequence and target_ids.ndim == 1 and sequence_ids is None:
         raise ValueError(
             "sequence_ids is required for packed rows [N] with "

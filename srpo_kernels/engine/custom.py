@@ -15,7 +15,7 @@ from srpo_kernels.engine.plan import Plan, make_plan, order_rows
 from srpo_kernels.engine.prepare import flatten, sequence_lengths
 from srpo_kernels.losses.config import SRPOConfig
 from srpo_kernels.losses.log_ratio import bounded
-from srpo_kernels.losses.registry import POLICY_LOSSES, PolicyRows
+from srpo_kernels.losses.registry import PolicyRows, policy_loss_of
 from srpo_kernels.losses.rows import ObjectiveRows
 from srpo_kernels.rows.dtypes import accumulation_dtype
 from srpo_kernels.rows.passes import RowPasses
@@ -54,7 +54,7 @@ def prepare_custom(
 
 def _registered(config: SRPOConfig, name: str, rows: ObjectiveRows) -> Tensor:
     """A registered policy loss of ``rows.advantages`` and, where they are given, ``rows.old_log_probs``."""
-    loss = POLICY_LOSSES[name]
+    loss = policy_loss_of(name)
     inputs = rows.select_inputs(slice(None))
     old_log_probs = inputs.get("old_log_probs")
     log_ratio = rows.log_probs - (rows.log_probs.detach() if old_log_probs is None else old_log_probs)

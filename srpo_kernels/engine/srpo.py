@@ -11,7 +11,7 @@ from srpo_kernels.engine.batch import Batch, Needs
 from srpo_kernels.engine.plan import Plan, make_plan, order_rows
 from srpo_kernels.engine.prepare import FlatRows, flatten, sequence_lengths
 from srpo_kernels.losses.config import SRPOConfig
-from srpo_kernels.losses.registry import POLICY_LOSSES
+from srpo_kernels.losses.registry import policy_loss_of
 from srpo_kernels.losses.sequences import Sequences
 from srpo_kernels.losses.srpo import SRPOObjective
 from srpo_kernels.rows.dtypes import accumulation_dtype
@@ -25,7 +25,7 @@ def prepare_srpo(
 
     The last result says whether these are all distillation rows that the given normalizers count.
     """
-    policy = POLICY_LOSSES[config.loss_type]
+    policy = policy_loss_of(config.loss_type)
     if not policy.whole_sequences and config.reduction != "sequence":
         options = options._replace(sequence_parallel_group=None)
     by_sequence = policy.whole_sequences or config.reduction != "token"
@@ -66,7 +66,7 @@ def moving(policy: Tensor, advantages: Tensor, sequences: Sequences | None, conf
 
     A loss of whole sequences decides by the sequence: a token with advantage 0 still moves the ratio of all.
     """
-    loss = POLICY_LOSSES[config.loss_type]
+    loss = policy_loss_of(config.loss_type)
     if config.kl_coef != 0.0 or config.entropy_coef != 0.0 or not loss.zero_without_advantage:
         return None
     moves = advantages != 0

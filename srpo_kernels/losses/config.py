@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 
 from srpo_kernels.checks import require_count, require_number
 from srpo_kernels.losses.policy import POLICY_LOSSES
+from srpo_kernels.losses.registry import policy_loss_of
 from srpo_kernels.rows.contract import DIVERGENCES, Divergence, LogitTransform
 
 KLType = Literal["k1", "k2", "k3"]
@@ -128,10 +129,11 @@ class SRPOConfig:
     @functools.lru_cache(maxsize=64)
     def decode(encoded: str) -> SRPOConfig:
         """The config whose ``encode()`` this is."""
-        return SRPOConfig(**json.loads(encoded))
+        options = json.loads(encoded)
+        return SRPOConfig(**options | {"loss_options": dict(options["loss_options"])})
 
     def _check_policy_loss(self) -> None:
-        loss = POLICY_LOSSES[self.loss_type]
+        loss = policy_loss_of(self.loss_type)
         for name in ("delta", "dual_clip"):
             if getattr(self, name) is not None and name not in loss.fields:
                 readers = " or ".join(repr(x.name) for x in POLICY_LOSSES.values() if name in x.fields)
@@ -148,7 +150,7 @@ class SRPOConfig:
 
     def policy_options(self) -> dict[str, Any]:
         """What the policy loss reads: fields of this config, and options of its own."""
-        loss = POLICY_LOSSES[self.loss_type]
+        loss = policy_loss_of(self.loss_type)
         return {name: getattr(self, name) for name in loss.fields} | {**loss.options, **dict(self.loss_options)}
 
     @property
@@ -179,15 +181,14 @@ class SRPOConfig:
 
 def _pairs(options: object) -> tuple[tuple[str, float], ...]:
     """Options by name as pairs, sorted: so that configs with the same are equal, and can be hashed."""
-    if not isinstance(options, Mapping) and not (
-        isinstance(options, (tuple, list)) and all(isinstance(x, (tuple, list)) and len(x) == 2 for x in options)
-    ):
+    if isinstance(options, tuple) and all(isinstance(x, tuple) and len(x) == 2 for x in options):
+        options = dict(options)
+    if not isinstance(options, Mapping):
         raise TypeError(f"loss_options must be a mapping from names to numbers, got {options!r}")
-    named = dict(options)
-    for name in named:
+    for name in options:
         if not isinstance(name, str):
             raise TypeError(f"loss_options must have strings as names, got {name!r}")
-    return tuple(sorted(named.items()))
+    return tuple(sorted(options.items()))
 
 
 class Unset(Enum):

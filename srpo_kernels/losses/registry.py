@@ -82,6 +82,13 @@ POLICY_LOSSES: dict[str, PolicyLoss] = {}
 POLICY_FIELDS = ("epsilon_low", "epsilon_high", "delta", "dual_clip")
 
 
+def policy_loss_of(name: str) -> PolicyLoss:
+    """The policy loss of a name. Raises ValueError for one that is not registered in this process."""
+    if name not in POLICY_LOSSES:
+        raise ValueError(f"loss_type must be one of {tuple(POLICY_LOSSES)}, got {name!r}")
+    return POLICY_LOSSES[name]
+
+
 def register_policy_loss(
     name: str,
     function: PolicyFunction,

@@ -16,7 +16,7 @@ from srpo_kernels.checks import refuse_name
 from srpo_kernels.losses.config import SRPOConfig
 from srpo_kernels.losses.divergence import sampled_divergence, support_divergence
 from srpo_kernels.losses.log_ratio import bounded, clipped_is_weights, ref_kl
-from srpo_kernels.losses.registry import POLICY_LOSSES, PolicyRows
+from srpo_kernels.losses.registry import PolicyRows, policy_loss_of
 from srpo_kernels.losses.rows import ObjectiveRows
 from srpo_kernels.losses.sequences import Sequences
 
@@ -74,7 +74,7 @@ def policy_terms(
     log_ratio = bounded(log_probs - old_log_probs, config.log_ratio_clamp)
     approx_kl = torch.expm1(log_ratio.detach()) - log_ratio.detach()
     rows = PolicyRows(log_probs, log_ratio, advantages, sequences)
-    loss, *clips = POLICY_LOSSES[config.loss_type](rows, config.policy_options())
+    loss, *clips = policy_loss_of(config.loss_type)(rows, config.policy_options())
     nowhere = torch.zeros_like(log_ratio, dtype=torch.bool)
     clip_low, clip_high, dual_clip = (nowhere if clip is None else clip for clip in clips)
     if is_weights is not None:
@@ -126,7 +126,7 @@ class SRPOObjective:
         spread = config.dw_beta * math.log(vocab_size)
         self.teacher_first = bool(num_taught) and log_mean is None and spread > _MAX_LOG_WEIGHT_SPREAD
         self._has_tail = config.add_tail and config.topk < vocab_size
-        self.whole_sequences = POLICY_LOSSES[config.loss_type].whole_sequences
+        self.whole_sequences = policy_loss_of(config.loss_type).whole_sequences
         self._reference: Tensor | float = -0.5 * spread
         self._entropies: list[Tensor] = []
         self.metrics: dict[str, Tensor | float] = dict.fromkeys(METRICS, 0.0)

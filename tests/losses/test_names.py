@@ -15,6 +15,7 @@ import reference
 from srpo_kernels import SRPOConfig, group_advantages, policy_loss, srpo_loss, token_stats
 from srpo_kernels.losses import config
 from srpo_kernels.losses.config import DISTILLATION_MODES, KL_TYPES, LOSS_TYPES, REDUCTIONS
+from srpo_kernels.losses.registry import POLICY_LOSSES
 from srpo_kernels.rollout.routing import ADVANTAGE_SCALES
 from srpo_kernels.rows.contract import DIVERGENCES
 from tests.comparison import run_loss
@@ -67,10 +68,21 @@ def test_each_name_differs_from_every_other(option: str, implementation: str) ->
 @contextmanager
 def planted(option: str) -> Iterator[str]:
     """A name that the config accepts and nothing implements: what is left of a change that stops half-way."""
-    name, known = "planted", config._CHOICES[option]
+    name = "planted"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(config._CHOICES, option, (*known, name))
+        if option == "loss_type":
+            patch.setitem(POLICY_LOSSES, name, POLICY_LOSSES["reinforce"])
+        else:
+            patch.setitem(config._CHOICES, option, (*config._CHOICES[option], name))
         yield name
+
+
+@contextmanager
+def not_registered() -> Iterator[None]:
+    """As in a process that a config comes to from another."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delitem(POLICY_LOSSES, "planted", raising=False)
+        yield
 
 
 @pytest.mark.parametrize("implementation", LIBRARY)
@@ -79,7 +91,7 @@ def test_a_name_that_nothing_implements_raises(option: str, implementation: str)
     for mode in MODES.get(option, ("full",)):
         with planted(option) as name:
             options = SRPOConfig(**options_of(option, name, mode))
-            with pytest.raises(ValueError, match=f"{option}.*{name}"):
+            with not_registered(), pytest.raises(ValueError, match=f"{option}.*{name}"):
                 compute(implementation, options)
 
 
@@ -98,7 +110,7 @@ def test_token_losses_of_a_name_that_nothing_implements_raise(option: str) -> No
     log_probs = torch.full((2, 3), -1.0)
     with planted(option) as name:
         options = SRPOConfig(kl_coef=0.1, **{option: name})
-        with pytest.raises(ValueError, match=f"{option}.*{name}"):
+        with not_registered(), pytest.raises(ValueError, match=f"{option}.*{name}"):
             policy_loss(log_probs, torch.ones(2), ref_log_probs=log_probs, config=options)
 
 
