@@ -101,11 +101,14 @@ def _fake(*arguments: Any) -> tuple[Tensor, ...]:
     return loss, rows, more, *ops.dense(gradients, loss)
 
 
-def _backward(scale: Callable[[Tensor, Tensor], Tensor]) -> ops.Backward:
+def _backward(scale: Callable[[Tensor, Tensor], Tensor], *, is_operator: bool) -> ops.Backward:
     """The backward in which ``scale`` multiplies a gradient by the upstream one."""
 
     def backward(ctx: Any, saved: tuple[Tensor, ...], grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-        gradients: list[Tensor | None] = [None] * ctx.num_inputs
+        gradients: list[Any] = [None] * ctx.num_arguments
+        if is_operator:
+            # A list of tensors has a list of gradients.
+            gradients[LossArguments._fields.index("inputs")] = [None] * ctx.num_inputs
         if grad_loss is None:
             return tuple(gradients)
         if grad_loss.numel() != 1:
@@ -141,14 +144,14 @@ class _FusedLoss(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         call, _, needs = parse(inputs, LossArguments, LossOptions, Needs)
-        ctx.num_inputs = len(inputs)
+        ctx.num_arguments, ctx.num_inputs = len(inputs), len(call.inputs)
         ctx.dtypes = [x.dtype if needed else None for x, needed in zip(call[:3], needs, strict=True)]
         ctx.save_for_backward(output[0], *output[3:])
         ctx.mark_non_differentiable(*output[1:])
         # Absent upstream gradients would be zeros in the shape of every output, dW included.
         ctx.set_materialize_grads(False)
 
-    backward = staticmethod(_backward(_scale_))
+    backward = staticmethod(_backward(_scale_, is_operator=False))
 
 
 _operator = torch.library.custom_op(
@@ -167,4 +170,4 @@ _operator = torch.library.custom_op(
     ),
 )
 _operator.register_fake(_fake)
-_operator.register_autograd(_backward(_scale), setup_context=_FusedLoss.setup_context)
+_operator.register_autograd(_backward(_scale, is_operator=True), setup_context=_FusedLoss.setup_context)

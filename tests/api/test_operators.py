@@ -20,6 +20,7 @@ from tests.comparison import assert_same, run_loss, run_stats, with_leaves
 from tests.strategies import LEAVES, Inputs, cast, head_inputs, loss_inputs
 
 OPERATORS = torch.ops.srpo_kernels
+INPUTS = ("advantages", "old_log_probs", "ref_log_probs", "is_weights")
 
 
 def strided(inputs: Inputs) -> Inputs:
@@ -52,14 +53,21 @@ def needs_of(call: LossArguments | StatsArguments) -> Needs:
 
 def loss_call(inputs: Inputs, leaves: tuple[str, ...]) -> LossArguments:
     inputs = with_leaves(inputs, leaves)
-    return LossArguments(**{name: inputs.get(name) for name in LossArguments._fields})
+    named = {name: inputs.get(name) for name in LossArguments._fields}
+    own = [inputs[name] for name in INPUTS if inputs.get(name) is not None]
+    return LossArguments(**named | {"teacher_mask": inputs.get("sdpo_mask"), "inputs": own})
+
+
+def loss_options(inputs: Inputs, config: SRPOConfig) -> LossOptions:
+    names = [name for name in INPUTS if inputs.get(name) is not None]
+    return LossOptions("srpo", names, config.encode(), False, "auto", None)
 
 
 @pytest.mark.parametrize("case", LOSS_CASES.values(), ids=LOSS_CASES)
 def test_opcheck_of_the_loss(case: tuple[Inputs, SRPOConfig, tuple[str, ...]]) -> None:
     inputs, config, leaves = case
     call = loss_call(inputs, leaves)
-    options = LossOptions(config.encode(), "auto", None)
+    options = loss_options(inputs, config)
     torch.library.opcheck(OPERATORS.fused_loss, (*call, *options, *needs_of(call)))
 
 
@@ -107,16 +115,13 @@ def test_the_schemas_have_the_fields_in_their_order() -> None:
 
 
 def test_the_loss_cannot_be_differentiated_twice() -> None:
-    call = loss_call(*LOSS_CASES["everything"][::2])
-    options = LossOptions(SRPOConfig().encode(), "auto", None)
-    for function in (lambda: OPERATORS.fused_loss(*call, *options, *needs_of(call))[0], lambda: eager_loss(call)):
+    inputs, _, leaves = LOSS_CASES["everything"]
+    call, options = loss_call(inputs, leaves), loss_options(inputs, SRPOConfig())
+    eager = inputs | {name: getattr(call, name) for name in LEAVES}
+    for function in (lambda: OPERATORS.fused_loss(*call, *options, *needs_of(call))[0], lambda: srpo_loss(**eager)[0]):
         (grad,) = torch.autograd.grad(function().square(), call.hidden, create_graph=True)
         with pytest.raises(RuntimeError, match="twice"):
             grad.sum().backward()
-
-
-def eager_loss(call: LossArguments) -> Tensor:
-    return srpo_loss(**{name: x for name, x in call._asdict().items() if x is not None}).loss
 
 
 def test_shapes_are_known_without_data() -> None:
