@@ -141,7 +141,7 @@ class _FusedLoss(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         call, _, needs = parse(inputs, LossArguments, LossOptions, Needs)
-        ctx.num_inputs = len(inputs)
+        ctx.num_inputs, ctx.num_objective_inputs = len(inputs), len(call.inputs)
         ctx.dtypes = [x.dtype if needed else None for x, needed in zip(call[:3], needs, strict=True)]
         ctx.save_for_backward(output[0], *output[3:])
         ctx.mark_non_differentiable(*output[1:])
@@ -149,6 +149,16 @@ class _FusedLoss(torch.autograd.Function):
         ctx.set_materialize_grads(False)
 
     backward = staticmethod(_backward(_scale_))
+
+
+_traced_backward = _backward(_scale)
+
+
+def _operator_backward(ctx: Any, *upstream: Tensor | None) -> tuple[Any, ...]:
+    """The backward of a graph: an operator's argument that is a list of tensors has a list of gradients."""
+    gradients: list[Any] = list(_traced_backward(ctx, *upstream))
+    gradients[LossArguments._fields.index("inputs")] = [None] * ctx.num_objective_inputs
+    return tuple(gradients)
 
 
 _operator = torch.library.custom_op(
@@ -167,4 +177,4 @@ _operator = torch.library.custom_op(
     ),
 )
 _operator.register_fake(_fake)
-_operator.register_autograd(_backward(_scale), setup_context=_FusedLoss.setup_context)
+_operator.register_autograd(_operator_backward, setup_context=_FusedLoss.setup_context)
