@@ -9,7 +9,7 @@ from srpo_kernels.api.token_losses import policy_loss, sampled_distillation_loss
 from srpo_kernels.api.types import FusedOutput, SRPOOutput, TeacherStats, TokenStats
 from srpo_kernels.engine.workspace import release as release_workspace
 from srpo_kernels.losses.config import SRPOConfig
-from srpo_kernels.losses.registry import PolicyRows, TokenLoss, register_policy_loss
+from srpo_kernels.losses.registry import POLICY_LOSSES, PolicyRows, TokenLoss, register_policy_loss
 from srpo_kernels.losses.rows import ObjectiveRows
 from srpo_kernels.losses.srpo import PolicyTerms
 from srpo_kernels.rollout.data_parallel import call_as_forward, scale_for_gradient_mean
@@ -17,6 +17,7 @@ from srpo_kernels.rollout.normalizers import Normalizers
 from srpo_kernels.rollout.routing import Routing, group_advantages, route_samples
 
 __all__ = [
+    "POLICY_LOSSES",
     "FusedOutput",
     "Normalizers",
     "ObjectiveRows",

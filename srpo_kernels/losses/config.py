@@ -42,9 +42,9 @@ class SRPOConfig:
             (1.05). Kept as sorted pairs.
         epsilon_low: rho is clipped to at least ``1 - epsilon_low``; >= 0.
         epsilon_high: rho is clipped to at most ``1 + epsilon_high``; >= 0.
-        delta: upper bound of the unclipped rho; > 0, for ``"grpo"`` and ``"gspo"`` only. None: no bound.
-        dual_clip: the loss is at most ``-dual_clip * A`` where ``A < 0``; > 1, for ``"grpo"`` and ``"gspo"``
-            only. None: no bound.
+        delta: upper bound of the unclipped rho; > 0, for ``"grpo"``, ``"gspo"`` and ``"luspo"`` only. None: no bound.
+        dual_clip: the loss is at most ``-dual_clip * A`` where ``A < 0``; > 1, for ``"grpo"``, ``"gspo"`` and
+            ``"luspo"`` only. None: no bound.
         log_ratio_clamp: bound of ``|log rho|`` (nats), and of ``|d|`` in ``"k3"``, beyond which the gradient is 0;
             > 0. None: 80, like any larger number: fp32 has no exponentials of more.
         kl_coef: weight of the divergence from ``ref_log_probs``; >= 0.

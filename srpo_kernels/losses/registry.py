@@ -77,6 +77,7 @@ class PolicyLoss:
         return loss
 
 
+# By name; `register_policy_loss` alone adds to it.
 POLICY_LOSSES: dict[str, PolicyLoss] = {}
 # The fields of SRPOConfig that a policy loss may read.
 POLICY_FIELDS = ("epsilon_low", "epsilon_high", "delta", "dual_clip")

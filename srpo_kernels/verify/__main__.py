@@ -58,7 +58,7 @@ class Options:
     only: tuple[str, ...] = ()
     """Checks whose function or group contains one of these, such as token_stats. Default: all."""
     quick: bool = False
-    """One case of each group, in fp32 and bf16."""
+    """One case of each group and policy loss, in fp32 and bf16."""
     full: bool = False
     """A current model's head in every dtype (else on an accelerator in bf16), and no smaller cases for the
     interpreter."""
@@ -137,7 +137,8 @@ def _tasks(machine: Machine, options: Options) -> list[tuple[str, Task]]:
     realistic = machine.device.type != "cpu" and timing.free_bytes(machine.device) > _REALISTIC_BYTES
     chosen = cases(size, large=not options.quick, realistic=realistic and not options.quick)
     if options.quick:
-        chosen = list({(case.op, case.group): case for case in reversed(chosen)}.values())[::-1]
+        first = {(case.op, case.group, case.config.loss_type): case for case in reversed(chosen)}
+        chosen = list(first.values())[::-1]
     tasks: list[tuple[str, Task]] = []
     for case in _selected(chosen, options.only):
         for dtype in machine.dtypes:

@@ -5,17 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 import srpo_kernels_reference as reference
 from srpo_kernels import Normalizers, SRPOConfig
-from srpo_kernels.losses.config import KL_TYPES, LOSS_TYPES
+from srpo_kernels.losses.config import KL_TYPES
+from srpo_kernels.losses.registry import POLICY_LOSSES
 from srpo_kernels.rows.contract import DIVERGENCES
 
-Op = Literal["srpo_loss", "token_stats", "teacher_stats"]
+Op = Literal["srpo_loss", "fused_loss", "token_stats", "teacher_stats"]
 Inputs = dict[str, Any]
 
 # What the options of token_stats and teacher_stats are called in a config.
@@ -101,7 +102,6 @@ _TRANSFORMS: list[dict[str, Any]] = [
 ]
 _DIVERGENCES: list[dict[str, Any]] = [*({"divergence": x} for x in reversed(DIVERGENCES)), {"alpha": 0.1}]
 _LOSS_OPTIONS: dict[str, list[dict[str, Any]]] = {
-    "policy loss": [{"loss_type": x} for x in LOSS_TYPES],
     "clips": [
         {"delta": 1.5, "dual_clip": 1.2},
         {"delta": 1.1},
@@ -125,6 +125,7 @@ _LOSS_OPTIONS: dict[str, list[dict[str, Any]]] = {
     "logit transform": [*_TRANSFORMS, *(x | {"softcap": 5.0} for x in _DIVERGENCES[1:3])],
     "reduction": [{"reduction": "sequence"}, {"reduction": "constant", "max_length": 9}],
 }
+# Of the statistics, and of an objective of all of them.
 _STATS_OPTIONS = {"divergence": _DIVERGENCES, "logit transform": _TRANSFORMS}
 
 
@@ -133,10 +134,10 @@ def cases(size: Size, *, large: bool, realistic: bool) -> list[Case]:
 
     ``realistic`` adds the head of a current model.
     """
-    small = [*_loss_cases(size), *_stats_cases(size), Case("teacher_stats", "logit transform", "defaults", size)]
+    small = [*_loss_cases(size), *_fused_cases(size), *_stats_cases(size)]
+    small += [Case("teacher_stats", "logit transform", "defaults", size)]
     small += _option_cases("teacher_stats", {"logit transform": _TRANSFORMS}, size)
-    ops: tuple[Op, ...] = ("srpo_loss", "token_stats", "teacher_stats")
-    shaped = [case for op in ops for case in _shape_cases(op, size, large, realistic)]
+    shaped = [case for op in get_args(Op) for case in _shape_cases(op, size, large, realistic)]
     return [*small, *shaped, *_tile_cases(size, large, realistic)]
 
 
@@ -148,8 +149,10 @@ def _option_cases(op: Op, groups: dict[str, list[dict[str, Any]]], size: Size) -
 
 
 def _loss_cases(size: Size) -> Iterator[Case]:
-    yield from _option_cases("srpo_loss", _LOSS_OPTIONS, size)
-    for options in ({"loss_type": "gspo"}, {}, {"reduction": "sequence"}, {"reduction": "constant", "max_length": 9}):
+    losses: list[dict[str, Any]] = [{"loss_type": name} for name in POLICY_LOSSES]
+    whole: list[dict[str, Any]] = [x for x in losses if POLICY_LOSSES[x["loss_type"]].whole_sequences]
+    yield from _option_cases("srpo_loss", {"policy loss": losses} | _LOSS_OPTIONS, size)
+    for options in (*whole, {}, {"reduction": "sequence"}, {"reduction": "constant", "max_length": 9}):
         name = ", ".join(map(str, options.values())) or "defaults"
         yield Case("srpo_loss", "packed rows", name, size, SRPOConfig(**options), packed=True)
     yield Case("srpo_loss", "form of the inputs", "normalizers", size, edit=_of_a_larger_batch)
@@ -157,9 +160,15 @@ def _loss_cases(size: Size) -> Iterator[Case]:
     yield Case("srpo_loss", "form of the inputs", "routes and advantages per token", size, edit=_per_token)
     yield Case("srpo_loss", "form of the inputs", "no old log-probs", size, edit=_without("old_log_probs"))
     yield Case("srpo_loss", "form of the inputs", "policy alone", size, edit=_without("sdpo_mask", "teacher_hidden"))
-    gspo, tilted = SRPOConfig(loss_type="gspo"), SRPOConfig(dw_beta=30.0)
-    yield Case("srpo_loss", "chunks of rows", "gspo", size, gspo, chunked=True)
-    yield Case("srpo_loss", "chunks of rows", "dw_beta=30", size, tilted, chunked=True)
+    for options in (*whole, {"dw_beta": 30.0}):
+        name = ", ".join(map(str, options.values()))
+        yield Case("srpo_loss", "chunks of rows", name, size, SRPOConfig(**options), chunked=True)
+
+
+def _fused_cases(size: Size) -> Iterator[Case]:
+    yield from _option_cases("fused_loss", _STATS_OPTIONS, size)
+    yield Case("fused_loss", "form of the inputs", "packed rows", size, packed=True)
+    yield Case("fused_loss", "form of the inputs", "every row has a teacher", size, edit=_without("sdpo_mask"))
 
 
 def _stats_cases(size: Size) -> Iterator[Case]:
@@ -227,14 +236,14 @@ def make_inputs(case: Case) -> Inputs:
         "teacher_weight": normal(size.vocab_size, width) if own_head else None,
         "teacher_bias": 0.5 * normal(size.vocab_size) if own_head else None,
     }
-    if case.op == "srpo_loss":
+    if case.op in ("srpo_loss", "fused_loss"):
         inputs |= _loss_rows(case, inputs, normal)
     inputs = inputs if case.edit is None else case.edit(inputs)
     return _teacher_alone(inputs) if case.op == "teacher_stats" else inputs
 
 
 def _loss_rows(case: Case, inputs: Inputs, normal: Callable[..., Tensor]) -> Inputs:
-    """What ``srpo_loss`` wants to know of each row; old and reference log-probs are near the student's."""
+    """What a loss wants to know of each row; old and reference log-probs are near the student's."""
     student = {name: inputs[name] for name in ("hidden", "weight", "target_ids", "bias")}
     options = {name: getattr(case.config, name) for name in TRANSFORM}
     log_probs = reference.token_stats(**student, **options).log_probs

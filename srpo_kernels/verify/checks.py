@@ -16,6 +16,7 @@ import srpo_kernels
 import srpo_kernels_reference as reference
 from srpo_kernels import SRPOConfig
 from srpo_kernels.engine.backends import BackendName
+from srpo_kernels.verify import objective
 from srpo_kernels.verify.cases import DIVERGENCE, TRANSFORM, Case, Inputs, Op, Size, cast, make_inputs
 from srpo_kernels.verify.plain import project_rounded
 
@@ -67,7 +68,8 @@ def parity(case: Case, dtype: torch.dtype, backends: Sequence[BackendName], devi
     """
     try:
         inputs = cast(make_inputs(case), dtype, device)
-        oracle = partial(getattr(reference, case.op), project=project_rounded, **_options(case))
+        function = objective.oracle if case.op == "fused_loss" else getattr(reference, case.op)
+        oracle = partial(function, project=project_rounded, **_options(case))
         exact = _results(oracle, cast(inputs, torch.float64, _CPU), case.leaves)
         plain = _results(oracle, inputs, case.leaves)
     except Exception as reason:
@@ -131,15 +133,16 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 def _library(case: Case, backend: BackendName, dtype: torch.dtype) -> Callable[..., Any]:
     """The public function with the options of a case."""
-    function, options = getattr(srpo_kernels, case.op), _options(case)
-    if case.op != "srpo_loss":
+    function = objective.library if case.op == "fused_loss" else getattr(srpo_kernels, case.op)
+    options = _options(case)
+    if case.op in ("token_stats", "teacher_stats"):
         options["engine"] = case.engine
     return partial(function, backend=backend, workspace_bytes=case.workspace_bytes(dtype), **options)
 
 
 def _options(case: Case) -> dict[str, Any]:
     """The options of a case as both the library and the oracle take them."""
-    if case.op == "srpo_loss":
+    if case.op in ("srpo_loss", "fused_loss"):
         return {"config": case.config}
     names = (*TRANSFORM, *DIVERGENCE) if case.op == "token_stats" else TRANSFORM
     return {name: getattr(case.config, name) for name in names}

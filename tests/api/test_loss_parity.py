@@ -10,6 +10,7 @@ from hypothesis import given
 
 import reference
 from srpo_kernels import SRPOConfig, srpo_loss
+from srpo_kernels.losses.config import LOSS_TYPES
 from srpo_kernels.rows.contract import DIVERGENCES
 from tests.comparison import assert_as_accurate, assert_same, run_loss
 from tests.parity import check_loss
@@ -34,10 +35,7 @@ def test_low_precision_is_as_accurate_as_plain_torch_with_fp32_logits(dtype: tor
 
 EACH_OPTION: list[dict[str, Any]] = [
     {},
-    {"loss_type": "cispo"},
-    {"loss_type": "gspo"},
-    {"loss_type": "sapo"},
-    {"loss_type": "reinforce"},
+    *({"loss_type": name} for name in LOSS_TYPES),
     {"epsilon_low": 0.0, "epsilon_high": 0.0},
     {"delta": 1.5},
     {"dual_clip": 1.2},

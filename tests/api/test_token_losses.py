@@ -7,14 +7,11 @@ import torch
 from torch import Tensor
 
 import srpo_kernels as sk
+from srpo_kernels.losses.config import LOSS_TYPES
 
 CONFIGS = {
-    "grpo": sk.SRPOConfig(epsilon_low=0.05, epsilon_high=0.1),
+    **{name: sk.SRPOConfig(loss_type=name, epsilon_low=0.05, epsilon_high=0.1) for name in LOSS_TYPES},
     "dual clip and delta": sk.SRPOConfig(dual_clip=1.2, delta=1.1),
-    "cispo": sk.SRPOConfig(loss_type="cispo"),
-    "gspo": sk.SRPOConfig(loss_type="gspo", epsilon_low=0.01, epsilon_high=0.01),
-    "sapo": sk.SRPOConfig(loss_type="sapo"),
-    "reinforce": sk.SRPOConfig(loss_type="reinforce"),
     "kl and entropy": sk.SRPOConfig(kl_coef=0.3, kl_type="k2", entropy_coef=0.1),
 }
 

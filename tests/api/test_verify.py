@@ -24,7 +24,7 @@ from srpo_kernels.verify.checks import Check
 from srpo_kernels.verify.timing import Timing
 
 TORCH = ("--device", "cpu", "--backend", "torch", "--quick", "--no-timing")
-OPS = {"srpo_loss", "token_stats", "teacher_stats"}
+OPS = {"srpo_loss", "fused_loss", "token_stats", "teacher_stats"}
 
 Run = Callable[..., tuple[int, dict[str, Any], str]]
 
@@ -108,6 +108,7 @@ def test_the_kernels_hold_on_triton(run: Run) -> None:
     assert outcome["backends"] == ["triton"]
     assert {(check["op"], check["group"]) for check in outcome["checks"]} == {
         ("srpo_loss", "divergence"),
+        ("fused_loss", "divergence"),
         ("token_stats", "divergence"),
         ("token_stats", "engine=tile"),
         ("teacher_stats", "engine=tile"),

@@ -11,6 +11,7 @@ import torch.distributed as dist
 import reference
 from srpo_kernels import Normalizers, SRPOConfig, SRPOLoss, srpo_loss
 from srpo_kernels.losses.config import LOSS_TYPES
+from srpo_kernels.losses.registry import POLICY_LOSSES
 from tests.comparison import Results, assert_same, run_loss
 from tests.engine.test_any_split import part_of
 from tests.processes import needs_gloo, run_ranks
@@ -21,13 +22,14 @@ pytestmark = needs_gloo
 
 # All-gathers of a call with both gradients, and all-reduces.
 WIRE = {
-    **{loss_type: (SRPOConfig(loss_type=loss_type), (0, 0)) for loss_type in LOSS_TYPES if loss_type != "gspo"},
+    **{name: (SRPOConfig(loss_type=name), (0, 0)) for name in LOSS_TYPES if not POLICY_LOSSES[name].whole_sequences},
     "constant": (SRPOConfig(reduction="constant", max_length=9), (0, 0)),
     "sequence": (SRPOConfig(reduction="sequence"), (3, 0)),
-    # Two of ids, one of what moves, the sums and their gradient, and the sums for the metrics.
-    "gspo": (SRPOConfig(loss_type="gspo"), (6, 0)),
-    "gspo, kl": (SRPOConfig(loss_type="gspo", kl_coef=0.1), (5, 0)),
-    "gspo, sequence": (SRPOConfig(loss_type="gspo", reduction="sequence"), (7, 0)),
+    # Two of ids, one of what moves, the sums and their gradient; luspo's lengths.
+    "gspo": (SRPOConfig(loss_type="gspo"), (5, 0)),
+    "gspo, kl": (SRPOConfig(loss_type="gspo", kl_coef=0.1), (4, 0)),
+    "gspo, sequence": (SRPOConfig(loss_type="gspo", reduction="sequence"), (6, 0)),
+    "luspo": (SRPOConfig(loss_type="luspo"), (6, 0)),
 }
 GSPO = SRPOConfig(loss_type="gspo")
 

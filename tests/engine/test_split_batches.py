@@ -13,6 +13,7 @@ from examples.distributed.sequence_parallel import gspo_loss
 from srpo_kernels import Normalizers, SRPOConfig, srpo_loss, teacher_stats
 from srpo_kernels.distributed import gather_ranks
 from srpo_kernels.losses.config import LOSS_TYPES
+from srpo_kernels.losses.registry import POLICY_LOSSES
 from tests.comparison import Results, assert_same, gradients, run_loss, with_leaves
 from tests.processes import RankError, needs_gloo, run_ranks
 from tests.strategies import Inputs, loss_inputs, take
@@ -29,7 +30,7 @@ CONFIGS = [
 ROW_CONFIGS = [
     SRPOConfig(loss_type=loss_type, reduction=reduction, max_length=9 if reduction == "constant" else None)
     for loss_type in LOSS_TYPES
-    if loss_type != "gspo"
+    if not POLICY_LOSSES[loss_type].whole_sequences
     for reduction in ("token", "constant")
 ]
 

@@ -34,6 +34,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "sapo": {"loss_type": "sapo"},
     "gspo": {"loss_type": "grpo", "importance_sampling_level": "sequence", "gradient_accumulation_steps": 2},
     "gspo of dapo": {"importance_sampling_level": "sequence"},
+    "luspo": {"loss_type": "luspo", "importance_sampling_level": "sequence", "gradient_accumulation_steps": 2},
     "a bound below the clip": {"delta": 1.02},
     "reference": {"beta": 0.2, "gradient_accumulation_steps": 2},
     "entropy bonus": {"entropy_coef": 0.01},

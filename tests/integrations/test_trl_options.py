@@ -35,7 +35,7 @@ REFUSED: dict[str, tuple[Any, dict[str, Any]]] = {
     "use_bias_correction_kl": (True, {"beta": 0.1}),
     "loss_type": ("vespo", {}),
     "importance_sampling_level": ("sequence", {"loss_type": "sapo"}),
-    "sapo_temperature_pos": (2.0, {"loss_type": "sapo"}),
+    "sapo_temperature_pos": (0.0, {"loss_type": "sapo"}),
     "entropy_coef": (0.1, {"loss_type": "grpo"}),
     "beta": (0.1, {"method": "sdpo"}),
     "delta": (1.5, {"loss_type": "cispo", "epsilon_high": 5.0}),
@@ -60,13 +60,13 @@ def config(**options: Any) -> SRPOTrainerConfig:
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_the_loss_cannot_do_is_refused_by_name(name: str) -> None:
     value, others = REFUSED[name]
-    # cispo's bound is TRL's own, and the library names its own option.
-    match = {"distillation_alpha": "alpha"}.get(name, name)
+    # The library names its own option.
+    match = {"distillation_alpha": "alpha", "sapo_temperature_pos": "tau_positive"}.get(name, name)
     with pytest.raises(ValueError, match=match):
         config(**({name: value} | others))
 
 
-@pytest.mark.parametrize("loss_type", ["bnpo", "luspo", "vespo", "unknown"])
+@pytest.mark.parametrize("loss_type", ["bnpo", "vespo", "unknown"])
 def test_a_loss_type_is_refused_with_a_reason(loss_type: str) -> None:
     with pytest.raises(ValueError, match=r"loss_type must be one of .*: (it|its) "):
         config(loss_type=loss_type)
@@ -138,8 +138,10 @@ def test_every_option_of_the_loss_is_set_or_left_alone_on_purpose() -> None:
     ).loss_config(2.0, 30.0)
     default = config().loss_config()
     same = {f.name for f in dataclasses.fields(default) if getattr(changed, f.name) == getattr(default, f.name)}
-    # The last three are not options of TRL, or were not set.
-    assert same == {"kl_type", "log_ratio_clamp", "count_inactive", "entropy_coef"}
+    # The others are not options of TRL, or were not set: those of the loss are sapo's alone.
+    assert same == {"loss_options", "kl_type", "log_ratio_clamp", "count_inactive", "entropy_coef"}
+    sapo = config(loss_type="sapo", sapo_temperature_pos=2.0).loss_config()
+    assert dict(sapo.loss_options) == {"tau_positive": 2.0, "tau_negative": 1.05}
 
 
 def test_the_teacher_reads_the_solution_in_the_last_user_message() -> None:

@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from srpo_kernels.losses.config import LOSS_TYPES
 from tests import verl_path
 
 pytestmark = pytest.mark.skipif(not verl_path.INSTALLED, reason="verl is not installed: `make test` does it")
@@ -92,8 +93,8 @@ def test_policy_losses_are_verls(core: ModuleType, ours: str, theirs: str, aggre
 
 @pytest.mark.parametrize(("ours", "theirs"), [("srpo_gspo", "gspo"), ("srpo_sapo", "sapo")])
 def test_sequence_losses_are_verls(core: ModuleType, ours: str, theirs: str) -> None:
-    inputs = batch()
-    options = {"config": actor_config(clip_ratio_high=0.28), "loss_agg_mode": "seq-mean-token-mean"}
+    inputs, config = batch(), actor_config(clip_ratio_high=0.28, tau_pos=0.5, tau_neg=2.0)
+    options = {"config": config, "loss_agg_mode": "seq-mean-token-mean"}
     loss, gradient, metrics = run(core.get_policy_loss_fn(ours), inputs, **options)
     expected, expected_gradient, expected_metrics = run(core.get_policy_loss_fn(theirs), inputs, **options)
     torch.testing.assert_close(loss, expected)
@@ -134,8 +135,6 @@ def test_what_a_hook_cannot_express_is_refused(core: ModuleType, plugin: ModuleT
     for name in plugin.REFUSED:
         with pytest.raises(NotImplementedError, match="needs the hidden states of student and teacher"):
             core.get_policy_loss_fn(name)(**batch(), config=actor_config())
-    with pytest.raises(ValueError, match="tau_pos and tau_neg must be"):
-        core.get_policy_loss_fn("srpo_sapo")(**batch(), config=actor_config(tau_neg=2.0))
     with pytest.raises(ValueError, match="config must be"):
         core.get_policy_loss_fn("srpo_grpo")(**batch())
 
@@ -190,11 +189,11 @@ def test_the_distillation_loss_goes_through_verls_own_function(plugin: ModuleTyp
             losses.distillation_loss(actor_config(), config, {"log_probs": student}, data)
 
 
-def self_check(folder: Path, plugins: str) -> subprocess.CompletedProcess[str]:
+def self_check(folder: Path, plugins: str, **environment: str) -> subprocess.CompletedProcess[str]:
     path = os.pathsep.join([str(ROOT), str(folder), *verl_path.PATHS])
     return subprocess.run(
         [sys.executable, "-m", "srpo_kernels.integrations.verl"],
-        env=os.environ | {"PYTHONPATH": path, "VERL_USE_EXTERNAL_PLUGINS": plugins},
+        env=os.environ | {"PYTHONPATH": path, "VERL_USE_EXTERNAL_PLUGINS": plugins} | environment,
         cwd=folder,
         capture_output=True,
         text=True,
@@ -212,8 +211,15 @@ def test_verl_finds_the_plugin_by_its_entry_point(tmp_path: Path) -> None:
 
     found = self_check(tmp_path, "auto")
     assert found.returncode == 0, found.stdout + found.stderr
-    for name in ("srpo_grpo", "srpo_gspo", "srpo_cispo", "srpo_sapo", "srpo_reinforce", "srpo_sampled"):
+    for name in (*(f"srpo_{name}" for name in LOSS_TYPES), "srpo_sampled"):
         assert name in found.stdout
+
+    # Modules of the environment come before the plugins.
+    (tmp_path / "my_losses.py").write_text(
+        "import srpo_kernels as sk\nsk.register_policy_loss('mine', lambda rows: -rows.advantages * rows.log_probs)\n"
+    )
+    assert "srpo_mine" in self_check(tmp_path, "auto", VERL_USE_EXTERNAL_MODULES="my_losses").stdout
+
     switched_off = self_check(tmp_path, "none")
     assert switched_off.returncode == 1
     assert "has not loaded the plugin" in switched_off.stdout

@@ -63,7 +63,7 @@ def test_defaults_are_the_papers() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"loss_type": "ppo"}, "loss_type must be one of ('grpo', 'cispo', 'gspo', 'luspo', 'sapo', 'reinforce')"),
+        ({"loss_type": "ppo"}, f"loss_type must be one of {LOSS_TYPES}, got 'ppo'"),
         ({"kl_type": "k4"}, "kl_type must be one of ('k1', 'k2', 'k3'), got 'k4'"),
         ({"divergence": "kl"}, "divergence must be one of ('forward_kl', 'reverse_kl', 'jsd'), got 'kl'"),
         ({"distillation_mode": "top"}, "distillation_mode must be one of ('full', 'topk', 'sampled')"),

@@ -11,9 +11,9 @@ import torch
 
 import reference
 from reference import distillation
+from srpo_kernels.losses.config import LOSS_TYPES
 
 Make = Callable[..., Any]
-LOSS_TYPES = ("grpo", "cispo", "gspo", "sapo", "reinforce")
 REDUCTIONS = ("token", "sequence", "constant")
 
 

@@ -20,10 +20,10 @@ _LOSSES: dict[str, tuple[str, str]] = {
     "dr_grpo": ("grpo", "constant"),
     "cispo": ("cispo", "token"),
     "sapo": ("sapo", "sequence"),
+    "luspo": ("luspo", "sequence"),
 }
 _REFUSED_LOSSES = {
     "bnpo": "it divides by the tokens of a micro-batch; 'dapo' divides by those of the optimizer batch",
-    "luspo": "it sums over a sequence",
     "vespo": "its weights are not in srpo_loss",
 }
 # Options of TRL that need something the fused loss does not have: the one value that is accepted, and why.
@@ -39,6 +39,20 @@ _FIXED: dict[str, tuple[Any, str]] = {
 TEACHER_TEMPLATE = (
     "{prompt}\n\nHere is a correct solution:\n\n{solution}\n\nNow solve the original problem, in your own words."
 )
+
+
+def resolve_loss_type(loss_type: str) -> tuple[str, str]:
+    """The policy loss and the reduction of a name of TRL's, or of a registered loss, which is per token.
+
+    Raises ValueError for other names.
+    """
+    if loss_type in _LOSSES:
+        return _LOSSES[loss_type]
+    if loss_type in sk.POLICY_LOSSES:
+        return loss_type, "token"
+    reason = _REFUSED_LOSSES.get(loss_type, "it is unknown")
+    names = tuple(dict.fromkeys((*_LOSSES, *sk.POLICY_LOSSES)))
+    raise ValueError(f"loss_type must be one of {names}, got {loss_type!r}: {reason}")
 
 
 @dataclass
@@ -119,9 +133,9 @@ class SRPOTrainerConfig(GRPOConfig):
 
         Raises ValueError for a value that the loss does not take.
         """
-        loss_type, reduction = _LOSSES[self.loss_type]
+        loss_type, reduction = resolve_loss_type(self.loss_type)
         epsilon_low, epsilon_high = self.epsilon, self.epsilon if self.epsilon_high is None else self.epsilon_high
-        if self.importance_sampling_level == "sequence":
+        if self.importance_sampling_level == "sequence" and loss_type == "grpo":
             loss_type = "gspo"
         if loss_type == "cispo":
             # TRL's bound of the ratio is epsilon_high itself, and there is no lower one.
@@ -150,6 +164,9 @@ class SRPOTrainerConfig(GRPOConfig):
             "reduction": reduction,
             "max_length": self.max_completion_length if reduction == "constant" else None,
         }
+        if loss_type == "sapo":
+            temperatures = self.sapo_temperature_pos, self.sapo_temperature_neg
+            options["loss_options"] = dict(zip(("tau_positive", "tau_negative"), temperatures, strict=True))
         return sk.SRPOConfig.from_alpha(self.distillation_alpha, **options)
 
     def _accumulation_steps(self, questions: int) -> int:
@@ -200,22 +217,17 @@ class SRPOTrainerConfig(GRPOConfig):
         for name, (accepted, reason) in _FIXED.items():
             if getattr(self, name) != accepted:
                 raise ValueError(f"{name} must be {accepted!r} with SRPOTrainer, got {getattr(self, name)!r}: {reason}")
-        if self.loss_type not in _LOSSES:
-            reason = _REFUSED_LOSSES.get(self.loss_type, "it is unknown")
-            raise ValueError(f"loss_type must be one of {tuple(_LOSSES)}, got {self.loss_type!r}: {reason}")
-        loss_type, reduction = _LOSSES[self.loss_type]
-        if self.importance_sampling_level not in ("token", "sequence"):
+        loss_type, reduction = resolve_loss_type(self.loss_type)
+        levels = {"grpo": ("token", "sequence"), "luspo": ("sequence",)}.get(loss_type, ("token",))
+        if self.importance_sampling_level not in levels:
             raise ValueError(
-                f"importance_sampling_level must be 'token' or 'sequence', got {self.importance_sampling_level!r}"
+                f"importance_sampling_level must be {' or '.join(map(repr, levels))} with "
+                f"loss_type={self.loss_type!r}, got {self.importance_sampling_level!r}"
             )
-        if self.importance_sampling_level == "sequence" and loss_type != "grpo":
+        if loss_type == "luspo" and self.beta != 0.0:
             raise ValueError(
-                f"importance_sampling_level must be 'token' with loss_type={self.loss_type!r}, got 'sequence'"
-            )
-        if self.loss_type == "sapo" and (self.sapo_temperature_pos, self.sapo_temperature_neg) != (1.0, 1.05):
-            raise ValueError(
-                "sapo_temperature_pos and sapo_temperature_neg must be 1.0 and 1.05, got "
-                f"{self.sapo_temperature_pos!r} and {self.sapo_temperature_neg!r}: srpo_loss has these alone"
+                f"beta must be 0 with loss_type='luspo', got {self.beta!r}: TRL sums the KL over a sequence, srpo_loss "
+                "takes its mean"
             )
         if self.beta != 0.0 and self.use_bias_correction_kl:
             raise ValueError(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import srpo_kernels as sk
-from srpo_kernels.integrations.trl.config import SRPOTrainerConfig
+from srpo_kernels.integrations.trl.config import SRPOTrainerConfig, resolve_loss_type
 
 
 def micro_batch_metrics(
@@ -41,7 +41,7 @@ def micro_batch_metrics(
     extremes: dict[str, float] = {}
     if args.loss_type == "cispo":
         shares["cispo_clip_ratio"] = _share((ratio > epsilon_high) & (advantages > 0.0), mask)
-    elif args.loss_type != "sapo":
+    elif resolve_loss_type(args.loss_type)[0] in ("grpo", "luspo"):
         bounded = ratio if args.delta is None else ratio.clamp(max=args.delta)
         low = (bounded < 1.0 - args.epsilon) & (advantages < 0.0)
         high = (bounded > 1.0 + epsilon_high) & (advantages > 0.0)

@@ -1,7 +1,7 @@
 """A plugin of verl: its policy-loss and distillation-loss hooks, computed by srpo_kernels.
 
-verl imports this through the entry-point group ``verl.plugins``. It registers the policy losses ``srpo_grpo``,
-``srpo_gspo``, ``srpo_cispo``, ``srpo_sapo`` and ``srpo_reinforce`` and the distillation loss ``srpo_sampled``.
+verl imports this through the entry-point group ``verl.plugins``. It registers every policy loss that ``srpo_kernels``
+has by then, as ``srpo_grpo`` and so on, and the distillation loss ``srpo_sampled``.
 
 A policy-loss hook is handed log-probs, a distillation-loss hook those of the student and of a teacher at the sampled
 token: neither has hidden states, the LM head, or the teacher's distribution. So full-vocabulary divergences, the
@@ -21,29 +21,31 @@ from verl.workers.utils.padding import no_padding_2_padding
 
 import srpo_kernels as sk
 
-POLICY_LOSSES = {f"srpo_{name}": name for name in ("grpo", "gspo", "cispo", "sapo", "reinforce")}
+POLICY_LOSSES = {f"srpo_{name}": name for name in sk.POLICY_LOSSES}
 DISTILLATION_LOSS = "srpo_sampled"
 REFUSED = ("srpo", "sdpo")
 
-# Of verl's losses but gspo.
+# Of verl's losses that have a ratio per token.
 _LOG_RATIO_CLAMP = 20.0
 
 
 def loss_config(loss_type: str, config: Any) -> sk.SRPOConfig:
     """The options of verl's ``ActorConfig`` as those of a policy loss.
 
-    ``clip_ratio_low``, ``clip_ratio_high`` (``clip_ratio`` where None) and, for ``grpo``, ``clip_ratio_c``, the dual
-    clip. Raises ValueError for SAPO temperatures other than 1.0 and 1.05.
+    ``clip_ratio_low``, ``clip_ratio_high`` (``clip_ratio`` where None); for losses that read it and have a ratio per
+    token, ``clip_ratio_c`` as the dual clip; ``tau_pos`` and ``tau_neg`` for ``sapo``.
     """
-    if loss_type == "sapo" and (config.tau_pos, config.tau_neg) != (1.0, 1.05):
-        raise ValueError(f"tau_pos and tau_neg must be 1.0 and 1.05, got {config.tau_pos!r} and {config.tau_neg!r}")
+    loss = sk.POLICY_LOSSES[loss_type]
+    has_dual_clip = "dual_clip" in loss.fields and not loss.whole_sequences
     low, high = config.clip_ratio_low, config.clip_ratio_high
     options: dict[str, Any] = {
         "loss_type": loss_type,
         "epsilon_low": config.clip_ratio if low is None else low,
         "epsilon_high": config.clip_ratio if high is None else high,
-        "dual_clip": config.get("clip_ratio_c", 3.0) if loss_type == "grpo" else None,
+        "dual_clip": config.get("clip_ratio_c", 3.0) if has_dual_clip else None,
     }
+    if loss_type == "sapo":
+        options["loss_options"] = {"tau_positive": config.tau_pos, "tau_negative": config.tau_neg}
     return sk.SRPOConfig(**options)
 
 
@@ -75,7 +77,7 @@ def _policy_loss(loss_type: str) -> Any:
             loss_mat=terms.loss, loss_mask=response_mask, loss_agg_mode=loss_agg_mode, **config.global_batch_info
         )
         log_ratio = (log_prob.detach() - old_log_prob).masked_fill(~mask, 0.0)
-        if loss_type != "gspo":
+        if not sk.POLICY_LOSSES[loss_type].whole_sequences:
             # verl's metrics are of the ratio that its loss has.
             log_ratio = log_ratio.clamp(-_LOG_RATIO_CLAMP, _LOG_RATIO_CLAMP)
         clip = terms.clip_low | terms.clip_high
