@@ -20,6 +20,10 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --no-compile --disable-pip-version-check --constraint constraints.txt
 INPUTS := pyproject.toml constraints.txt
 
+# Tensors of tests are small: two processes of one thread take half the time of one with two.
+WORKERS ?= --numprocesses 2 --dist worksteal
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(WORKERS)
+
 # The demo's model is a file of a package: no hub is asked for one, unless HF_HUB_OFFLINE=0.
 export HF_HUB_OFFLINE ?= 1
 
@@ -29,7 +33,7 @@ demo: $(VENV)/demo.stamp
 	$(BIN)/python -m examples.train_smollm2 $(ARGS)
 
 test: $(VENV)/dev.stamp
-	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+	$(PYTEST) -m "not slow" $(ARGS)
 
 check: $(VENV)/dev.stamp
 	$(BIN)/ruff check .
@@ -45,7 +49,7 @@ test-versions:
 	$(VERSION_VENV)/bin/python -m pip install --no-compile --disable-pip-version-check \
 		--constraint $(VERSION_VENV)/constraints.txt 'torch==$(TORCH)' $(if $(WITH),'$(WITH)') \
 		--editable '.[test,triton,verify]' matplotlib pandas psutil scipy
-	$(VERSION_VENV)/bin/python -m pytest -m "not slow" $(ARGS)
+	OMP_NUM_THREADS=1 $(VERSION_VENV)/bin/python -m pytest $(WORKERS) -m "not slow" $(ARGS)
 
 bench: $(VENV)/dev.stamp
 	$(BIN)/python -m benchmarks speed
