@@ -39,6 +39,9 @@ class Objective(Protocol):
     def evaluate(self, rows: ObjectiveRows) -> tuple[Tensor, Tensor | None]:
         """The losses of rows ``[n]``, and what multiplies all gradients of earlier calls, None for 1."""
 
+    def judge(self, rows: ObjectiveRows, losses: Tensor, gradients: RowGradients) -> None:
+        """See what came of an evaluation."""
+
     def widen(self, names: frozenset[str]) -> None:
         """Add statistics, with their gradient, to those of ``reads``: a call has turned out to need them."""
 
@@ -68,13 +71,13 @@ def evaluate(
     rows = ObjectiveRows(leaves, inputs, sequences, num_taught, active=active)
     with torch.set_grad_enabled(gradient):
         losses, rescale = objective.evaluate(rows)
-    if not gradient:
-        return Evaluation(losses, RowGradients(), rescale)
-    variables = {name: leaves[name] for name in DIFFERENTIABLE if name in leaves}
-    found: tuple[Tensor | None, ...] = (None,) * len(variables)
-    if losses.requires_grad:
+    gradients = RowGradients()
+    if gradient and losses.requires_grad:
+        variables = {name: leaves[name] for name in DIFFERENTIABLE if name in leaves}
         found = torch.autograd.grad(losses, list(variables.values()), torch.ones_like(losses), allow_unused=True)
-    return Evaluation(losses.detach(), RowGradients(**dict(zip(variables, found, strict=True))), rescale)
+        gradients = RowGradients(**dict(zip(variables, found, strict=True)))
+    objective.judge(rows, losses, gradients)
+    return Evaluation(losses.detach(), gradients, rescale)
 
 
 class CustomObjective:
@@ -125,8 +128,9 @@ class CustomObjective:
 
     def widen(self, names: frozenset[str]) -> None:
         """Read these too, with their gradient."""
-        if names <= self._names and names <= self._gradients:
-            raise RuntimeError(f"{self.name} asks again for {sorted(names)}, which it has")
+        others = sorted(names - {*STUDENT, *TEACHER})
+        if others:
+            raise ValueError(f"{self.name} reads {others} of its rows, which only srpo_loss can")
         self._names |= names
         self._gradients |= names & frozenset(STUDENT)
 
@@ -158,8 +162,12 @@ class CustomObjective:
             )
         if torch.is_grad_enabled() and len(rows):
             self._check_graph(losses, rows)
-        self._bad.append(losses.detach().isnan() & rows.finite())
         return losses, None
+
+    def judge(self, rows: ObjectiveRows, losses: Tensor, gradients: RowGradients) -> None:
+        """Note where a loss or a gradient is NaN that its row is no reason for."""
+        nan = torch.stack([x.isnan() for x in (losses.detach(), *gradients) if x is not None]).any(0)
+        self._bad.append(nan & rows.finite())
 
     def _check_graph(self, losses: Tensor, rows: ObjectiveRows) -> None:
         own = {id(x) for x in rows.tensors().values()}
@@ -176,14 +184,18 @@ class CustomObjective:
             )
 
     def check_values(self) -> None:
-        """Raise ValueError where the losses were NaN though the row's statistics were finite: one host read."""
+        """Raise ValueError where ``judge`` has noted a row: one host read."""
         bad = torch.cat(self._bad) if self._bad else None
         if bad is not None and (count := int(bad.sum())):
-            raise ValueError(f"{self.name} is NaN for {count} of {len(bad)} rows, whose statistics are finite")
+            raise ValueError(
+                f"{self.name} is NaN, or its gradient is, for {count} of {len(bad)} rows, whose statistics are finite"
+            )
 
 
 def _leaves(output: Tensor) -> Iterator[Tensor]:
     """The leaves of a graph that require a gradient."""
+    if output.grad_fn is None and output.requires_grad:
+        yield output
     seen, nodes = set(), [output.grad_fn]
     while nodes:
         node = nodes.pop()

@@ -19,6 +19,7 @@ from srpo_kernels.losses.log_ratio import bounded, clipped_is_weights, ref_kl
 from srpo_kernels.losses.registry import PolicyRows, policy_loss_of
 from srpo_kernels.losses.rows import ObjectiveRows
 from srpo_kernels.losses.sequences import Sequences
+from srpo_kernels.rows.contract import RowGradients
 
 METRICS = (
     "policy_loss_sum",
@@ -149,6 +150,9 @@ class SRPOObjective:
                 return frozenset(names), frozenset({"support_log_probs", "log_tail"}) & names
             case unknown:
                 refuse_name("distillation_mode", unknown)
+
+    def judge(self, rows: ObjectiveRows, losses: Tensor, gradients: RowGradients) -> None:
+        """The engine counts the rows that are not finite."""
 
     def widen(self, names: frozenset[str]) -> None:
         """It reads what it says, always."""

@@ -104,6 +104,7 @@ def test_all_statistics_at_once(backend: str, divergence: str, softcap: float | 
 
 SUBSETS: dict[str, Any] = {
     "log_probs": lambda rows: -rows.log_probs * rows.advantages,
+    "log_probs as they are": lambda rows: rows.log_probs,
     "entropy": lambda rows: -rows.entropy * rows.advantages,
     "divergence": lambda rows: rows.divergence * rows.advantages,
     "log_probs, entropy": lambda rows: rows.log_probs * rows.entropy,
@@ -255,7 +256,9 @@ REFUSED: list[tuple[Any, type[Exception], str]] = [
     (lambda rows: rows.log_probs * PARAMETER.sum(), ValueError, r"tensor of shape \[3\] that requires a gradient"),
     (changes_inputs, ValueError, r"changes_inputs must not change its rows in place.*\['advantages'\]"),
     (changes_statistics, ValueError, r"must not change its rows in place.*\['log_probs'\]"),
-    (lambda rows: rows.log_probs * torch.nan, ValueError, r"is NaN for \d+ of \d+ rows"),
+    (lambda rows: rows.log_probs * torch.nan, ValueError, r"is NaN, or its gradient is, for \d+ of \d+ rows"),
+    (lambda rows: torch.where(rows.clipped, 0.0, rows.log_probs) + (rows.log_probs * 0).sqrt(), ValueError, "is NaN"),
+    (lambda rows: rows.support_log_probs.sum(1), ValueError, r"reads \['support_log_probs'\] of its rows"),
     (lambda rows: rows.log_probs * rows.rewards, AttributeError, "rows have no 'rewards'.*advantages"),
     (lambda rows: rows.sequence_mean(rows.log_probs), ValueError, "needs whole_sequences=True"),
 ]
