@@ -199,7 +199,7 @@ def _oracle_policy(case: Case, inputs: Inputs) -> Results:
         for name in ("old_log_probs", "ref_log_probs", "is_weights", "entropy")
     )
     ratio = policy.importance_ratio(log_probs, old, sequences, config)
-    loss = policy.policy_loss(ratio, log_probs, advantages, config) * (1.0 if weights is None else weights)
+    loss = policy.policy_loss(ratio, log_probs, advantages, config, sequences) * (1.0 if weights is None else weights)
     ref_kl = (
         torch.zeros_like(loss)
         if ref is None
