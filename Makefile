@@ -57,6 +57,7 @@ bench: $(VENV)/dev.stamp
 	$(BIN)/python -m benchmarks accuracy
 	$(BIN)/python -m benchmarks scaling
 	$(BIN)/python -m benchmarks trainers
+	$(BIN)/python -m benchmarks objectives
 	TRITON_INTERPRET=1 $(BIN)/python -m benchmarks cost --csv benchmarks/results/cost.csv --docs docs/kernels.md
 	$(BIN)/python -m benchmarks report
 

@@ -5,6 +5,7 @@ import tyro
 from benchmarks.accuracy import accuracy
 from benchmarks.costs.command import cost
 from benchmarks.memory import memory
+from benchmarks.objectives import objectives
 from benchmarks.report import report
 from benchmarks.scaling import scaling
 from benchmarks.speed import speed
@@ -19,6 +20,7 @@ if __name__ == "__main__":
             "accuracy": accuracy,
             "scaling": scaling,
             "trainers": trainers,
+            "objectives": objectives,
             "cost": cost,
             "report": report,
             "wire": wire,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -11,7 +11,7 @@ import torch
 from benchmarks import tables
 from benchmarks.cases import Case, DtypeName, HeadName, Workload, make_batch
 from benchmarks.processes import extra_resident_bytes, fresh_peak
-from benchmarks.providers import COMPARED, ProviderName, prepare
+from benchmarks.providers import COMPARED, ProviderName, Step, prepare
 from benchmarks.providers.fused import peak_limit
 from benchmarks.results import RESULTS, Measurement, ResultsFile, resolve_device, single
 
@@ -63,7 +63,9 @@ def peaks(case: Case, provider: ProviderName, device: torch.device, threads: int
         yield Measurement(case, provider, "peak_limit_bytes", single(peak_limit(case)))
 
 
-def measure_peak(case: Case, provider: ProviderName, device: torch.device, threads: int) -> int | None:
+def measure_peak(
+    case: Case, provider: str, device: torch.device, threads: int, prepare: Callable[..., Step] = prepare
+) -> int | None:
     """Extra peak bytes of one step in this process, which must be a fresh one; None where the system does not tell.
 
     On a CPU it is the highest resident set of the process during the step less the resident set before it, when

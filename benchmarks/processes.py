@@ -13,7 +13,7 @@ from unittest.mock import patch
 
 import psutil
 
-from benchmarks.providers import ProviderName, Unsupported
+from benchmarks.providers import Unsupported
 from benchmarks.results import Measured, Measurement, single
 
 T = TypeVar("T")
@@ -26,7 +26,7 @@ _RETURN_FREED_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(1 << 20), "MALLOC_TRIM_THR
 
 
 def fresh_peak(
-    case: Measured, provider: ProviderName, measure: Callable[..., int | None], *arguments: object
+    case: Measured, provider: str, measure: Callable[..., int | None], *arguments: object
 ) -> Iterator[Measurement[Measured]]:
     """The peak that ``measure`` finds in a process of its own, or why there is none; nothing where it finds None."""
     try:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from benchmarks import pictures, trainers
+from benchmarks import objectives, pictures, trainers
 from benchmarks.cases import HeadName, Workload
 from benchmarks.providers import REGISTRY
 from benchmarks.results import RESULTS, describe_environment, read_csv
@@ -37,8 +37,8 @@ def report(
     """Draw the pictures and write the tables of `docs/benchmarks.md` and of the README from the CSV files.
 
     Args:
-        results: folder with speed.csv, accuracy.csv and scaling.csv; where memory.csv or trainers.csv is not there, the
-            command that writes it takes the place of its table.
+        results: folder with speed.csv, accuracy.csv and scaling.csv; where memory.csv, trainers.csv or objectives.csv
+            is not there, the command that writes it takes the place of its table.
         document: takes every table, between its markers.
         readme: takes the summary, between its markers.
         figures: folder for the pictures.
@@ -68,6 +68,7 @@ def report(
             "accuracy": _accuracy(accuracy),
             "scaling": _scaling(scaling),
             "trainers": _optional(results, "trainers", lambda cells: markdown_table(*trainers.table(cells))),
+            "objectives": _optional(results, "objectives", lambda cells: markdown_table(*objectives.table(cells))),
         },
     )
     in_trainers = _optional(results, "trainers", trainers.summary)

@@ -14,7 +14,6 @@ from typing import Generic, NamedTuple, Protocol, TypeVar
 import pandas as pd
 import torch
 
-from benchmarks.providers import ProviderName
 from benchmarks.timing import Quantiles
 
 RESULTS = Path(__file__).parent / "results"
@@ -40,7 +39,7 @@ class Measurement(NamedTuple, Generic[Measured]):
     """One number of a provider on a case, or the ``reason`` why there is none."""
 
     case: Measured
-    provider: ProviderName
+    provider: str
     metric: str
     values: Quantiles | None
     reason: str = ""

@@ -35,8 +35,8 @@ def console() -> Console:
     return console
 
 
-def case_table(case: Case, measurements: Sequence[Measurement[Case]]) -> Table:
-    """Every provider on one case; without the columns that nothing stands in."""
+def case_table(case: Case, measurements: Sequence[Measurement[Case]], truth: str = "the naive loss") -> Table:
+    """Every provider on one case; without the columns that nothing stands in. Differences are from ``truth``."""
     lines: list[dict[str, str]] = []
     for provider in dict.fromkeys(m.provider for m in measurements):
         mine = {m.metric: m for m in measurements if m.provider == provider}
@@ -56,7 +56,7 @@ def case_table(case: Case, measurements: Sequence[Measurement[Case]]) -> Table:
         )
     table = Table(
         title=f"{case.name}: H = {case.hidden_size:,}, V = {case.vocabulary:,}, {case.rows:,} rows",
-        caption="median (p20-p80); differences of loss, dX and dW are from the naive loss",
+        caption=f"median (p20-p80); differences of loss, dX and dW are from {truth}",
         box=box.SIMPLE_HEAD,
     )
     columns = [name for name in lines[0] if any(line[name] not in ("", _MISSING) for line in lines)]

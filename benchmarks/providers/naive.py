@@ -61,10 +61,10 @@ def prepare(batch: Batch) -> Step:
     return autograd_step(loss, batch)
 
 
-def require_memory(batch: Batch, buffers: Buffers = _EAGER) -> None:
-    """Raise Unsupported where full logits and what autograd keeps of them do not fit."""
+def require_memory(batch: Batch, buffers: Buffers = _EAGER, beside: int = 0) -> None:
+    """Raise Unsupported where full logits, what autograd keeps of them and ``beside`` bytes do not fit."""
     logits = 4 * batch.target_ids.numel() * len(batch.weight)
-    needed = logits * (buffers.distillation if batch.distills else buffers.policy)
+    needed = beside + logits * (buffers.distillation if batch.distills else buffers.policy)
     available = available_bytes(batch.hidden.device)
     if needed > available:
         raise Unsupported(f"needs about {needed / 2**30:.0f} GiB, {available / 2**30:.0f} GiB are free")

@@ -20,9 +20,10 @@ _UNUSED = ("ref_log_probs", "sequence_ids")
 
 def objective(rows: Any) -> Tensor:
     """The losses of rows that have all statistics, ``[n]``."""
-    loss: Tensor = -(rows.log_probs - rows.old_log_probs).exp() * rows.advantages * rows.is_weights
+    losses: Tensor = -(rows.log_probs - rows.old_log_probs).exp() * rows.advantages * rows.is_weights
     certainty = (-0.1 * rows.teacher_entropy).exp() + 0.1 * rows.teacher_log_probs.exp()
-    return loss + certainty * rows.divergence - 0.1 * rows.entropy
+    losses = losses + certainty * rows.divergence - 0.1 * rows.entropy
+    return losses
 
 
 def library(**arguments: Any) -> FusedOutput:
@@ -45,6 +46,7 @@ def oracle(*, config: SRPOConfig, project: Any, **arguments: Any) -> FusedOutput
     per_row = rows if taught is None else rows | {"has_teacher": taught}
     inputs = {name: (x if x.shape == ids.shape else x[:, None].expand_as(ids))[mask] for name, x in per_row.items()}
     has_teacher = inputs.pop("has_teacher", 1.0)
+    assert stats.divergence is not None
     valid = SimpleNamespace(
         log_probs=stats.log_probs[mask],
         entropy=stats.entropy[mask],

@@ -15,10 +15,11 @@ import torch
 pytest.importorskip("tyro")
 pytest.importorskip("rich")
 
-from benchmarks import pictures
+from benchmarks import objectives, pictures
 from benchmarks.agreement import compare
 from benchmarks.cases import Case, make_batch
 from benchmarks.memory import measure_peak
+from benchmarks.own_losses import WAYS
 from benchmarks.processes import in_fresh_process
 from benchmarks.providers import PROVIDERS, ProviderName, Result, Unsupported, prepare
 from benchmarks.report import report
@@ -114,7 +115,7 @@ def test_scaling_and_report_make_the_documents(run: Run, tmp_path: Path) -> None
     run("scaling", "--head", "tiny", *sweep, *options, "--out", tmp_path / "scaling.csv")
 
     document, readme = tmp_path / "benchmarks.md", tmp_path / "README.md"
-    markers = ("providers", "speed", "memory", "memory:many-rows", "accuracy", "scaling", "trainers")
+    markers = ("providers", "speed", "memory", "memory:many-rows", "accuracy", "scaling", "trainers", "objectives")
     document.write_text("".join(f"<!-- {name} -->\n<!-- /{name} -->\n" for name in markers))
     readme.write_text("before\n<!-- performance -->\nold\n<!-- /performance -->\nafter\n")
     report(tmp_path, document, readme, tmp_path / "figures")
@@ -191,6 +192,37 @@ def test_trainers_take_turns(run: Run, tmp_path: Path) -> None:
     assert lines["groups without a correct one"].tolist() == ["0%", "50%"]
 
 
+def test_a_loss_of_ones_own_is_the_same_in_every_way(run: Run, tmp_path: Path) -> None:
+    out = tmp_path / "objectives.csv"
+    ways = [name for name in WAYS if name not in COMPILED]
+    options = ["--heads", "tiny", "--rounds", "1", "--threads", "1", "--device", "cpu", "--out", out]
+    run("objectives", *options, "--ways", "bare", *ways)
+    cells = read_csv(out).set_index(["workload", "provider", "metric"])
+    for workload in ("policy", "jsd"):
+        for way in ways:
+            if (workload, way) == ("jsd", "srpo_loss"):
+                assert cells.loc[workload, way, "seconds"]["reason"] == "GRPO alone"
+                continue
+            assert cells.loc[workload, way, "ratio_to_bare"]["median"] > 0
+            for quantity in ("loss", "grad_hidden", "grad_weight"):
+                assert cells.loc[workload, way, f"{quantity}_difference"]["median"] < 1e-5
+    lines, caption = objectives.table(read_csv(out))
+    assert lines["loss"].tolist() == ["GRPO", "ratio, JSD and entropy"]
+    assert lines["srpo_loss"].tolist()[1] == "GRPO alone"
+    assert "`fused_loss`" in caption
+    # A time and a peak.
+    peaks = Path("/proc/self/status").exists()
+    assert all(cell.count("/") == peaks for cell in lines["fused_loss"])
+
+
+@pytest.mark.slow
+def test_a_compiled_loss_of_ones_own_is_the_same() -> None:
+    for workload in ("policy", "jsd"):
+        batch = make_batch(Case("tiny", workload, 128))
+        expected, compiled = (objectives.prepare(way, batch)() for way in ("naive", "naive-compiled"))
+        torch.testing.assert_close(compiled[:3], expected[:3])
+
+
 def test_a_run_that_was_stopped_is_resumed(run: Run, tmp_path: Path) -> None:
     out = tmp_path / "speed.csv"
     options = ["--heads", "tiny", "--providers", "srpo_kernels", "--rounds", "1", "--no-memory", "--device", "cpu"]
@@ -228,13 +260,15 @@ def test_exponents_are_those_of_a_power_law() -> None:
     assert fit["exponent"] == pytest.approx(1.5)
 
 
-@pytest.mark.parametrize("command", ["", "speed", "memory", "accuracy", "scaling", "trainers", "report", "cost"])
+COMMANDS = ["speed", "memory", "accuracy", "scaling", "trainers", "objectives", "report", "cost"]
+
+
+@pytest.mark.parametrize("command", ["", *COMMANDS])
 def test_help_reads_well(command: str, run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
         run(*filter(None, [command]), "--help")
     printed = capsys.readouterr().out
-    expected = ["speed", "memory", "accuracy", "cost", "scaling", "trainers", "report"] if not command else ["--"]
-    assert all(word in printed for word in expected)
+    assert all(word in printed for word in (["--"] if command else COMMANDS))
 
 
 def test_rounds_rotate_and_quantiles_are_ordered() -> None:

@@ -22,6 +22,7 @@ from transformers import (
 )
 from trl import GRPOConfig
 
+import srpo_kernels as sk
 from srpo_kernels.integrations.trl import SRPOTrainer, SRPOTrainerConfig
 from srpo_kernels.integrations.trl.head import LogitTransform, add_hidden_output, check_head, logit_transform
 from srpo_kernels.integrations.trl.teacher import teacher_prompt
@@ -70,6 +71,29 @@ def test_what_the_loss_cannot_do_is_refused_by_name(name: str) -> None:
 def test_a_loss_type_is_refused_with_a_reason(loss_type: str) -> None:
     with pytest.raises(ValueError, match=r"loss_type must be one of .*: (it|its) "):
         config(loss_type=loss_type)
+
+
+def test_a_registered_loss_trains(tmp_path: Path) -> None:
+    sk.register_policy_loss("mine", lambda rows: -rows.advantages * rows.log_ratio.exp())
+    try:
+        trainer = tiny_trainer(ScriptedSRPO, tmp_path, loss_type="mine")
+        loss = trainer.args.loss_config()
+        assert (loss.loss_type, loss.reduction) == ("mine", "token")
+        trainer.train()
+    finally:
+        del sk.POLICY_LOSSES["mine"]
+    with pytest.raises(ValueError, match=r"'reinforce'.*got 'mine': it is unknown"):
+        config(loss_type="mine")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({}, "importance_sampling_level must be 'sequence'"), ({"beta": 0.1}, "beta must be 0")],
+)
+def test_luspo_is_of_sequences_without_a_kl(options: dict[str, Any], message: str) -> None:
+    level = {"importance_sampling_level": "sequence"} if options else {}
+    with pytest.raises(ValueError, match=message):
+        config(loss_type="luspo", **options, **level)
 
 
 def test_the_default_bound_is_none_for_cispo() -> None:

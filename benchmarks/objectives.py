@@ -1,0 +1,210 @@
+"""A loss of one's own: through ``fused_loss``, through ``token_stats``, and with full logits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal, get_args
+
+import pandas as pd
+import torch
+from rich.console import Console
+
+from benchmarks import providers, tables
+from benchmarks.agreement import TOLERANCES, Errors, relative_error
+from benchmarks.cases import HEADS, Batch, Case, HeadName, Workload, make_batch
+from benchmarks.memory import measure_peak
+from benchmarks.own_losses import WAYS, with_full_logits
+from benchmarks.processes import fresh_peak
+from benchmarks.providers import Result, Step, Unsupported, autograd_step, naive
+from benchmarks.providers.naive_compiled import require_compiler
+from benchmarks.results import RESULTS, Measurement, ResultsFile, describe_environment, read_csv, resolve_device, single
+from benchmarks.timing import Rounds, interleave, quantiles
+from tools.documents import rich_table
+
+Loss = Literal["grpo", "own"]
+Way = Literal["bare", "fused_loss", "token_stats", "srpo_loss", "naive", "naive-compiled"]
+
+# The kind of batch: policy rows, or rows that all have a teacher.
+_WORKLOADS: dict[Loss, Workload] = {"grpo": "policy", "own": "jsd"}
+_MEANINGS = {"policy": "GRPO", "jsd": "ratio, JSD and entropy"}
+_ALL_HEADS: tuple[HeadName, ...] = tuple(name for name in HEADS if name != "tiny")
+# In buffers of the logits' size, at the peak.
+_COMPILED, _EXACT = naive.Buffers(4, 6), naive.Buffers(10, 26)
+
+
+def objectives(
+    heads: tuple[HeadName, ...] = _ALL_HEADS,
+    losses: tuple[Loss, ...] = get_args(Loss),
+    rows: int | None = None,
+    ways: tuple[Way, ...] = get_args(Way),
+    rounds: int = 5,
+    budget: float = 45.0,
+    device: Literal["auto", "cpu", "cuda"] = "auto",
+    threads: int = torch.get_num_threads(),
+    memory: bool = True,
+    resume: bool = False,
+    out: Path = RESULTS / "objectives.csv",
+) -> None:
+    """Time, extra peak memory and error of a loss that a user writes in ten lines, in every way to compute it.
+
+    ``grpo`` is the clipped ratio; ``own`` is a ratio, a JSD and an entropy bonus at once, every row with a teacher.
+    Both are in fp32, forward and backward to dX and dW. Ways take turns, and must agree with the loss and the gradients
+    of full logits in fp64 before they are timed.
+
+    Args:
+        heads: LM heads by the model they are of; `tiny` is for trying out.
+        losses: what to compute.
+        rows: positions of a batch, a multiple of 32; each head's own number if not given.
+        ways: `bare` is the unavoidable matrix products; `srpo_loss` computes GRPO alone.
+        rounds: times that every way runs, at most.
+        budget: seconds of a case after which no round begins, but for the first three.
+        device: auto is a GPU where there is one.
+        threads: threads of torch.
+        memory: measure peak memory too.
+        resume: keep the cases that are in `out` already and measure the others.
+        out: CSV file to write; without `resume` one that is there is replaced.
+    """
+    if rounds < 1:
+        raise SystemExit(f"rounds must be >= 1, got {rounds}")
+    torch.set_num_threads(threads)
+    where = resolve_device(device)
+    console = tables.console()
+    file = ResultsFile(out, where, threads, resume=resume)
+    cases = [Case(head, _WORKLOADS[loss], rows or _rows(head, where)) for head in heads for loss in losses]
+    for case in file.missing(cases):
+        cells = list(_measure(case, ways, Rounds(rounds, budget), where, threads, memory, console))
+        file.add(cells)
+        console.print(tables.case_table(case, cells, "full logits in fp64"))
+    console.print(rich_table(*_titled(read_csv(out))))
+
+
+def prepare(way: str, batch: Batch) -> Step:
+    """The step of one way on one batch. Raises Unsupported where it cannot do it."""
+    if way == "bare":
+        return providers.prepare("bare", batch)
+    if way == "srpo_loss" and batch.distills:
+        raise Unsupported("GRPO alone")
+    loss = WAYS[way]
+    if way == "naive":
+        naive.require_memory(batch)
+    if way == "naive-compiled":
+        require_compiler(batch)
+        naive.require_memory(batch, _COMPILED)
+        torch._dynamo.reset()
+        loss = torch.compile(loss)
+    return autograd_step(lambda batch: (loss(batch), None), batch)
+
+
+def table(cells: pd.DataFrame) -> tuple[pd.DataFrame, str]:
+    """The numbers of ``objectives.csv``, a line per case, and what they are."""
+    lines = []
+    for _, group in cells.groupby(["head", "workload", "rows"], sort=False):
+        first, numbers = group.iloc[0], group.set_index(["provider", "metric"])["median"]
+        reasons = group[group["reason"] != ""].drop_duplicates("provider").set_index("provider")["reason"]
+        head = f"{first['head']} ({first['hidden_size']:,} × {first['vocab_size']:,}), {first['rows']:,} rows"
+        line = {"loss": _MEANINGS[first["workload"]], "head": head}
+        if ("bare", "seconds") in numbers:
+            line["bare, seconds"] = f"{numbers['bare', 'seconds']:.3g}"
+        for way in WAYS:
+            parts = [
+                f"{numbers[way, metric] / unit:{form}}"
+                for metric, unit, form in (("ratio_to_bare", 1.0, ".2f"), ("peak_bytes", 2.0**20, ",.0f"))
+                if (way, metric) in numbers and not pd.isna(numbers[way, metric])
+            ]
+            line[way] = " / ".join(parts) or reasons.get(way, "-")
+        lines.append(line)
+    errors = cells[cells["metric"] == "grad_weight_difference"].groupby("provider", sort=False)["median"].max()
+    worst = ", ".join(f"`{way}` {error:.1e}" for way, error in errors.items())
+    caption = (
+        "Time of forward and backward as a multiple of the bare products / extra peak memory in MiB, fp32, medians. "
+        f"Largest relative error of dW from fp64: {worst}. Measured on {describe_environment(cells)}."
+    )
+    return pd.DataFrame(lines), caption
+
+
+def _titled(cells: pd.DataFrame) -> tuple[pd.DataFrame, str, str]:
+    lines, caption = table(cells)
+    return lines, "a loss of one's own", caption
+
+
+def _rows(head: HeadName, device: torch.device) -> int:
+    return HEADS[head].gpu_rows if device.type == "cuda" else HEADS[head].cpu_rows
+
+
+def _measure(
+    case: Case,
+    ways: tuple[Way, ...],
+    rounds: Rounds,
+    device: torch.device,
+    threads: int,
+    memory: bool,
+    console: Console,
+) -> Iterator[Measurement[Case]]:
+    """Every way on one case; one that cannot do it gives its reason."""
+    with console.status(case.name) as status:
+
+        def progress(what: str) -> None:
+            status.update(f"{case.name}: {what}")
+
+        progress("making the batch")
+        batch = make_batch(case, device)
+        steps: dict[Way, Step] = {}
+        for way in ways:
+            try:
+                steps[way] = prepare(way, batch)
+            except Unsupported as reason:
+                yield Measurement(case, way, "seconds", None, str(reason))
+        progress("comparing losses and gradients")
+        errors = _errors(steps, batch, TOLERANCES[case.dtype])
+        seconds = interleave(steps, rounds, device, progress)
+        # The processes that measure memory need the room.
+        del batch, steps
+        for way, times in seconds.items():
+            yield Measurement(case, way, "seconds", quantiles(times))
+            if "bare" in seconds:
+                ratios = [a / b for a, b in zip(times, seconds["bare"], strict=True)]
+                yield Measurement(case, way, "ratio_to_bare", quantiles(ratios))
+            for quantity, error in errors[way]._asdict().items() if way in errors else ():
+                yield Measurement(case, way, f"{quantity}_difference", single(error))
+            if memory and way != "bare":
+                progress(f"memory, {way}")
+                yield from fresh_peak(case, way, measure_peak, case, way, device, threads, prepare)
+
+
+def _errors(steps: dict[Way, Step], batch: Batch, tolerance: float) -> dict[Way, Errors]:
+    """Run every step once, which also warms it up, and compare it with full logits in fp64; {} where these do not fit.
+
+    RuntimeError where they differ by more than ``tolerance``.
+    """
+    try:
+        exact = _exact(batch)
+    except Unsupported:
+        exact = None
+    errors: dict[Way, Errors] = {}
+    for way, step in steps.items():
+        result = step()
+        if way == "bare" or exact is None:
+            continue
+        errors[way] = Errors(*map(relative_error, result[:3], exact[:3]))
+        if not all(error < tolerance for error in errors[way]):
+            raise RuntimeError(f"{way} does not compute the same loss and gradients: {errors[way]}")
+    return errors
+
+
+def _exact(batch: Batch) -> Result:
+    """Of full logits in fp64, rounded to fp32 once it is there: far below any error that is measured."""
+    naive.require_memory(batch, _EXACT, beside=2 * 8 * batch.weight.numel())
+    leaves = [x.detach().double().requires_grad_() for x in (batch.hidden, batch.weight)]
+    wide = replace(
+        batch,
+        hidden=leaves[0],
+        weight=leaves[1],
+        teacher_hidden=batch.teacher_hidden.double(),
+        old_log_probs=batch.old_log_probs.double(),
+        advantages=batch.advantages.double(),
+    )
+    loss = with_full_logits(wide)
+    gradients = torch.autograd.grad(loss, leaves)
+    return Result(loss.detach().float(), gradients[0].float(), gradients[1].float(), None)
