@@ -27,8 +27,8 @@ _ELEMENTS_ACCELERATOR = 1 << 25
 # The most blocks that one pass allocates, and how many buffers it then works on.
 _SCRATCH_BLOCKS = 5
 _MOST_BUFFERS = _SCRATCH_BLOCKS + 2
-# Up to here a logit in bits is rounded to 2^-14 of a bit at most, where multiplying and subtracting are two operations.
-_MOST_BITS = 2.0**10
+# Up to here the maximum in bits is rounded to 2^-4 of a bit at most: an offset that the sum of a row has as well.
+_MOST_BITS = 2.0**20
 
 
 def scratch(vocab_size: int, device: torch.device) -> Scratch:
