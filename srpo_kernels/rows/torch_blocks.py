@@ -27,8 +27,9 @@ _ELEMENTS_ACCELERATOR = 1 << 25
 # The most blocks that one pass allocates, and how many buffers it then works on.
 _SCRATCH_BLOCKS = 5
 _MOST_BUFFERS = _SCRATCH_BLOCKS + 2
-# Up to here the maximum in bits is rounded to 2^-4 of a bit at most: an offset that the sum of a row has as well.
-_MOST_BITS = 2.0**20
+# Up to here the maximum in bits is rounded, an offset that the sum of a row has as well: of a token that has all of the
+# probability, the log-prob is then a rounding in place of 0, which a teacher's log-prob may multiply. Beyond, it is 0.
+_MOST_BITS = 2.0**10
 
 
 def scratch(vocab_size: int, device: torch.device) -> Scratch:

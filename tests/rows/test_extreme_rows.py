@@ -233,3 +233,16 @@ def test_no_divergence_is_negative(divergence: str, backend: str) -> None:
         value = token_stats(**heads(z, y), divergence=divergence, backend=backend).divergence
         assert value is not None
         assert (value >= 0).all()
+
+
+@each_backend
+@pytest.mark.parametrize("temperature", [1.0, 0.7, 3.0])
+@pytest.mark.parametrize("magnitude", [1e3, 1e4, 1e6])
+def test_the_log_prob_of_a_token_that_has_all_of_the_probability_is_0(
+    magnitude: float, temperature: float, backend: str
+) -> None:
+    weight = torch.full((40, 1), -magnitude) * (1 + torch.rand(40, 1))
+    weight[7] = magnitude * 1.2345
+    stats = token_stats(torch.ones(5, 1), weight, torch.full((5,), 7), temperature=temperature, backend=backend)
+    assert (stats.log_probs == 0).all()
+    assert (stats.entropy == 0).all()
