@@ -237,7 +237,7 @@ def test_no_divergence_is_negative(divergence: str, backend: str) -> None:
 
 @each_backend
 @pytest.mark.parametrize("temperature", [1.0, 0.7, 3.0])
-@pytest.mark.parametrize("magnitude", [1e3, 1e4, 1e6])
+@pytest.mark.parametrize("magnitude", [1e4, 1e5, 1e6])
 def test_the_log_prob_of_a_token_that_has_all_of_the_probability_is_0(
     magnitude: float, temperature: float, backend: str
 ) -> None:
