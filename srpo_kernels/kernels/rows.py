@@ -14,7 +14,7 @@ from torch import Tensor
 
 from srpo_kernels.kernels.launch import mixture_terms, on_device, row_launch, vendor_of
 from srpo_kernels.kernels.row_grad import row_grad_kernel
-from srpo_kernels.kernels.row_jsd import row_jsd_kernel
+from srpo_kernels.kernels.row_mixture import row_mixture_kernel
 from srpo_kernels.kernels.row_stats import row_stats_kernel
 from srpo_kernels.kernels.transform import Base2, Transform
 from srpo_kernels.rows.contract import (
@@ -105,7 +105,7 @@ def mixture_sums(logits: Tensor, teacher_logits: Tensor, stats: Statistics, spec
     out = logits.new_empty(len(logits), sum(wanted.values()))
     if len(logits):
         with on_device(logits):
-            row_jsd_kernel[(len(logits),)](
+            row_mixture_kernel[(len(logits),)](
                 logits,
                 teacher_logits,
                 torch.cat([student.high, teacher.high, shares.to(logits.dtype)], dim=1),

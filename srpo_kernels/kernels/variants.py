@@ -13,7 +13,7 @@ from triton.backends.compiler import GPUTarget
 from srpo_kernels.kernels.launch import MERGE_WARPS, RowLaunch, Vendor, mixture_terms, row_launch, tile_launch
 from srpo_kernels.kernels.primitives import VECTOR
 from srpo_kernels.kernels.row_grad import row_grad_kernel
-from srpo_kernels.kernels.row_jsd import row_jsd_kernel
+from srpo_kernels.kernels.row_mixture import row_mixture_kernel
 from srpo_kernels.kernels.row_stats import row_stats_kernel
 from srpo_kernels.kernels.tile_stats import merge_tiles_kernel, tile_stats_kernel
 from srpo_kernels.rows.contract import DIVERGENCES, Divergence, RowSpec
@@ -57,7 +57,7 @@ def variants(target: GPUTarget) -> Iterator[Variant]:
         for models in (1, 2):
             yield _row_stats(models, softcap, vendor)
         for mixed in MIXTURE_DIVERGENCES:
-            yield _row_jsd(mixed, softcap, vendor)
+            yield _row_mixture(mixed, softcap, vendor)
         for divergence, half in product((None, *DIVERGENCES), (False, True)):
             yield _row_grad(divergence, softcap, half, 1, vendor)
         for half in (False, True):
@@ -82,11 +82,11 @@ def _row_stats(models: int, softcap: bool, vendor: Vendor) -> Variant:
     )
 
 
-def _row_jsd(divergence: MixtureDivergence, softcap: bool, vendor: Vendor) -> Variant:
+def _row_mixture(divergence: MixtureDivergence, softcap: bool, vendor: Vendor) -> Variant:
     return _row_variant(
-        "row_jsd",
+        "row_mixture",
         _label(divergence, softcap=softcap),
-        row_jsd_kernel,
+        row_mixture_kernel,
         {"z_ptr": "*fp32", "y_ptr": "*fp32", "coefficients_ptr": "*fp32", "sums_ptr": "*fp32"},
         {**mixture_terms(mixture_of(divergence, _ALPHA)), "SOFTCAP": softcap, "VENDOR": vendor},
         row_launch(2, vendor),

@@ -76,9 +76,9 @@ def test_row_stats(rows: Rows, vocab_size: int, softcap: float | None) -> None:
 @SOFTCAPS
 @VOCABULARIES
 @LAYOUTS
-def test_row_jsd(rows: Rows, vocab_size: int, softcap: float | None, divergence: str) -> None:
+def test_row_mixture(rows: Rows, vocab_size: int, softcap: float | None, divergence: str) -> None:
     z, y, spec = rows(vocab_size), rows(vocab_size), capped(softcap, divergence=divergence)
-    with sanitize(outputs={"row_jsd_kernel": ["sums_ptr"]}):
+    with sanitize(outputs={"row_mixture_kernel": ["sums_ptr"]}):
         passes(vocab_size).statistics(Request(z, y, spec, target_ids(vocab_size)))
 
 

@@ -7,7 +7,7 @@ from srpo_kernels.kernels.primitives import TINY, VECTOR, block_columns, load_un
 
 
 @triton.jit
-def row_jsd_kernel(
+def row_mixture_kernel(
     z_ptr,
     y_ptr,
     coefficients_ptr,
