@@ -8,6 +8,7 @@ from typing import NamedTuple
 import pandas as pd
 from rich.console import Console
 
+from srpo_kernels.rows.mixture import has_mixture
 from tools.documents import markdown_table, replace_marked, rich_table
 
 _MARKER = "wire:layouts"
@@ -43,7 +44,7 @@ def distillation_numbers(mode: str, divergence: str, topk: int) -> list[int]:
         return [_SUMS + 2 * topk, _SUMS + topk]
     if mode == "sampled":
         return [_PAIR]
-    return [_PAIR, 2] if divergence == "jsd" else [_PAIR]
+    return [_PAIR, 2] if has_mixture(divergence) else [_PAIR]
 
 
 def loss_traffic(

@@ -32,6 +32,16 @@ def jsd(log_p: Tensor, log_q: Tensor, alpha: float) -> Tensor:
     return (1 - alpha) * reverse_kl(log_p, log_m) + alpha * reverse_kl(log_q, log_m)
 
 
+def skew_forward_kl(log_p: Tensor, log_q: Tensor, alpha: float) -> Tensor:
+    """``KL(q‖m)``, ``m = (1 - alpha) p + alpha q``. DistiLLM (arXiv 2402.03898) 3.1."""
+    return reverse_kl(log_q, log_mixture(log_p, log_q, alpha))
+
+
+def skew_reverse_kl(log_p: Tensor, log_q: Tensor, alpha: float) -> Tensor:
+    """``KL(p‖m)``, ``m = (1 - alpha) q + alpha p``: alpha is the student's share here. DistiLLM 3.1."""
+    return reverse_kl(log_p, log_mixture(log_q, log_p, alpha))
+
+
 def divergence(log_p: Tensor, log_q: Tensor, kind: str, alpha: float = 0.5) -> Tensor:
     """The divergence named ``kind`` between two rows of normalised log-probabilities."""
     if kind == "forward_kl":
@@ -40,6 +50,10 @@ def divergence(log_p: Tensor, log_q: Tensor, kind: str, alpha: float = 0.5) -> T
         return reverse_kl(log_p, log_q)
     if kind == "jsd":
         return jsd(log_p, log_q, alpha)
+    if kind == "skew_forward_kl":
+        return skew_forward_kl(log_p, log_q, alpha)
+    if kind == "skew_reverse_kl":
+        return skew_reverse_kl(log_p, log_q, alpha)
     raise ValueError(f"divergence: unknown, {kind!r}")
 
 

@@ -64,6 +64,28 @@ def jsd_grad(z: Tensor, y: Tensor, alpha: float) -> Tensor:
     return (1 - alpha) * log_p.exp() * (log_p - log_m - reverse_kl(log_p, log_m)[:, None])
 
 
+def skew_forward_kl_grad(z: Tensor, y: Tensor, alpha: float) -> Tensor:
+    """``dKL(q‖m) / dz_v = -(1 - alpha) p_v (q_v / m_v - Σ_w p_w q_w / m_w)``, ``m = (1 - alpha) p + alpha q``."""
+    log_p, log_q = z.log_softmax(-1), y.log_softmax(-1)
+    ratio = (log_q - log_mixture(log_p, log_q, alpha)).exp()
+    return -(1 - alpha) * centered(log_p.exp(), ratio)
+
+
+def skew_reverse_kl_grad(z: Tensor, y: Tensor, alpha: float) -> Tensor:
+    """``dKL(p‖m) / dz_v = p_v (r_v - Σ_w p_w r_w)``.
+
+    ``r = log (p / m) - alpha p / m``, ``m = (1 - alpha) q + alpha p``.
+    """
+    log_p, log_q = z.log_softmax(-1), y.log_softmax(-1)
+    log_ratio = log_p - log_mixture(log_q, log_p, alpha)
+    return centered(log_p.exp(), log_ratio - alpha * log_ratio.exp())
+
+
+def centered(p: Tensor, r: Tensor) -> Tensor:
+    """``p_v (r_v - Σ_w p_w r_w)``: a derivative by probabilities, by logits."""
+    return p * (r - (p * r).sum(-1, keepdim=True))
+
+
 def log_ratio_grad(unclamped: Tensor, clamp: float | None) -> Tensor:
     """``d clamp(logp - old) / dlogp``: 1 inside ±clamp, 0 outside."""
     bound = LARGEST_LOG_RATIO if clamp is None else min(clamp, LARGEST_LOG_RATIO)

@@ -52,8 +52,9 @@ def token_stats(
         teacher_bias: ``[V]``, detached.
         config: the loss's options, in place of the next five, which are its fields. A ``distillation_mode`` other
             than ``"full"`` is refused with a teacher. None: the next five.
-        divergence: ``"jsd"``, ``"forward_kl"`` (KL(q || p)) or ``"reverse_kl"`` (KL(p || q)). Unset: jsd.
-        alpha: the teacher's share in the mixture of jsd, in (0, 1). Unset: 0.5.
+        divergence: ``"forward_kl"`` (KL(q || p)), ``"reverse_kl"`` (KL(p || q)), or one from a mixture of both
+            models, ``"jsd"``, ``"skew_forward_kl"`` or ``"skew_reverse_kl"``, as in ``SRPOConfig``. Unset: jsd.
+        alpha: the share of one model in that mixture, as in ``SRPOConfig``, in (0, 1). Unset: 0.5.
         temperature: divides the logits. Unset: 1.
         logit_scale: multiplies the logits, before the softcap. Unset: 1.
         softcap: bounds the logits to ``softcap * tanh(logits / softcap)``. Unset or None: no bound.
@@ -63,8 +64,8 @@ def token_stats(
         backend: ``"auto"``, ``"torch"`` or ``"triton"``.
         engine: ``"rows"`` holds the logits of some rows at a time; ``"tile"`` holds none: projection and reductions in
             one kernel, whose results for a row are the same to the last bit in any batch. It has no gradient and no
-            jsd, and needs the triton backend and one dtype for hidden states and weight. ``"auto"``: rows, or tile
-            where it can run and a row of logits does not fit ``workspace_bytes``.
+            divergence from a mixture, and needs the triton backend and one dtype for hidden states and weight.
+            ``"auto"``: rows, or tile where it can run and a row of logits does not fit ``workspace_bytes``.
         workspace_bytes: bound of the logits that are alive at a time, of both models together.
 
     Returns:

@@ -22,6 +22,7 @@ from srpo_kernels.engine.stats import StatsCall
 from srpo_kernels.losses.sequences import Sequences
 from srpo_kernels.rows.contract import Divergence, LogitTransform, RowSpec
 from srpo_kernels.rows.dtypes import accumulation_dtype
+from srpo_kernels.rows.mixture import has_mixture
 from srpo_kernels.rows.passes import RowPasses
 from srpo_kernels.rows.vocabulary import Vocabulary
 
@@ -109,8 +110,11 @@ def tiles(call: StatsArguments, options: StatsOptions, needs: Needs, vocabulary:
         obstacle = f"needs the triton backend, got {options.backend!r}"
     elif any(needs):
         obstacle = "has no gradient: call it under torch.no_grad(), or with tensors that require none"
-    elif call.teacher_hidden is not None and options.divergence == "jsd":
-        obstacle = "has no jsd, which takes a second look at the logits: ask for 'forward_kl' or 'reverse_kl'"
+    elif call.teacher_hidden is not None and has_mixture(options.divergence):
+        obstacle = (
+            f"does not support divergence={options.divergence!r}, which takes a second look at the logits: "
+            "ask for 'forward_kl' or 'reverse_kl'"
+        )
     elif len({x.dtype for pair in pairs for x in pair}) > 1:
         obstacle = f"needs one dtype for hidden states and weights, got {[x.dtype for pair in pairs for x in pair]}"
     if options.engine == "tile" and obstacle is not None:

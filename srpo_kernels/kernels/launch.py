@@ -15,6 +15,7 @@ import triton
 from torch import Tensor
 
 from srpo_kernels.kernels.row_stats import row_stats_kernel
+from srpo_kernels.rows.mixture import Mixture
 
 Vendor = Literal["nvidia", "amd", "other"]
 
@@ -100,3 +101,12 @@ def on_device(tensor: Tensor) -> AbstractContextManager[object]:
     if tensor.device.type == "cpu":
         return nullcontext()
     return torch.get_device_module(tensor.device).device(tensor.device)  # type: ignore[no-any-return]
+
+
+def mixture_terms(mixture: Mixture | None) -> dict[str, bool]:
+    """Which terms of a mixture the divergence and its gradient have: compile-time values, the same for any alpha."""
+    return {
+        "STUDENT_KL": mixture is not None and mixture.student_weight != 0,
+        "TEACHER_KL": mixture is not None and mixture.teacher_weight != 0,
+        "OVERLAP": mixture is not None and mixture.ratio != 0,
+    }

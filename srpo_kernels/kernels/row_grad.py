@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from srpo_kernels.kernels.primitives import VECTOR, block_columns, load_units, log2, mixture, to_units
+from srpo_kernels.kernels.primitives import VECTOR, block_columns, load_units, log2, mixture, reciprocal, to_units
 
 
 @triton.jit
@@ -22,6 +22,8 @@ def row_grad_kernel(
     inner,
     slope2,
     DIVERGENCE: tl.constexpr,
+    STUDENT_KL: tl.constexpr,
+    OVERLAP: tl.constexpr,
     SOFTCAP: tl.constexpr,
     LANES: tl.constexpr,
     BLOCK_IDS: tl.constexpr,
@@ -30,18 +32,22 @@ def row_grad_kernel(
     """Write dlogits of a row: in place (``out_ptr`` is ``z_ptr``) or into another buffer of any floating dtype.
 
     ``coefficients`` ``[n, 8]``: student's and teacher's log-sum-exp in base 2; what multiplies p, p log2 p, the
-    divergence's own term, and p at the ids; two of the divergence's own: the models' shares in jsd's mixture, or what
-    reverse_kl takes from the student's and the teacher's units. ``ids`` and ``id_grads`` ``[n, num_ids]`` are tokens
-    whose logits have gradients of their own; ids outside of ``[0, vocab_size)`` are another slice's.
+    divergence's own term, and p at the ids; two of the divergence's own: the models' shares in a mixture, or what
+    reverse_kl takes from the student's and the teacher's units. With ``OVERLAP`` there is a ninth, for ``p q / m``.
+    ``ids`` and ``id_grads`` ``[n, num_ids]`` are tokens whose logits have gradients of their own; ids outside of
+    ``[0, vocab_size)`` are another slice's.
     """
     row = tl.program_id(0).to(tl.int64)
     z_row = z_ptr + row * z_stride_row
     y_row = y_ptr + row * y_stride_row
     out_row = out_ptr + row * out_stride_row
-    own = coefficients_ptr + row * 8
+    own = coefficients_ptr + row * (8 + OVERLAP)
     z_lse2, y_lse2, by_p, by_log = tl.load(own), tl.load(own + 1), tl.load(own + 2), tl.load(own + 3)
     by_divergence, by_p_at_ids = tl.load(own + 4), tl.load(own + 5)
     z_own, y_own = tl.load(own + 6), tl.load(own + 7)
+    by_overlap = 0.0
+    if OVERLAP:
+        by_overlap = tl.load(own + 8)
 
     # The logits at the ids are read before anything is overwritten, by any of the program's threads.
     k = tl.arange(0, BLOCK_IDS)
@@ -55,8 +61,8 @@ def row_grad_kernel(
     # The log-sum-exp may be that of the other tokens alone: by_p_at_ids is 0 then, and p must be finite.
     z_ids_lse2 = tl.maximum(z_lse2, z_ids * slope2 - 1.0)
     at_ids = _dlogits(
-        z_ids, y_ids, id_grads, z_ids_lse2, y_lse2, by_p_at_ids, by_log, by_divergence, z_own, y_own, slope2,
-        DIVERGENCE, SOFTCAP, VENDOR,
+        z_ids, y_ids, id_grads, z_ids_lse2, y_lse2, by_p_at_ids, by_log, by_divergence, by_overlap, z_own, y_own,
+        slope2, DIVERGENCE, STUDENT_KL, OVERLAP, SOFTCAP, VENDOR,
     )  # fmt: skip
 
     tl.debug_barrier()
@@ -70,8 +76,8 @@ def row_grad_kernel(
         if DIVERGENCE != "none":
             y = load_units(y_row + start, columns, BLOCK, inner, SOFTCAP, VENDOR, False)
         dz = _dlogits(
-            z, y, 0.0, z_lse2, y_lse2, by_p, by_log, by_divergence, z_own, y_own, slope2,
-            DIVERGENCE, SOFTCAP, VENDOR,
+            z, y, 0.0, z_lse2, y_lse2, by_p, by_log, by_divergence, by_overlap, z_own, y_own,
+            slope2, DIVERGENCE, STUDENT_KL, OVERLAP, SOFTCAP, VENDOR,
         )  # fmt: skip
         tl.store(out_row + start + columns, dz.to(out_ptr.dtype.element_ty))
     if whole < vocab_size:
@@ -81,8 +87,8 @@ def row_grad_kernel(
         if DIVERGENCE != "none":
             y_rest = load_units(y_row + whole, columns, rest, inner, SOFTCAP, VENDOR, True)
         dz_rest = _dlogits(
-            z_rest, y_rest, 0.0, z_lse2, y_lse2, by_p, by_log, by_divergence, z_own, y_own, slope2,
-            DIVERGENCE, SOFTCAP, VENDOR,
+            z_rest, y_rest, 0.0, z_lse2, y_lse2, by_p, by_log, by_divergence, by_overlap, z_own, y_own,
+            slope2, DIVERGENCE, STUDENT_KL, OVERLAP, SOFTCAP, VENDOR,
         )  # fmt: skip
         tl.store(out_row + whole + columns, dz_rest.to(out_ptr.dtype.element_ty), mask=columns < rest)
     # Another thread may have written where an id is.
@@ -100,20 +106,24 @@ def _dlogits(
     by_p,
     by_log,
     by_divergence,
+    by_overlap,
     z_own,
     y_own,
     slope2,
     DIVERGENCE: tl.constexpr,
+    STUDENT_KL: tl.constexpr,
+    OVERLAP: tl.constexpr,
     SOFTCAP: tl.constexpr,
     VENDOR: tl.constexpr,
 ):
-    """``own_grad + p (by_p + by_log log2 p + by_divergence r)``, r the log-ratio to the mixture.
+    """``own_grad + p (by_p + by_log log2 p + by_divergence r)``, r the log-ratio to the teacher or to the mixture m.
 
     For reverse KL r is less its mean, so that a row that has one token alone gets exactly 0; forward KL has
-    ``- by_divergence q`` instead of that term. A softcap multiplies all of it by ``1 - tanh^2``.
+    ``- by_divergence q`` instead of that term. A mixture has it with ``STUDENT_KL``, and with ``OVERLAP``
+    ``p by_overlap q / m``. A softcap multiplies all of it by ``1 - tanh^2``.
     """
     tl.static_assert(
-        DIVERGENCE == "none" or DIVERGENCE == "forward_kl" or DIVERGENCE == "reverse_kl" or DIVERGENCE == "jsd"
+        DIVERGENCE == "none" or DIVERGENCE == "forward_kl" or DIVERGENCE == "reverse_kl" or DIVERGENCE == "mixture"
     )
     log2_p = tl.fma(z, slope2, -z_lse2)
     p = tl.exp2(log2_p)
@@ -122,9 +132,13 @@ def _dlogits(
         own_grad -= by_divergence * tl.exp2(tl.fma(y, slope2, -y_lse2))
     if DIVERGENCE == "reverse_kl":
         factor += by_divergence * ((z - z_own) - (y - y_own))
-    if DIVERGENCE == "jsd":
-        log2_m = log2(mixture(p, tl.exp2(tl.fma(y, slope2, -y_lse2)), z_own, y_own), VENDOR)
-        factor += by_divergence * (log2_p - log2_m)
+    if DIVERGENCE == "mixture":
+        q = tl.exp2(tl.fma(y, slope2, -y_lse2))
+        m = mixture(p, q, z_own, y_own)
+        if STUDENT_KL:
+            factor += by_divergence * (log2_p - log2(m, VENDOR))
+        if OVERLAP:
+            factor += by_overlap * (q * reciprocal(m, VENDOR))
     dz = own_grad + p * factor
     if SOFTCAP:
         dz *= 1.0 - z * z

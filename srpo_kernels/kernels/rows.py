@@ -12,9 +12,9 @@ import torch
 import triton
 from torch import Tensor
 
-from srpo_kernels.kernels.launch import on_device, row_launch, vendor_of
+from srpo_kernels.kernels.launch import mixture_terms, on_device, row_launch, vendor_of
 from srpo_kernels.kernels.row_grad import row_grad_kernel
-from srpo_kernels.kernels.row_jsd import row_jsd_kernel
+from srpo_kernels.kernels.row_mixture import row_mixture_kernel
 from srpo_kernels.kernels.row_stats import row_stats_kernel
 from srpo_kernels.kernels.transform import Base2, Transform
 from srpo_kernels.rows.contract import (
@@ -28,6 +28,7 @@ from srpo_kernels.rows.contract import (
     Statistics,
 )
 from srpo_kernels.rows.dtypes import wide_dtype
+from srpo_kernels.rows.mixture import Mixture
 from srpo_kernels.rows.sums import unpack
 
 
@@ -94,43 +95,48 @@ def _within(ids: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
     return nearest, nearest == ids
 
 
-def mixture_kl(logits: Tensor, teacher_logits: Tensor, stats: Statistics, spec: RowSpec, *, first: bool) -> Tensor:
-    """In bits, and off by what the log-sum-exps lack in fp32: both are put right here."""
-    transform, vendor = Transform.of(spec.transform), vendor_of(logits.device)
-    assert stats.teacher_logsumexp is not None
+def mixture_sums(logits: Tensor, teacher_logits: Tensor, stats: Statistics, spec: RowSpec, *, first: bool) -> Tensor:
+    """The kernel's are in bits, and off by what the log-sum-exps lack in fp32: both are put right here."""
+    transform, vendor, mixture = Transform.of(spec.transform), vendor_of(logits.device), spec.mixture
+    assert stats.teacher_logsumexp is not None and mixture is not None
     student, teacher = (Base2.of(x, logits.dtype) for x in (stats.logsumexp, stats.teacher_logsumexp))
-    shares = _shares(student, teacher, spec)
+    shares, wanted = _shares(student, teacher, mixture), mixture_terms(mixture)
     launch = row_launch(2, vendor)
-    kl2 = logits.new_empty(len(logits), 2)
+    out = logits.new_empty(len(logits), sum(wanted.values()))
     if len(logits):
         with on_device(logits):
-            row_jsd_kernel[(len(logits),)](
+            row_mixture_kernel[(len(logits),)](
                 logits,
                 teacher_logits,
                 torch.cat([student.high, teacher.high, shares.to(logits.dtype)], dim=1),
-                kl2,
+                out,
                 logits.stride(0),
                 teacher_logits.stride(0),
                 logits.shape[1],
                 transform.inner,
                 transform.slope2,
+                **wanted,
                 SOFTCAP=transform.softcap,
                 LANES=launch.lanes,
                 VENDOR=vendor,
                 num_warps=launch.num_warps,
                 num_stages=launch.num_stages,
             )
-    # The kernel's p and log p are off by what its log-sum-exp lacks; p sums to 1.
-    kl = kl2 * torch.cat([student.correction, teacher.correction], dim=1)
-    if first:
-        kl = kl - torch.cat([student.low, teacher.low], dim=1)
-    kl = kl * math.log(2.0)
-    if first:
-        # Its mixture is off by the rounding of the shares: their mean, where the models are nearly equal.
-        rounding = shares.to(kl2.dtype) / shares - 1.0
-        rounding = (1.0 - spec.alpha) * rounding[:, :1] + spec.alpha * rounding[:, 1:]
-        kl = kl + rounding.to(kl2.dtype)
-    return kl
+    columns = dict(zip((name for name in wanted if wanted[name]), out.split(1, dim=1), strict=True))
+    # The kernel's mixture is off by the rounding of the shares: their mean, where the models are nearly equal.
+    rounding = shares.to(out.dtype) / shares - 1.0
+    rounding = mixture.student_share * rounding[:, :1] + mixture.teacher_share * rounding[:, 1:]
+    kls: list[Tensor | None] = []
+    for name, model in (("STUDENT_KL", student), ("TEACHER_KL", teacher)):
+        kl = columns.get(name)
+        if kl is not None:
+            # The kernel's p and log p are off by what its log-sum-exp lacks; p sums to 1.
+            kl = (kl * model.correction - first * model.low) * math.log(2.0) + first * rounding.to(out.dtype)
+        kls.append(kl)
+    center = torch.zeros_like(student.low) if kls[0] is None else kls[0]
+    if wanted["OVERLAP"]:
+        center = center + mixture.ratio * (columns["OVERLAP"] * student.correction * teacher.correction)
+    return torch.cat([center, mixture.divergence(*kls)], dim=1)
 
 
 def whole_rows(
@@ -170,7 +176,9 @@ def dlogits_(
         ids, at_ids = torch.full_like(outside, -1, dtype=torch.int64)[:, None], torch.zeros_like(outside)[:, None]
     z, y = logits, None if by_divergence is None else teacher_logits
     transform, vendor = Transform.of(spec.transform), vendor_of(z.device)
-    divergence = "none" if y is None else spec.divergence
+    mixture = None if y is None else spec.mixture
+    wanted = mixture_terms(mixture)
+    divergence = "none" if y is None else spec.divergence if mixture is None else "mixture"
     center, teacher_logsumexp = stats.center, stats.teacher_logsumexp
     nothing = torch.zeros_like(outside)
     by_log = nothing if by_log is None else by_log
@@ -179,7 +187,7 @@ def dlogits_(
     teacher = student if y is None or teacher_logsumexp is None else Base2.of(teacher_logsumexp, z.dtype)
     # What the log-sum-exps lack in fp32 scales a row's probabilities and shifts its log-ratios.
     by_log, by_divergence = by_log[:, None] * math.log(2.0), by_divergence[:, None]
-    missing, extra = by_log * student.low, _shares(student, teacher, spec).to(z.dtype)
+    missing, extra, by_overlap = by_log * student.low, nothing[:, None].expand(-1, 2), None
     if divergence == "forward_kl":
         by_divergence = by_divergence * (teacher.correction / student.correction)
     elif divergence == "reverse_kl" and center is not None and teacher_logsumexp is not None:
@@ -190,13 +198,18 @@ def dlogits_(
         extra = origins.to(z.dtype)
         low = origins - extra
         missing = missing + by_divergence * (low[:, :1] - low[:, 1:]).to(z.dtype)
-    elif divergence == "jsd" and center is not None:
-        by_divergence = by_divergence * math.log(2.0)
-        missing = missing + by_divergence * (student.low + (center / math.log(2.0)).to(z.dtype))
+    elif mixture is not None and center is not None:
+        extra = _shares(student, teacher, mixture).to(z.dtype)
+        missing = missing + by_divergence * center.to(z.dtype)
+        if wanted["OVERLAP"]:
+            by_overlap = by_divergence * mixture.ratio * teacher.correction
+        if wanted["STUDENT_KL"]:
+            by_divergence = by_divergence * math.log(2.0)
+            missing = missing + by_divergence * student.low
     by_p, by_p_at_ids = (outside + by_p_at_ids)[:, None] - missing, by_p_at_ids[:, None] - missing
     scale = spec.transform.scale * student.correction
     terms = [x * scale for x in (by_p, by_log, by_divergence, by_p_at_ids)]
-    numbers = torch.cat([student.high, teacher.high, *terms, extra], dim=1)
+    numbers = [student.high, teacher.high, *terms, extra, *([] if by_overlap is None else [by_overlap * scale])]
     out = z
     if dtype != z.dtype:
         out = torch.empty_strided(z.shape, z.stride(), dtype=dtype, device=z.device)
@@ -209,7 +222,7 @@ def dlogits_(
                 out,
                 ids.contiguous(),
                 (at_ids * spec.transform.scale).contiguous(),
-                numbers,
+                torch.cat(numbers, dim=1),
                 z.stride(0),
                 (z if y is None else y).stride(0),
                 out.stride(0),
@@ -218,6 +231,8 @@ def dlogits_(
                 transform.inner,
                 transform.slope2,
                 DIVERGENCE=divergence,
+                STUDENT_KL=wanted["STUDENT_KL"],
+                OVERLAP=wanted["OVERLAP"],
                 SOFTCAP=transform.softcap,
                 LANES=launch.lanes,
                 BLOCK_IDS=triton.next_power_of_2(ids.shape[1]),
@@ -228,7 +243,7 @@ def dlogits_(
     return Dlogits(out, None)
 
 
-def _shares(student: Base2, teacher: Base2, spec: RowSpec) -> Tensor:
+def _shares(student: Base2, teacher: Base2, mixture: Mixture) -> Tensor:
     """The models' shares in the mixture, ``[n, 2]`` and wide, for probabilities as the kernels see them."""
     missing = torch.cat([student.low, teacher.low], dim=1).to(wide_dtype(student.low.device))
-    return torch.exp2(-missing) * missing.new_tensor([1.0 - spec.alpha, spec.alpha])
+    return torch.exp2(-missing) * missing.new_tensor([mixture.student_share, mixture.teacher_share])

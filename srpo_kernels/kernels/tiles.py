@@ -33,7 +33,9 @@ def tile_stats(
     target_ids: Tensor,
     combine: Combine = lambda parts, slope: parts,
 ) -> Statistics:
-    """Log-probs, entropies and, with a teacher, the divergence, any but jsd, which takes a second look at the logits.
+    """Log-probs, entropies and, with a teacher, the divergence, which must not be one from a mixture.
+
+    Such a one takes a second look at the logits.
 
     A row's tiles and the order in which they are summed do not depend on the other rows: its results are the same to
     the last bit in any batch. Where the weights are a slice of the vocabulary, ids are relative to its first one and

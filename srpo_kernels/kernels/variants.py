@@ -10,14 +10,17 @@ import torch
 from triton import JITFunction
 from triton.backends.compiler import GPUTarget
 
-from srpo_kernels.kernels.launch import MERGE_WARPS, RowLaunch, Vendor, row_launch, tile_launch
+from srpo_kernels.kernels.launch import MERGE_WARPS, RowLaunch, Vendor, mixture_terms, row_launch, tile_launch
 from srpo_kernels.kernels.primitives import VECTOR
 from srpo_kernels.kernels.row_grad import row_grad_kernel
-from srpo_kernels.kernels.row_jsd import row_jsd_kernel
+from srpo_kernels.kernels.row_mixture import row_mixture_kernel
 from srpo_kernels.kernels.row_stats import row_stats_kernel
 from srpo_kernels.kernels.tile_stats import merge_tiles_kernel, tile_stats_kernel
-from srpo_kernels.rows.contract import DIVERGENCES
+from srpo_kernels.rows.contract import DIVERGENCES, Divergence, RowSpec
+from srpo_kernels.rows.mixture import MIXTURE_DIVERGENCES, MixtureDivergence, mixture_of
 
+# Compiled in is which terms a mixture has, the same for any alpha.
+_ALPHA = 0.5
 # One id per row, or the default top-k.
 _ID_BLOCKS = (1, 128)
 # Of vocabularies of 50k, 128k and 262k.
@@ -53,11 +56,12 @@ def variants(target: GPUTarget) -> Iterator[Variant]:
     for softcap in (False, True):
         for models in (1, 2):
             yield _row_stats(models, softcap, vendor)
-        yield _row_jsd(softcap, vendor)
-        for divergence, half in product(("none", *DIVERGENCES), (False, True)):
+        for mixed in MIXTURE_DIVERGENCES:
+            yield _row_mixture(mixed, softcap, vendor)
+        for divergence, half in product((None, *DIVERGENCES), (False, True)):
             yield _row_grad(divergence, softcap, half, 1, vendor)
         for half in (False, True):
-            yield _row_grad("none", softcap, half, _ID_BLOCKS[1], vendor)
+            yield _row_grad(None, softcap, half, _ID_BLOCKS[1], vendor)
         for models, dtype, bias in product((1, 2), _DTYPES, (False, True)):
             yield _tile_stats(models, dtype, softcap, bias, vendor, capability)
 
@@ -78,24 +82,25 @@ def _row_stats(models: int, softcap: bool, vendor: Vendor) -> Variant:
     )
 
 
-def _row_jsd(softcap: bool, vendor: Vendor) -> Variant:
+def _row_mixture(divergence: MixtureDivergence, softcap: bool, vendor: Vendor) -> Variant:
     return _row_variant(
-        "row_jsd",
-        _label("student and teacher", softcap=softcap),
-        row_jsd_kernel,
-        {"z_ptr": "*fp32", "y_ptr": "*fp32", "coefficients_ptr": "*fp32", "kl2_ptr": "*fp32"},
-        {"SOFTCAP": softcap, "VENDOR": vendor},
+        "row_mixture",
+        _label(divergence, softcap=softcap),
+        row_mixture_kernel,
+        {"z_ptr": "*fp32", "y_ptr": "*fp32", "coefficients_ptr": "*fp32", "sums_ptr": "*fp32"},
+        {**mixture_terms(mixture_of(divergence, _ALPHA)), "SOFTCAP": softcap, "VENDOR": vendor},
         row_launch(2, vendor),
         8,
     )
 
 
-def _row_grad(divergence: str, softcap: bool, half: bool, id_block: int, vendor: Vendor) -> Variant:
-    models = 1 if divergence == "none" else 2
-    term = "log-prob and entropy" if divergence == "none" else divergence
+def _row_grad(divergence: Divergence | None, softcap: bool, half: bool, id_block: int, vendor: Vendor) -> Variant:
+    models = 1 if divergence is None else 2
+    mixture = RowSpec(divergence=divergence, alpha=_ALPHA).mixture
+    terms = mixture_terms(mixture)
     return _row_variant(
         "row_grad",
-        _label(term, softcap=softcap, top_k=id_block > 1, into_bf16=half),
+        _label(divergence or "log-prob and entropy", softcap=softcap, top_k=id_block > 1, into_bf16=half),
         row_grad_kernel,
         {
             "z_ptr": "*fp32",
@@ -106,7 +111,9 @@ def _row_grad(divergence: str, softcap: bool, half: bool, id_block: int, vendor:
             "coefficients_ptr": "*fp32",
         },
         {
-            "DIVERGENCE": divergence,
+            "DIVERGENCE": divergence or "none" if mixture is None else "mixture",
+            "STUDENT_KL": terms["STUDENT_KL"],
+            "OVERLAP": terms["OVERLAP"],
             "SOFTCAP": softcap,
             "BLOCK_IDS": id_block,
             "VENDOR": vendor,

@@ -13,6 +13,7 @@ from srpo_kernels.checks import require_count, require_number
 from srpo_kernels.losses.policy import POLICY_LOSSES
 from srpo_kernels.losses.registry import policy_loss_of
 from srpo_kernels.rows.contract import DIVERGENCES, Divergence, LogitTransform
+from srpo_kernels.rows.mixture import has_mixture
 
 KLType = Literal["k1", "k2", "k3"]
 DistillationMode = Literal["full", "topk", "sampled"]
@@ -55,9 +56,12 @@ class SRPOConfig:
         entropy_coef: weight of the bonus ``H(p)``, which the loss subtracts; of either sign.
         divergence: the distillation branch: ``"forward_kl"`` is ``KL(q || p)``, ``"reverse_kl"`` is
             ``KL(p || q)``, ``"jsd"`` is ``(1 - alpha) KL(p || m) + alpha KL(q || m)`` with the mixture
-            ``m = (1 - alpha) p + alpha q``.
-        alpha: the teacher's share in the mixture of ``"jsd"``, strictly between 0 and 1; the other two do not
-            read it, but it must lie in [0, 1].
+            ``m = (1 - alpha) p + alpha q``; ``"skew_forward_kl"`` is ``KL(q || (1 - alpha) p + alpha q)`` and
+            ``"skew_reverse_kl"`` is ``KL(p || (1 - alpha) q + alpha p)``, those of DistiLLM (arXiv 2402.03898,
+            section 3.1; 0.1 there).
+        alpha: the teacher's share in the mixture of ``"jsd"``; in those of the skewed divergences the share of the
+            model whose own divergence from the mixture it is, so that one near 0 gives nearly ``"forward_kl"`` and
+            ``"reverse_kl"``. Strictly between 0 and 1; the other two do not read it, but it must lie in [0, 1].
         distillation_mode: what is compared: ``"full"``, the whole vocabulary; ``"topk"``, the student's
             ``topk`` likeliest tokens; ``"sampled"``, the sampled token.
         topk: the number of tokens that ``"topk"`` compares, at most all; >= 1.
@@ -234,10 +238,10 @@ def require_option(name: str, value: Any) -> None:
 
 
 def require_mixture(divergence: str, alpha: float) -> None:
-    """Raise ValueError where jsd would be a divergence from one of the two models."""
-    if divergence == "jsd" and not 0 < alpha < 1:
+    """Raise ValueError where the mixture would be one of the two models."""
+    if has_mixture(divergence) and not 0 < alpha < 1:
         raise ValueError(
-            f"alpha must be strictly between 0 and 1 with divergence='jsd', got {alpha!r}; "
+            f"alpha must be strictly between 0 and 1 with divergence={divergence!r}, got {alpha!r}; "
             "SRPOConfig.from_alpha maps 0 to 'forward_kl' and 1 to 'reverse_kl'"
         )
 

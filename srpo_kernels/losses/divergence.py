@@ -9,6 +9,7 @@ from torch import Tensor
 
 from srpo_kernels.checks import refuse_name
 from srpo_kernels.rows.contract import Divergence
+from srpo_kernels.rows.mixture import has_mixture, mixture_of
 
 
 def support_divergence(
@@ -30,14 +31,19 @@ def support_divergence(
         log_q = torch.cat([log_q, log_q_tail[:, None]], dim=1)
     elif renormalize:
         log_p, log_q = log_p.log_softmax(1), log_q.log_softmax(1)
+    if has_mixture(divergence):
+        mixture = mixture_of(divergence, alpha)
+        log_other, log_own = (log_p, log_q) if mixture.alpha_of == "teacher" else (log_q, log_p)
+        log_m = torch.logaddexp(log_other + math.log1p(-alpha), log_own + math.log(alpha))
+        return mixture.divergence(
+            _kl(log_p, log_m) if mixture.student_weight else None,
+            _kl(log_q, log_m) if mixture.teacher_weight else None,
+        )
     match divergence:
         case "forward_kl":
             return _kl(log_q, log_p)
         case "reverse_kl":
             return _kl(log_p, log_q)
-        case "jsd":
-            log_m = torch.logaddexp(log_p + math.log1p(-alpha), log_q + math.log(alpha))
-            return (1.0 - alpha) * _kl(log_p, log_m) + alpha * _kl(log_q, log_m)
         case unknown:
             refuse_name("divergence", unknown)
 

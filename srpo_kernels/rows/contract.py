@@ -15,7 +15,9 @@ from typing import Any, Literal, NamedTuple, Protocol, get_args
 import torch
 from torch import Tensor
 
-Divergence = Literal["forward_kl", "reverse_kl", "jsd"]
+from srpo_kernels.rows.mixture import Mixture, MixtureDivergence, has_mixture, mixture_of
+
+Divergence = Literal["forward_kl", "reverse_kl", MixtureDivergence]
 DIVERGENCES: tuple[Divergence, ...] = get_args(Divergence)
 
 # Stands for minus infinity: 0 * LOWEST is 0. A logit below it counts as this much, in every pass and for both models:
@@ -66,9 +68,14 @@ class RowSpec:
     add_tail: bool = False
 
     @property
+    def mixture(self) -> Mixture | None:
+        """What the divergence compares with, where that is a mixture of both models."""
+        return mixture_of(self.divergence, self.alpha) if has_mixture(self.divergence) else None
+
+    @property
     def divergence_slope(self) -> float:
-        """What dD/dz has in front of ``p (log-ratio - center)``."""
-        return 1.0 - self.alpha if self.divergence == "jsd" else 1.0
+        """What dD/dz has in front of ``p (r - center)``, with r as in ``Coefficients``."""
+        return 1.0 if self.mixture is None else self.mixture.slope
 
 
 class Holds(Enum):
@@ -87,8 +94,8 @@ class Statistics(NamedTuple):
     ``log_probs`` ``[n]`` are the target's; ``logsumexp`` ``[n, 1]`` is in the device's widest dtype, since it is as
     large as a logit; ``entropy`` ``[n]``; ``support_ids`` and ``support_log_probs`` ``[n, K]``; ``tail_logsumexp``
     ``[n, 1]`` is the log-sum-exp outside the support, as wide. ``divergence`` ``[n]``; ``center`` ``[n, 1]``, wide
-    too, is what its gradient subtracts from the log-ratio: ``KL(p || m)`` for jsd, the divergence itself for
-    reverse_kl, 0 for forward_kl.
+    too, is what its gradient subtracts from r (see ``Coefficients``): ``E_p[r]``, the divergence itself for reverse_kl;
+    0 for forward_kl.
     """
 
     log_probs: Tensor
@@ -164,9 +171,10 @@ class Coefficients(NamedTuple):
     """The gradient of the logits as numbers per row, before the slope of the logit transform.
 
     ``dz_v = (at_ids_k if v = ids_k else outside p_v) + by_log p_v (log p_v + H) + by_divergence p_v (r_v - center)``,
-    where r is the log-ratio to the teacher, or to the mixture for jsd; for forward_kl the last term is
-    ``by_divergence (p_v - q_v)``. The softmax beside ``outside`` is relative to ``logsumexp`` ``[n, 1]``: that of the
-    row, or of the tokens outside a support. ``ids`` and ``at_ids`` are ``[n, K]``, the others ``[n]``; None is 0.
+    where r is the log-ratio to the teacher for reverse_kl, and ``Mixture``'s for a divergence from a mixture; for
+    forward_kl the last term is ``by_divergence (p_v - q_v)``. The softmax beside ``outside`` is relative to
+    ``logsumexp`` ``[n, 1]``: that of the row, or of the tokens outside a support. ``ids`` and ``at_ids`` are
+    ``[n, K]``, the others ``[n]``; None is 0.
     """
 
     ids: Tensor
@@ -239,10 +247,10 @@ class Rows(Protocol):
     ) -> tuple[ModelSums, Tensor]:
         """The sums of the slice without the support ``[n, K]``, and the support's units, LOWEST in other slices."""
 
-    def mixture_kl(
+    def mixture_sums(
         self, logits: Tensor, teacher_logits: Tensor, stats: Statistics, spec: RowSpec, *, first: bool
     ) -> Tensor:
-        """The slice's part of ``KL(p || m)`` and ``KL(q || m)``, ``[n, 2]`` in nats: parts add up.
+        """The slice's part of ``E_p[r]`` and of the divergence from a mixture, ``[n, 2]`` in nats: parts add up.
 
         ``first`` is true for one of the slices, which adds what belongs to the row as a whole.
         """

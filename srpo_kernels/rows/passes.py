@@ -28,7 +28,7 @@ from srpo_kernels.rows.sums import (
     support_statistics,
     support_sums,
     unpack,
-    with_mixture_kl,
+    with_mixture_sums,
 )
 from srpo_kernels.rows.vocabulary import Vocabulary
 
@@ -57,8 +57,8 @@ class Request(NamedTuple):
 class RowPasses:
     """A backend's passes over this process's logits ``[n, V_r]``: each statistic is the whole row's, on all ranks.
 
-    ``target_ids`` and supports are ids of the whole vocabulary. A pass of statistics gathers its sums once, jsd a
-    second time; a gradient's pass needs nobody.
+    ``target_ids`` and supports are ids of the whole vocabulary. A pass of statistics gathers its sums once, a
+    divergence from a mixture a second time; a gradient's pass needs nobody.
     """
 
     def __init__(self, rows: Rows, vocabulary: Vocabulary) -> None:
@@ -107,12 +107,12 @@ class RowPasses:
             return student.with_teacher(teacher)
         student_sums, teacher_sums = yield from self._sums(z, y, spec, target_ids)
         stats = pair_statistics(student_sums, teacher_sums, spec, self.rows.slope(spec.transform), entropy=entropy)
-        if spec.divergence != "jsd":
+        if spec.mixture is None:
             return stats
-        kl = self.rows.mixture_kl(z, y, stats, spec, first=self.vocabulary.first_id == 0)
+        mixture_sums = self.rows.mixture_sums(z, y, stats, spec, first=self.vocabulary.first_id == 0)
         if self.vocabulary.group is not None:
-            kl = (yield kl).sum(0)
-        return with_mixture_kl(stats, kl, spec)
+            mixture_sums = (yield mixture_sums).sum(0)
+        return with_mixture_sums(stats, mixture_sums)
 
     def _sums(
         self, logits: Tensor, teacher_logits: Tensor | None, spec: RowSpec, target_ids: Tensor

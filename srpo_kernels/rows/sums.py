@@ -13,6 +13,7 @@ from torch import Tensor
 from srpo_kernels.checks import refuse_name
 from srpo_kernels.rows.contract import ModelSums, RowSpec, Statistics
 from srpo_kernels.rows.dtypes import wide_dtype
+from srpo_kernels.rows.mixture import has_mixture
 
 # From a part's sums of one or both models, and the slope, to the whole row's.
 Combine = Callable[[list[ModelSums], float], list[ModelSums]]
@@ -72,10 +73,10 @@ def row_statistics(sums: ModelSums, slope: float, *, entropy: bool) -> Statistic
 def pair_statistics(
     student: ModelSums, teacher: ModelSums, spec: RowSpec, slope: float, *, entropy: bool
 ) -> Statistics:
-    """What both models' sums say; the divergence of jsd, which takes a look of its own at the logits, is left out."""
+    """What both models' sums say; a divergence from a mixture takes a look of its own at the logits and is left out."""
     stats = row_statistics(student, slope, entropy=entropy)
     stats = stats.with_teacher(row_statistics(teacher, slope, entropy=True))
-    if spec.divergence is None or spec.divergence == "jsd":
+    if spec.divergence is None or has_mixture(spec.divergence):
         return stats
     assert student.anchor is not None
     # The logarithm of the ratio, not the difference of logarithms: of models that are nearly equal it is nearly 0.
@@ -96,12 +97,11 @@ def pair_statistics(
     return stats._replace(divergence=divergence.clamp_min(0.0), center=center)
 
 
-def with_mixture_kl(stats: Statistics, kl: Tensor, spec: RowSpec) -> Statistics:
-    """These with the Jensen-Shannon divergence, from ``KL(p || m)`` and ``KL(q || m)`` ``[n, 2]``."""
-    student, teacher = kl.unbind(1)
-    jsd = (1.0 - spec.alpha) * student + spec.alpha * teacher
+def with_mixture_sums(stats: Statistics, sums: Tensor) -> Statistics:
+    """These with the divergence from a mixture, of its sums ``[n, 2]``."""
+    center, divergence = sums.split(1, dim=1)
     # Rounding can take it below 0.
-    return stats._replace(divergence=jsd.clamp_min(0.0), center=student[:, None].to(stats.logsumexp.dtype))
+    return stats._replace(divergence=divergence.squeeze(1).clamp_min(0.0), center=center.to(stats.logsumexp.dtype))
 
 
 def support_statistics(

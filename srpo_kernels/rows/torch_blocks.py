@@ -15,6 +15,7 @@ from torch import Tensor
 from srpo_kernels.checks import refuse_name
 from srpo_kernels.rows.contract import LOWEST, LogitTransform, RowSpec, Scratch
 from srpo_kernels.rows.dtypes import wide_dtype
+from srpo_kernels.rows.mixture import has_mixture
 
 NATS = math.log(2.0)
 # What one thread works on at a time, over all buffers of a pass: 8 MiB of fp32, a current core's share of the L3 cache.
@@ -100,7 +101,7 @@ def normalize_(units: Tensor, logsumexp: Tensor, spec: RowSpec) -> None:
     bits = logsumexp * (by / spec.transform.nats_per_unit)
     high = bits.to(units.dtype)
     torch.add(-high, units, alpha=by, out=units).sub_((bits - high).to(units.dtype))
-    if spec.divergence == "jsd":
+    if spec.mixture is not None:
         floor_(units)
 
 
@@ -136,15 +137,6 @@ def dot(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
     return torch.mul(a, b, out=out).sum(1, keepdim=True)
 
 
-def log_ratio_to_mixture(p: Tensor, q: Tensor, spec: RowSpec, mixture: Tensor, out: Tensor) -> Tensor:
-    """log2 p - log2 m into ``out`` and m into ``mixture``.
-
-    The logarithm of the ratio, not the difference of logarithms: its error does not grow with the logits.
-    """
-    torch.lerp(p, q, spec.alpha, out=mixture)
-    return torch.div(p, mixture, out=out).log2_()
-
-
 def argmax(z: Tensor) -> Tensor:
     """Where each row has its maximum, ``[n, 1]``; 0 where that is NaN."""
     # PyTorch's own takes ten times as long on a CPU as comparing with the maximum.
@@ -153,19 +145,19 @@ def argmax(z: Tensor) -> Tensor:
 
 
 def nats_of_gradient(spec: RowSpec) -> float:
-    """What the divergence's own term counts in: bits of a log-ratio, but for forward_kl, which has no logarithm."""
-    return 1.0 if spec.divergence == "forward_kl" else NATS
+    """What the divergence's own term counts in: bits where it has a logarithm, else 1."""
+    logarithm = spec.divergence != "forward_kl" if spec.mixture is None else bool(spec.mixture.student_weight)
+    return NATS if logarithm else 1.0
 
 
 def divergence_gradient(weighted: Tensor, p: Tensor, q: Tensor, center: Tensor, spec: RowSpec, out: Tensor) -> None:
-    """dD/dz up to constants; ``weighted`` is p times the log-ratio, in bits."""
-    match spec.divergence:
-        case "forward_kl":
-            torch.sub(p, q, out=out)
-        case "reverse_kl" | "jsd":
-            torch.addcmul(weighted, p, center, value=-1.0, out=out)
-        case unknown:
-            refuse_name("divergence", unknown)
+    """dD/dz up to constants; ``weighted`` is p r, as ``nats_of_gradient`` counts it."""
+    if spec.divergence == "forward_kl":
+        torch.sub(p, q, out=out)
+    elif spec.divergence == "reverse_kl" or has_mixture(spec.divergence):
+        torch.addcmul(weighted, p, center, value=-1.0, out=out)
+    else:
+        refuse_name("divergence", spec.divergence)
 
 
 def inside(ids: Tensor, z: Tensor) -> Tensor:

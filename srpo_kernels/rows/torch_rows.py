@@ -13,6 +13,7 @@ from torch import Tensor
 
 from srpo_kernels.checks import refuse_name
 from srpo_kernels.rows.contract import Coefficients, Dlogits, Holds, LogitTransform, RowSpec, Statistics
+from srpo_kernels.rows.mixture import has_mixture, mixture_of
 from srpo_kernels.rows.torch_blocks import (
     NATS,
     bits_at,
@@ -22,7 +23,6 @@ from srpo_kernels.rows.torch_blocks import (
     dot,
     floor_,
     inside,
-    log_ratio_to_mixture,
     logsumexp,
     nats_of_gradient,
     normalize_,
@@ -31,9 +31,10 @@ from srpo_kernels.rows.torch_blocks import (
     to_bits_,
     to_units_,
 )
-from srpo_kernels.rows.torch_sums import mixture_kl, sums, support_sums
+from srpo_kernels.rows.torch_mixture import mix, mixture_block, to_mixture_ratio
+from srpo_kernels.rows.torch_sums import mixture_sums, sums, support_sums
 
-__all__ = ["dlogits_", "mixture_kl", "scratch", "slope", "sums", "support_sums", "whole_rows"]
+__all__ = ["dlogits_", "mixture_sums", "scratch", "slope", "sums", "support_sums", "whole_rows"]
 
 
 def slope(transform: LogitTransform) -> float:
@@ -85,26 +86,26 @@ def _two_models(
 ) -> Statistics:
     """Leave, with ``gradient``, dD/dlogits up to a factor."""
     transform = spec.transform
-    capped, jsd = gradient and transform.softcap is not None, spec.divergence == "jsd"
-    # Without entropy, jsd needs the student's probabilities alone and takes them in place.
-    in_place = jsd and not entropy
+    capped, mixed = gradient and transform.softcap is not None, spec.mixture is not None
+    # Without entropy, a mixture needs the student's probabilities alone and takes them in place.
+    in_place = mixed and not entropy
     holds = Holds.DIVERGENCE_GRADIENT if gradient else Holds.NOTHING
     parts = []
     for rows, (q, work, *more) in blocks(logits, 3 - in_place + capped, buffers=2):
         z, y, ids = logits[rows], teacher_logits[rows], target_ids[rows, None]
         slope = more.pop() if capped else None
         p = z if in_place else more.pop()
-        shift = to_bits_(z, transform, slope, finite=not jsd)
+        shift = to_bits_(z, transform, slope, finite=not mixed)
         target_bits = bits_at(z, ids, shift, transform)
-        if jsd:
+        if mixed:
             floor_(z)
         total = softmax(z, out=p)
         log_sum = total.log2()
         log_probs = (target_bits - log_sum).mul_(NATS).clamp_max_(0.0)
         entropies = (log_sum - dot(p, z, out=work)).squeeze(1).mul_(NATS).clamp_min_(0.0) if entropy else None
-        teacher_shift = to_bits_(y, transform, finite=not jsd)
+        teacher_shift = to_bits_(y, transform, finite=not mixed)
         teacher_bits = bits_at(y, ids, teacher_shift, transform)
-        if jsd:
+        if mixed:
             floor_(y)
         teacher_total = softmax(y, out=q)
         teacher_log_sum = teacher_total.log2()
@@ -113,22 +114,20 @@ def _two_models(
 
         # The logarithm of the ratio, not the difference of logarithms: of models that are nearly equal it is nearly 0.
         log_totals = (total / teacher_total).log2_()
-        match spec.divergence:
-            case "jsd":
-                log_ratio, spare = log_ratio_to_mixture(p, q, spec, mixture=work, out=y), work
-                teacher_kl = dot(q, torch.div(q, work, out=work).log2_(), out=work)
-                center = dot(p, log_ratio, out=spare)
-                divergence = center * (1.0 - spec.alpha) + teacher_kl * spec.alpha
-            case "forward_kl":
-                log_ratio, spare = z.sub_(y).sub_(log_totals), y
-                center, divergence = torch.zeros_like(log_probs), -dot(q, log_ratio, out=spare)
-            case "reverse_kl":
-                log_ratio, spare = z.sub_(y).sub_(log_totals), y
-                center = divergence = dot(p, log_ratio, out=spare)
-            case unknown:
-                refuse_name("divergence", unknown)
+        if has_mixture(spec.divergence):
+            mixture = mixture_of(spec.divergence, spec.alpha)
+            center, *kls = mixture_block(p, q, mixture, work=work, out=y)
+            divergence, spare = mixture.divergence(*kls), work
+        elif spec.divergence == "forward_kl":
+            log_ratio, spare = z.sub_(y).sub_(log_totals), y
+            center, divergence = torch.zeros_like(log_probs), -dot(q, log_ratio, out=spare)
+        elif spec.divergence == "reverse_kl":
+            log_ratio, spare = z.sub_(y).sub_(log_totals), y
+            center = divergence = dot(p, log_ratio, out=spare)
+        else:
+            refuse_name("divergence", spec.divergence)
         if gradient:
-            # The spare buffer holds p times the log-ratio.
+            # The spare buffer holds p r.
             divergence_gradient(spare, p, q, center, spec, out=z)
             if slope is not None:
                 z.mul_(slope)
@@ -141,7 +140,7 @@ def _two_models(
                 teacher_logsumexp=logsumexp(teacher_shift, teacher_log_sum, transform),
                 teacher_entropy=teacher_entropy.squeeze(1).clamp_min(0.0) * NATS,
                 divergence=divergence.squeeze(1).clamp_min(0.0) * NATS,
-                center=center.to(shift) * NATS,
+                center=center.to(shift) * nats_of_gradient(spec),
                 holds=holds,
             )
         )
@@ -240,10 +239,9 @@ def _divergence_gradient(p: Tensor, y: Tensor, stats: Statistics, spec: RowSpec,
     assert stats.teacher_logsumexp is not None and stats.center is not None
     normalize_(y, stats.teacher_logsumexp, spec)
     torch.exp2(y, out=q)
-    if spec.divergence == "jsd":
-        log_ratio_to_mixture(p, q, spec, mixture=work, out=y)
-        y.mul_(p)
-    divergence_gradient(y, p, q, (stats.center / NATS).to(p.dtype), spec, out=y)
+    if spec.mixture is not None:
+        to_mixture_ratio(p, q, spec.mixture, mix(p, q, spec.mixture, out=work), out=y).mul_(p)
+    divergence_gradient(y, p, q, (stats.center / nats_of_gradient(spec)).to(p.dtype), spec, out=y)
     return y
 
 

@@ -13,10 +13,11 @@ from srpo_kernels.rows.torch_blocks import (
     blocks,
     dot,
     inside,
-    log_ratio_to_mixture,
+    nats_of_gradient,
     normalize_,
     to_units_,
 )
+from srpo_kernels.rows.torch_mixture import mixture_block
 
 
 def sums(
@@ -59,20 +60,20 @@ def support_sums(
     return _concatenate(parts), torch.cat(support)
 
 
-def mixture_kl(logits: Tensor, teacher_logits: Tensor, stats: Statistics, spec: RowSpec, *, first: bool) -> Tensor:
+def mixture_sums(logits: Tensor, teacher_logits: Tensor, stats: Statistics, spec: RowSpec, *, first: bool) -> Tensor:
     """From probabilities that are good to the last digits: nothing is left to add for the row as a whole."""
-    assert stats.teacher_logsumexp is not None
+    mixture = spec.mixture
+    assert stats.teacher_logsumexp is not None and mixture is not None
     parts = []
-    for rows, (p, q, mixture, ratio) in blocks(logits, 4, buffers=2):
+    for rows, (p, q, work, ratio) in blocks(logits, 4, buffers=2):
         for out, z, lse in ((p, logits, stats.logsumexp), (q, teacher_logits, stats.teacher_logsumexp)):
             to_units_(out.copy_(z[rows]), spec.transform)
             normalize_(out, lse[rows], spec)
             out.exp2_()
-        log_ratio_to_mixture(p, q, spec, mixture=mixture, out=ratio)
-        kl = dot(p, ratio, out=ratio)
-        torch.div(q, mixture, out=ratio).log2_()
-        parts.append(torch.cat([kl, dot(q, ratio, out=ratio)], dim=1))
-    return torch.cat(parts) * NATS
+        center, *kls = mixture_block(p, q, mixture, work=work, out=ratio)
+        divergence = mixture.divergence(*(None if kl is None else kl * NATS for kl in kls))
+        parts.append(torch.cat([center * nats_of_gradient(spec), divergence], dim=1))
+    return torch.cat(parts)
 
 
 def _sums(

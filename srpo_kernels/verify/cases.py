@@ -15,6 +15,7 @@ from srpo_kernels import Normalizers, SRPOConfig
 from srpo_kernels.losses.config import KL_TYPES
 from srpo_kernels.losses.registry import POLICY_LOSSES
 from srpo_kernels.rows.contract import DIVERGENCES
+from srpo_kernels.rows.mixture import MIXTURE_DIVERGENCES, has_mixture
 
 Op = Literal["srpo_loss", "fused_loss", "token_stats", "teacher_stats"]
 Inputs = dict[str, Any]
@@ -100,7 +101,11 @@ _TRANSFORMS: list[dict[str, Any]] = [
     {"temperature": 0.7},
     {"logit_scale": 0.5},
 ]
-_DIVERGENCES: list[dict[str, Any]] = [*({"divergence": x} for x in reversed(DIVERGENCES)), {"alpha": 0.1}]
+_DIVERGENCES: list[dict[str, Any]] = [
+    {"divergence": "jsd"},
+    *({"divergence": x} for x in DIVERGENCES if x != "jsd"),
+    *({"divergence": x, "alpha": 0.1} for x in MIXTURE_DIVERGENCES),
+]
 _LOSS_OPTIONS: dict[str, list[dict[str, Any]]] = {
     "clips": [
         {"delta": 1.5, "dual_clip": 1.2},
@@ -122,7 +127,7 @@ _LOSS_OPTIONS: dict[str, list[dict[str, Any]]] = {
         {"distillation_mode": "sampled"},
     ],
     "entropy weights": [{"dw_beta": 4.0}, {"dw_beta": 0.0}],
-    "logit transform": [*_TRANSFORMS, *(x | {"softcap": 5.0} for x in _DIVERGENCES[1:3])],
+    "logit transform": [*_TRANSFORMS, *(x | {"softcap": 5.0} for x in _DIVERGENCES[1 : len(DIVERGENCES)])],
     "reduction": [{"reduction": "sequence"}, {"reduction": "constant", "max_length": 9}],
 }
 # Of the statistics, and of an objective of all of them.
@@ -194,11 +199,11 @@ def _shape_cases(op: Op, size: Size, large: bool, realistic: bool) -> Iterator[C
 
 
 def _tile_cases(size: Size, large: bool, realistic: bool) -> Iterator[Case]:
-    """The engine without logits, which has no gradient and no jsd."""
+    """The engine without logits, which has no gradient and no divergence from a mixture."""
     sizes = {"5003": size._replace(vocab_size=5003)} if large else {}
     sizes |= {"1024 × 151936": _REALISTIC} if realistic else {}
     for divergence in DIVERGENCES:
-        if divergence != "jsd":
+        if not has_mixture(divergence):
             capped = SRPOConfig(divergence=divergence, **_TRANSFORMS[0])
             case = Case("token_stats", "engine=tile", divergence, size, capped, engine="tile", leaves=(), edit=_poison)
             yield case

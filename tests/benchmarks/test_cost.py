@@ -69,7 +69,7 @@ def test_products_and_memory_of_a_step(provider: ProviderName, case: CaseName) -
 @pytest.mark.parametrize("provider", ["srpo_kernels", "srpo_kernels-bf16"])
 def test_every_pass_reads_each_logit_once(provider: ProviderName, case: CaseName) -> None:
     found = kernels(provider, case)
-    assert set(found) == {"row_stats_kernel", "row_grad_kernel"} | ({"row_jsd_kernel"} if case == "jsd" else set())
+    assert set(found) == {"row_stats_kernel", "row_grad_kernel"} | ({"row_mixture_kernel"} if case == "jsd" else set())
     for name, kernel in found.items():
         assert kernel.launches == 1
         assert kernel.loaded.per_element == (4 if case == "policy" else 8)

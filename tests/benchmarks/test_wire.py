@@ -38,6 +38,8 @@ EXCHANGES: list[tuple[str, str]] = [
     ("full", "jsd"),
     ("full", "forward_kl"),
     ("full", "reverse_kl"),
+    ("full", "skew_forward_kl"),
+    ("full", "skew_reverse_kl"),
     ("topk", "jsd"),
     ("sampled", "jsd"),
 ]

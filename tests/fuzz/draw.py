@@ -16,6 +16,7 @@ from srpo_kernels import SRPOConfig
 from srpo_kernels.losses.config import DISTILLATION_MODES, KL_TYPES, LOSS_TYPES, REDUCTIONS
 from srpo_kernels.losses.registry import POLICY_LOSSES
 from srpo_kernels.rows.contract import DIVERGENCES
+from srpo_kernels.rows.mixture import has_mixture
 from tests.fuzz.models import Inputs, ModelShape, draw_model, to_dtypes
 from tests.strategies import MODEL_TENSORS, transform_of, workspace_floor
 
@@ -261,7 +262,7 @@ def _stats_case(draw: Draw, seed: int, backend: str) -> Case:
     leaves = () if operation == "teacher_stats" else draw.one_of("leaves", *[("hidden", "weight", "bias")] * 2, ())
     keywords = _call(draw, backend, model.vocab_size, 1 + teacher, model.accumulation_dtype)
     one_dtype = len({x.dtype for name, x in inputs.items() if x is not None and name in MODEL_TENSORS}) == 1
-    if backend == "triton" and not leaves and one_dtype and not (teacher and config.divergence == "jsd"):
+    if backend == "triton" and not leaves and one_dtype and not (teacher and has_mixture(config.divergence)):
         keywords["engine"] = draw.one_of("engine", "rows", "tile")
     upstream = draw.normal(3, *rows) * (draw.uniform(3, *rows) < 0.7)
     return Case(

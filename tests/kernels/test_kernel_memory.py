@@ -13,6 +13,7 @@ from srpo_kernels.kernels import launch
 from srpo_kernels.kernels import rows as kernel_rows
 from srpo_kernels.kernels.tiles import Projection, tile_stats
 from srpo_kernels.rows.contract import DIVERGENCES, LogitTransform, RowGradients, RowSpec, Statistics
+from srpo_kernels.rows.mixture import MIXTURE_DIVERGENCES
 from srpo_kernels.rows.passes import Request, RowPasses, coefficients
 from srpo_kernels.rows.vocabulary import Vocabulary
 from tools.interpreter.launches import interpreting
@@ -71,12 +72,13 @@ def test_row_stats(rows: Rows, vocab_size: int, softcap: float | None) -> None:
         passes(vocab_size).statistics(Request(z, y, capped(softcap, divergence="reverse_kl"), ids))
 
 
+@pytest.mark.parametrize("divergence", MIXTURE_DIVERGENCES)
 @SOFTCAPS
 @VOCABULARIES
 @LAYOUTS
-def test_row_jsd(rows: Rows, vocab_size: int, softcap: float | None) -> None:
-    z, y, spec = rows(vocab_size), rows(vocab_size), capped(softcap, divergence="jsd")
-    with sanitize(outputs={"row_jsd_kernel": ["kl2_ptr"]}):
+def test_row_mixture(rows: Rows, vocab_size: int, softcap: float | None, divergence: str) -> None:
+    z, y, spec = rows(vocab_size), rows(vocab_size), capped(softcap, divergence=divergence)
+    with sanitize(outputs={"row_mixture_kernel": ["sums_ptr"]}):
         passes(vocab_size).statistics(Request(z, y, spec, target_ids(vocab_size)))
 
 

@@ -9,6 +9,7 @@ import torch
 
 import reference
 from srpo_kernels import teacher_stats, token_stats
+from srpo_kernels.rows.mixture import MIXTURE_DIVERGENCES
 from tests.comparison import assert_as_accurate, with_leaves
 from tests.meters import MemoryMeter
 from tests.strategies import Inputs, cast, head_inputs
@@ -89,10 +90,10 @@ def test_no_row_at_all() -> None:
     [
         ({"engine": "tiles"}, "engine must be one of .* got 'tiles'"),
         ({"backend": "torch"}, "engine='tile' needs the triton backend, got 'torch'"),
-        ({"divergence": "jsd"}, "engine='tile' has no jsd"),
+        *(({"divergence": x}, f"engine='tile' does not support divergence='{x}'") for x in MIXTURE_DIVERGENCES),
         ({"hidden": torch.zeros(5, 7, 40, dtype=torch.bfloat16)}, "engine='tile' needs one dtype"),
     ],
-    ids=["name", "backend", "jsd", "dtypes"],
+    ids=["name", "backend", *MIXTURE_DIVERGENCES, "dtypes"],
 )
 def test_what_it_cannot_do_is_refused(change: dict[str, Any], message: str) -> None:
     call = inputs_of(torch.float32) | {"backend": "triton", "engine": "tile", "divergence": "reverse_kl"} | change

@@ -65,7 +65,7 @@ def test_defaults_are_the_papers() -> None:
     [
         ({"loss_type": "ppo"}, f"loss_type must be one of {LOSS_TYPES}, got 'ppo'"),
         ({"kl_type": "k4"}, "kl_type must be one of ('k1', 'k2', 'k3'), got 'k4'"),
-        ({"divergence": "kl"}, "divergence must be one of ('forward_kl', 'reverse_kl', 'jsd'), got 'kl'"),
+        ({"divergence": "kl"}, f"divergence must be one of {DIVERGENCES}, got 'kl'"),
         ({"distillation_mode": "top"}, "distillation_mode must be one of ('full', 'topk', 'sampled')"),
         ({"reduction": "mean"}, "reduction must be one of ('token', 'sequence', 'constant'), got 'mean'"),
         ({"epsilon_low": -0.1}, "epsilon_low must be a finite number >= 0, got -0.1"),
@@ -77,6 +77,14 @@ def test_defaults_are_the_papers() -> None:
         ({"alpha": 1.5}, "alpha must be a finite number in [0, 1], got 1.5"),
         ({"alpha": 0.0}, "alpha must be strictly between 0 and 1 with divergence='jsd', got 0.0"),
         ({"alpha": 1}, "alpha must be strictly between 0 and 1 with divergence='jsd', got 1"),
+        (
+            {"divergence": "skew_forward_kl", "alpha": 0.0},
+            "alpha must be strictly between 0 and 1 with divergence='skew_forward_kl', got 0.0",
+        ),
+        (
+            {"divergence": "skew_reverse_kl", "alpha": 1.0},
+            "alpha must be strictly between 0 and 1 with divergence='skew_reverse_kl', got 1.0",
+        ),
         ({"topk": 0}, "topk must be an int >= 1, got 0"),
         ({"distillation_is_clip": 0.0}, "distillation_is_clip must be a finite number > 0, or None, got 0.0"),
         ({"dw_beta": -1.0}, "dw_beta must be a finite number >= 0, got -1.0"),

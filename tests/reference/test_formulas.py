@@ -26,6 +26,7 @@ def random_logits(seed: int, rows: int, vocabulary: int) -> tuple[Tensor, Tensor
     return z, y
 
 
+KINDS = ("forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl")
 shapes = given(seed=st.integers(0, 2**16), rows=st.integers(1, 4), vocabulary=st.sampled_from([1, 2, 7, 129]))
 
 
@@ -43,6 +44,26 @@ def test_jsd_weighs_the_teacher_by_alpha() -> None:
     torch.testing.assert_close(distillation.jsd(LOG_P, LOG_Q, 0.4), vector(0.6 * student + 0.4 * teacher))
 
 
+def test_skewed_divergences_of_two_coins() -> None:
+    # m = 3/5 p + 2/5 q = (13/20, 7/20)
+    forward = 0.5 * log(10 / 13) + 0.5 * log(10 / 7)
+    torch.testing.assert_close(distillation.skew_forward_kl(LOG_P, LOG_Q, 0.4), vector(forward))
+    # m = 3/5 q + 2/5 p = (3/5, 2/5)
+    reverse = 0.75 * log(5 / 4) + 0.25 * log(5 / 8)
+    torch.testing.assert_close(distillation.skew_reverse_kl(LOG_P, LOG_Q, 0.4), vector(reverse))
+
+
+@shapes
+def test_skewed_divergences_become_the_plain_ones(seed: int, rows: int, vocabulary: int) -> None:
+    log_p, log_q = (x.log_softmax(-1) for x in random_logits(seed, rows, vocabulary))
+    for kind in ("forward_kl", "reverse_kl"):
+        plain = distillation.divergence(log_p, log_q, kind)
+        skewed = distillation.divergence(log_p, log_q, f"skew_{kind}", 1e-9)
+        torch.testing.assert_close(skewed, plain, rtol=1e-3, atol=1e-9)
+        none = distillation.divergence(log_p, log_q, f"skew_{kind}", 1 - 1e-9)
+        torch.testing.assert_close(none, torch.zeros_like(none))
+
+
 @shapes
 def test_jsd_is_symmetric_and_bounded_by_log_2(seed: int, rows: int, vocabulary: int) -> None:
     z, y = random_logits(seed, rows, vocabulary)
@@ -53,7 +74,7 @@ def test_jsd_is_symmetric_and_bounded_by_log_2(seed: int, rows: int, vocabulary:
     assert (value < log(2) + 1e-12).all()
 
 
-@pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl", "jsd"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_divergence_from_oneself_is_zero(kind: str) -> None:
     torch.testing.assert_close(distillation.divergence(LOG_P, LOG_P, kind, 0.3), vector(0.0))
 
@@ -96,7 +117,7 @@ def test_tail_bucket_survives_a_vanishing_complement() -> None:
 @shapes
 def test_top_k_coarsens_the_full_divergence(seed: int, rows: int, vocabulary: int) -> None:
     z, y = random_logits(seed, rows, vocabulary)
-    for kind in ("forward_kl", "reverse_kl", "jsd"):
+    for kind in KINDS:
         full = distillation.divergence(z.log_softmax(-1), y.log_softmax(-1), kind)
         for add_tail in (True, False):
             everything = distillation.top_k_buckets(z, y, vocabulary + 3, add_tail)

@@ -48,6 +48,17 @@ def test_jsd(alpha: float, seed: int, rows: int, vocabulary: int) -> None:
     torch.testing.assert_close(gradients.jsd_grad(z, y, alpha), expected)
 
 
+@pytest.mark.parametrize("alpha", [0.1, 0.5, 0.9])
+@shapes
+def test_skewed_kl(alpha: float, seed: int, rows: int, vocabulary: int) -> None:
+    z, y = randn(seed, rows, vocabulary), randn(seed + 1, rows, vocabulary)
+    log_q = y.log_softmax(-1)
+    forward = derivative(lambda z: distillation.skew_forward_kl(z.log_softmax(-1), log_q, alpha), z)
+    torch.testing.assert_close(gradients.skew_forward_kl_grad(z, y, alpha), forward)
+    reverse = derivative(lambda z: distillation.skew_reverse_kl(z.log_softmax(-1), log_q, alpha), z)
+    torch.testing.assert_close(gradients.skew_reverse_kl_grad(z, y, alpha), reverse)
+
+
 @shapes
 def test_entropy(seed: int, rows: int, vocabulary: int) -> None:
     z = randn(seed, rows, vocabulary)

@@ -99,7 +99,7 @@ def test_weights_average_to_one_over_the_distillation_tokens(
     assert metrics["policy_tokens"] + metrics["sdpo_tokens"] == inputs["mask"].sum()
 
 
-@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jsd"])
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl"])
 def test_the_whole_gradient_in_closed_form(
     config: Make, batch: Make, packed: Make, grads: Make, divergence: str
 ) -> None:
@@ -123,6 +123,8 @@ def test_the_whole_gradient_in_closed_form(
         "forward_kl": gradients.forward_kl_grad(z, y),
         "reverse_kl": gradients.reverse_kl_grad(z, y),
         "jsd": gradients.jsd_grad(z, y, 0.3),
+        "skew_forward_kl": gradients.skew_forward_kl_grad(z, y, 0.3),
+        "skew_reverse_kl": gradients.skew_reverse_kl_grad(z, y, 0.3),
     }[divergence]
     entropy = logits.entropy(y)
     weights = distillation.entropy_weights(entropy, 1.0, distillation.weight_log_mean(entropy[sdpo], 1.0))

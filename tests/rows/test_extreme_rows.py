@@ -15,6 +15,7 @@ import reference
 from srpo_kernels import SRPOConfig, policy_loss, srpo_loss, token_stats
 from srpo_kernels.losses.config import DISTILLATION_MODES, KL_TYPES, LOSS_TYPES
 from srpo_kernels.rows.contract import DIVERGENCES
+from srpo_kernels.rows.mixture import MIXTURE_DIVERGENCES
 from tests.comparison import run_loss, run_stats
 from tests.strategies import Inputs, cast, each_backend
 
@@ -219,6 +220,33 @@ def test_log_probs_and_entropies_keep_their_sign(backend: str) -> None:
     for value in (stats.entropy, stats.divergence, stats.teacher_entropy):
         assert value is not None
         assert (value >= 0).all()
+
+
+@each_backend
+@pytest.mark.parametrize("alpha", [1e-6, 0.1, 0.9, 1 - 1e-6])
+@pytest.mark.parametrize("divergence", MIXTURE_DIVERGENCES)
+def test_mixtures_of_any_share(divergence: str, alpha: float, backend: str) -> None:
+    """Equal models, one token alone for both and for either, and models that are apart: a share of 1e-6 counts."""
+    torch.manual_seed(0)
+    z, y = torch.randn(2, 6, 65).unbind()
+    y[1] = z[1]
+    for row, models in ((2, (z, y)), (3, (z,)), (4, (y,))):
+        for logits in models:
+            logits[row] = -1e30
+            logits[row, row] = 2.0
+    z[5], y[5] = 30.0 * z[5], 30.0 * y[5]
+    upstream = torch.zeros(3, 6, dtype=torch.float64)
+    upstream[2] = 1.0
+    for names in (("divergence",), ("divergence", "log_probs")):
+        # With the log-probs' gradient the torch backend takes its other way, from sums.
+        upstream[0] = float("log_probs" in names)
+        options = {"divergence": divergence, "alpha": alpha}
+        actual = run_stats(token_stats, heads(z, y), upstream, ("weight",), backend=backend, **options)
+        exact = run_stats(reference.token_stats, cast(heads(z, y), torch.float64), upstream, ("weight",), **options)
+        torch.testing.assert_close(actual["divergence"].double(), exact["divergence"], rtol=2e-6, atol=5e-7)
+        torch.testing.assert_close(actual["grad weight"].double(), exact["grad weight"], rtol=1e-5, atol=3e-6)
+        # The row of equal models.
+        assert actual["divergence"][1] < 1e-7
 
 
 @each_backend

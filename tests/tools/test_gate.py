@@ -216,7 +216,7 @@ def test_every_kernel_of_the_library_keeps_the_rules(document: Path, tmp_path: P
             assert line.narrowest_loop_load == 16, name
             assert float(line.unrolled) >= 1, name
     assert set(lines["target"]) == set(TARGETS) - left_out
-    assert set(lines["kernel"]) >= {"row_stats", "row_jsd", "row_grad", "tile_stats"}
+    assert set(lines["kernel"]) >= {"row_stats", "row_mixture", "row_grad", "tile_stats"}
     assert lines.groupby("target").size().nunique() == 1
     assert "| tile_stats |" in document.read_text()
 
@@ -225,11 +225,11 @@ def test_a_target_without_its_assembler_is_left_out_by_name(tmp_path: Path) -> N
     assembler = tmp_path / "ptxas"
     assembler.write_text("#!/bin/sh\n[ \"$1\" = --version ] && echo 'release 13.1, V13.1.80' || exit 1\n")
     assembler.chmod(0o755)
-    call = ("-m", "tools.gate", "--targets", "sm_90", "sm_100", "--kernels", "row_jsd")
+    call = ("-m", "tools.gate", "--targets", "sm_90", "sm_100", "--kernels", "row_mixture")
     done = python(*call, TRITON_PTXAS_BLACKWELL_PATH=str(assembler), TRITON_CACHE_DIR=str(tmp_path / "cache"))
     assert done.returncode == 1
     assert re.search(r"^sm_100 is left out: \w+Error: .+", done.stderr, re.MULTILINE), done.stderr
-    assert "row_jsd" in done.stdout
+    assert "row_mixture" in done.stdout
     assert "0 with broken rules; targets left out: 1" in done.stdout
     alone = python(*call[:3], "sm_100", TRITON_PTXAS_BLACKWELL_PATH=str(assembler))
     assert alone.returncode == 1

@@ -21,9 +21,9 @@ _INSTRUCTIONS: dict[tuple[str, object], int] = {
     ("row_stats", False): 14,
     ("row_stats", True): 34,
     # A difference of logarithms would be three fewer, and noise where the models are nearly equal.
-    ("row_jsd", None): 18,
+    ("row_mixture", None): 18,
     ("row_grad", "none"): 12,
-    ("row_grad", "jsd"): 20,
+    ("row_grad", "mixture"): 20,
 }
 
 
