@@ -18,7 +18,7 @@ import reference
 from srpo_kernels import Normalizers, SRPOConfig
 from srpo_kernels.engine.backends import rows_of
 from srpo_kernels.engine.plan import RowMemory
-from srpo_kernels.losses.config import DISTILLATION_MODES, KL_TYPES, LOSS_TYPES, REDUCTIONS
+from srpo_kernels.losses.options import DISTILLATION_MODES, KL_TYPES, LOSS_TYPES, REDUCTIONS
 from srpo_kernels.losses.registry import POLICY_LOSSES
 from srpo_kernels.rows.contract import DIVERGENCES
 
@@ -251,10 +251,8 @@ def larger_batch(inputs: Inputs, config: SRPOConfig) -> Normalizers:
 
 def policy_rows(inputs: Inputs) -> Tensor:
     """The valid rows of the policy branch, in the shape of ``target_ids``."""
-    valid = torch.ones_like(inputs["target_ids"], dtype=torch.bool)
-    if inputs["mask"] is not None:
-        valid = inputs["mask"]
-    routed = inputs["sdpo_mask"]
+    mask, routed = inputs["mask"], inputs["sdpo_mask"]
+    valid = torch.ones_like(inputs["target_ids"], dtype=torch.bool) if mask is None else mask
     if routed is None:
         return valid
     return valid & ~(routed if routed.shape == valid.shape else routed[:, None])

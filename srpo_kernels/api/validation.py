@@ -13,7 +13,8 @@ from torch.distributed import ProcessGroup
 
 from srpo_kernels.checks import BOOL, FLOATING, INTEGER, require_shape, require_tensor
 from srpo_kernels.distributed import require_group
-from srpo_kernels.losses.config import SRPOConfig, require_mixture
+from srpo_kernels.losses.config import SRPOConfig
+from srpo_kernels.losses.options import require_mixture
 from srpo_kernels.losses.registry import POLICY_LOSSES, policy_loss_of
 from srpo_kernels.losses.rows import RESERVED
 from srpo_kernels.rollout.normalizers import require_normalizers

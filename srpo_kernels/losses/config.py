@@ -4,26 +4,26 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from enum import Enum
-from typing import Any, Literal, get_args
+from typing import Any
 
 from srpo_kernels.checks import require_count, require_number
-from srpo_kernels.losses.policy import POLICY_LOSSES
-from srpo_kernels.losses.registry import policy_loss_of
-from srpo_kernels.rows.contract import DIVERGENCES, Divergence, LogitTransform
-from srpo_kernels.rows.mixture import has_mixture
-
-KLType = Literal["k1", "k2", "k3"]
-DistillationMode = Literal["full", "topk", "sampled"]
-Reduction = Literal["token", "sequence", "constant"]
-
-# Those of this library; ``register_policy_loss`` adds to the registry, not to these.
-LOSS_TYPES = tuple(POLICY_LOSSES)
-KL_TYPES: tuple[KLType, ...] = get_args(KLType)
-DISTILLATION_MODES: tuple[DistillationMode, ...] = get_args(DistillationMode)
-REDUCTIONS: tuple[Reduction, ...] = get_args(Reduction)
+from srpo_kernels.losses.options import (
+    ANY,
+    CHOICES,
+    OPTIONAL_RANGES,
+    RANGES,
+    DistillationMode,
+    KLType,
+    Reduction,
+    require_mixture,
+    require_option,
+    require_transform,
+)
+from srpo_kernels.losses.registry import POLICY_LOSSES, policy_loss_of
+from srpo_kernels.rows.contract import Divergence, LogitTransform
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +110,7 @@ class SRPOConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "loss_options", _pairs(self.loss_options))
-        for name in ("loss_type", *_CHOICES, *_RANGES, *_OPTIONAL_RANGES):
+        for name in ("loss_type", *CHOICES, *RANGES, *OPTIONAL_RANGES):
             require_option(name, getattr(self, name))
         for name in ("add_tail", "count_inactive"):
             if not isinstance(getattr(self, name), bool):
@@ -150,7 +150,7 @@ class SRPOConfig:
                 raise ValueError(
                     f"loss_options must be among {tuple(loss.options)} with loss_type={self.loss_type!r}, got {name!r}"
                 )
-            require_number(f"loss_options[{name!r}]", value, *loss.ranges.get(name, _ANY))
+            require_number(f"loss_options[{name!r}]", value, *loss.ranges.get(name, ANY))
 
     def policy_options(self) -> dict[str, Any]:
         """What the policy loss reads: fields of this config, and options of its own."""
@@ -178,7 +178,7 @@ class SRPOConfig:
         ``alpha`` in [0, 1]: 0 is ``"forward_kl"``, 1 is ``"reverse_kl"``, anything between is ``"jsd"``.
         Raises as the constructor does.
         """
-        require_number("alpha", alpha, *_RANGES["alpha"])
+        require_number("alpha", alpha, *RANGES["alpha"])
         divergence: Divergence = "forward_kl" if alpha == 0 else "reverse_kl" if alpha == 1 else "jsd"
         return cls(divergence=divergence, alpha=alpha, **options)
 
@@ -222,80 +222,3 @@ def resolve_options(config: SRPOConfig | None, **keywords: Any) -> dict[str, Any
     if given:
         raise ValueError(f"config must stand alone, got it beside {given}: config has these options too")
     return {name: getattr(config, name) for name in keywords}
-
-
-def require_option(name: str, value: Any) -> None:
-    """Raise TypeError or ValueError unless the named option, a choice or a number, can have this value."""
-    if name == "loss_type":
-        _require_choice(name, value, tuple(POLICY_LOSSES))
-    elif name in _CHOICES:
-        _require_choice(name, value, _CHOICES[name])
-    elif name in _RANGES:
-        require_number(name, value, *_RANGES[name])
-    elif value is not None:
-        expected, holds = _OPTIONAL_RANGES[name]
-        require_number(name, value, f"{expected}, or None", holds)
-
-
-def require_mixture(divergence: str, alpha: float) -> None:
-    """Raise ValueError where the mixture would be one of the two models."""
-    if has_mixture(divergence) and not 0 < alpha < 1:
-        raise ValueError(
-            f"alpha must be strictly between 0 and 1 with divergence={divergence!r}, got {alpha!r}; "
-            "SRPOConfig.from_alpha maps 0 to 'forward_kl' and 1 to 'reverse_kl'"
-        )
-
-
-def require_transform(temperature: float, logit_scale: float, softcap: float | None) -> None:
-    """Raise ValueError where float32 does not hold what the kernels multiply logits by."""
-    cap = logit_scale if softcap is None else softcap
-    factors = {
-        "temperature": temperature,
-        "logit_scale": logit_scale,
-        "softcap": cap,
-        "logit_scale / temperature": logit_scale / temperature,
-        "softcap / temperature": cap / temperature,
-        "logit_scale / softcap": logit_scale / cap,
-    }
-    for name, factor in factors.items():
-        # A factor of 10 is left for a change of base.
-        if not 1e-37 <= factor <= 1e37:
-            raise ValueError(f"{name} must be in [1e-37, 1e37], the range of float32, got {factor!r}")
-
-
-def _require_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    if not isinstance(value, str):
-        raise TypeError(f"{name} must be one of {choices}, got {value!r}")
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {choices}, got {value!r}")
-
-
-_Range = tuple[str, Callable[[float], bool]]
-
-_ANY: _Range = ("of either sign", lambda value: True)
-_POSITIVE: _Range = ("> 0", lambda value: value > 0)
-_NON_NEGATIVE: _Range = (">= 0", lambda value: value >= 0)
-
-_CHOICES: dict[str, tuple[str, ...]] = {
-    "kl_type": KL_TYPES,
-    "divergence": DIVERGENCES,
-    "distillation_mode": DISTILLATION_MODES,
-    "reduction": REDUCTIONS,
-}
-_RANGES: dict[str, _Range] = {
-    "epsilon_low": _NON_NEGATIVE,
-    "epsilon_high": _NON_NEGATIVE,
-    "kl_coef": _NON_NEGATIVE,
-    "entropy_coef": _ANY,
-    "alpha": ("in [0, 1]", lambda value: 0 <= value <= 1),
-    "dw_beta": _NON_NEGATIVE,
-    "temperature": _POSITIVE,
-    "logit_scale": _POSITIVE,
-}
-_OPTIONAL_RANGES: dict[str, _Range] = {
-    "delta": _POSITIVE,
-    "dual_clip": ("> 1", lambda value: value > 1),
-    "log_ratio_clamp": _POSITIVE,
-    "distillation_is_clip": _POSITIVE,
-    "softcap": _POSITIVE,
-}

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from srpo_kernels.checks import refuse_name
-from srpo_kernels.losses.config import KLType
+from srpo_kernels.losses.options import KLType
 
 # The exponential of a larger log-ratio, times an advantage and a weight, could leave fp32: its gradient would be NaN.
 LARGEST_LOG_RATIO = 80.0

@@ -13,8 +13,9 @@ from typing import Literal
 import torch
 
 from srpo_kernels.verify import checks, timing
-from srpo_kernels.verify.cases import Case, Size, cases
+from srpo_kernels.verify.cases import cases
 from srpo_kernels.verify.checks import Check
+from srpo_kernels.verify.inputs import Case, Size
 from srpo_kernels.verify.machine import Machine, inspect
 
 try:

@@ -17,7 +17,7 @@ import srpo_kernels_reference as reference
 from srpo_kernels import SRPOConfig
 from srpo_kernels.engine.backends import BackendName
 from srpo_kernels.verify import objective
-from srpo_kernels.verify.cases import DIVERGENCE, TRANSFORM, Case, Inputs, Op, Size, cast, make_inputs
+from srpo_kernels.verify.inputs import DIVERGENCE, TRANSFORM, Case, Inputs, Op, Size, cast, make_inputs
 from srpo_kernels.verify.plain import project_rounded
 
 Results = dict[str, Tensor]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import srpo_kernels_reference as reference
 from srpo_kernels import FusedOutput, SRPOConfig, fused_loss
-from srpo_kernels.verify.cases import DIVERGENCE, TRANSFORM
+from srpo_kernels.verify.inputs import DIVERGENCE, TRANSFORM
 from srpo_kernels_reference.logits import teacher_head
 
 _ROWS = ("advantages", "old_log_probs", "is_weights")

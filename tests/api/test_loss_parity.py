@@ -10,7 +10,7 @@ from hypothesis import given
 
 import reference
 from srpo_kernels import SRPOConfig, srpo_loss
-from srpo_kernels.losses.config import LOSS_TYPES
+from srpo_kernels.losses.options import LOSS_TYPES
 from srpo_kernels.rows.contract import DIVERGENCES
 from tests.comparison import assert_as_accurate, assert_same, run_loss
 from tests.parity import check_loss

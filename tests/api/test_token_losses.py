@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import srpo_kernels as sk
-from srpo_kernels.losses.config import LOSS_TYPES
+from srpo_kernels.losses.options import LOSS_TYPES
 
 CONFIGS = {
     **{name: sk.SRPOConfig(loss_type=name, epsilon_low=0.05, epsilon_high=0.1) for name in LOSS_TYPES},

@@ -16,7 +16,7 @@ from torch.nn.functional import log_softmax
 import reference
 from srpo_kernels import SRPOConfig, srpo_loss, teacher_stats, token_stats
 from srpo_kernels.engine import workspace
-from srpo_kernels.losses.config import DISTILLATION_MODES
+from srpo_kernels.losses.options import DISTILLATION_MODES
 from tests.comparison import assert_as_accurate, assert_same, largest, run_loss, with_leaves
 from tests.strategies import LEAVES, Inputs, cast, each_backend, for_backend, head_inputs, loss_inputs, workspace_floor
 

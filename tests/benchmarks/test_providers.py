@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("rich")
 
 from benchmarks.agreement import compare
 from benchmarks.cases import Case, make_batch
+from benchmarks.memory import measure_peak
+from benchmarks.processes import in_fresh_process
 from benchmarks.providers import Result, Unsupported, cross_entropies, naive, prepare
 
 
@@ -58,3 +62,14 @@ def test_a_step_leaves_no_gradient_behind() -> None:
     prepare("srpo_kernels", batch)()
     assert batch.hidden.grad is None
     assert batch.weight.grad is None
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the resident set is read from /proc")
+def test_peak_memory_counts_what_a_step_holds() -> None:
+    case = Case("smollm2-135m", "policy", 32, vocab_size=40_000)
+    peak = in_fresh_process(measure_peak, case, "bare", torch.device("cpu"), 1)
+    # Bare products have their logits before the step begins.
+    gradients = 4 * 576 * (32 + 40_000)
+    assert peak is not None
+    # The kernel counts pages per thread and adds them up late.
+    assert 0.95 * gradients <= peak <= 1.3 * gradients

@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 import reference
 from srpo_kernels import Normalizers, SRPOConfig, SRPOLoss, srpo_loss
-from srpo_kernels.losses.config import LOSS_TYPES
+from srpo_kernels.losses.options import LOSS_TYPES
 from srpo_kernels.losses.registry import POLICY_LOSSES
 from tests.comparison import Results, assert_same, run_loss
 from tests.engine.test_any_split import part_of

@@ -16,7 +16,7 @@ from torch import Tensor
 
 import reference
 from srpo_kernels import SRPOConfig, srpo_loss, token_stats
-from srpo_kernels.losses.config import DISTILLATION_MODES
+from srpo_kernels.losses.options import DISTILLATION_MODES
 from srpo_kernels.rows.contract import DIVERGENCES
 from tests.api.test_loss_parity import EACH_OPTION
 from tests.comparison import Results, assert_as_accurate, assert_same, condition_of, run_loss, run_stats

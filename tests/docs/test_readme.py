@@ -11,7 +11,7 @@ import torch
 
 import reference
 import srpo_kernels as sk
-from srpo_kernels.losses.config import LOSS_TYPES
+from srpo_kernels.losses.options import LOSS_TYPES
 from srpo_kernels.rows.contract import DIVERGENCES
 
 README = (Path(__file__).parents[2] / "README.md").read_text()

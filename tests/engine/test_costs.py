@@ -11,7 +11,7 @@ from srpo_kernels import SRPOConfig, srpo_loss, token_stats
 from srpo_kernels.engine import srpo, workspace
 from srpo_kernels.engine.plan import Plan, make_plan
 from srpo_kernels.engine.workspace import row_stride
-from srpo_kernels.losses.config import DISTILLATION_MODES
+from srpo_kernels.losses.options import DISTILLATION_MODES
 from tests.comparison import run_loss, with_leaves
 from tests.meters import MemoryMeter, ProductMeter
 from tests.strategies import LEAVES, Inputs, cast, head_inputs, loss_inputs, policy_rows, workspace_floor

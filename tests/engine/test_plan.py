@@ -21,7 +21,7 @@ from srpo_kernels.engine.plan import (
 )
 from srpo_kernels.engine.srpo import moving
 from srpo_kernels.engine.workspace import row_stride
-from srpo_kernels.losses.config import LOSS_TYPES
+from srpo_kernels.losses.options import LOSS_TYPES
 from srpo_kernels.losses.registry import POLICY_LOSSES
 from srpo_kernels.losses.sequences import Sequences
 from srpo_kernels.losses.srpo import SRPOObjective

@@ -12,7 +12,7 @@ import reference
 from examples.distributed.sequence_parallel import gspo_loss
 from srpo_kernels import Normalizers, SRPOConfig, srpo_loss, teacher_stats
 from srpo_kernels.distributed import gather_ranks
-from srpo_kernels.losses.config import LOSS_TYPES
+from srpo_kernels.losses.options import LOSS_TYPES
 from srpo_kernels.losses.registry import POLICY_LOSSES
 from tests.comparison import Results, assert_same, gradients, run_loss, with_leaves
 from tests.processes import RankError, needs_gloo, run_ranks

@@ -16,8 +16,9 @@ from reference import distillation, policy
 from reference.logits import head_logits, teacher_head
 from reference.objective import per_row, teacher_rows
 from tests.comparison import Results
-from tests.fuzz.draw import Case
+from tests.fuzz.case import Case
 from tests.fuzz.models import Inputs
+from tests.fuzz.routes import library_routing, oracle_routing
 from tests.strategies import SHARED, transform_of
 
 STATISTICS = ("log_probs", "entropy", "divergence")
@@ -259,34 +260,6 @@ def _oracle_parts(case: Case, inputs: Inputs) -> Results:
     }
 
 
-def _library_routing(case: Case, inputs: Inputs) -> Results:
-    rewards, groups = inputs["rewards"], inputs["group_ids"]
-    routing = sk.route_samples(rewards, groups, case.options["success_threshold"], inputs["feedback_available"])
-    candidates = _oracle_routes(case, inputs).candidates
-    chosen = candidates.gather(1, routing.teacher_index.clamp(min=0)[:, None])[:, 0]
-    return {
-        "advantages": sk.group_advantages(rewards, groups, scale=case.options["scale"]),
-        "sdpo_mask": routing.sdpo_mask.double(),
-        "correct": routing.correct.double(),
-        "teacher_is_a_correct_sibling": torch.where(routing.teacher_index < 0, ~candidates.any(1), chosen).double(),
-    }
-
-
-def _oracle_routes(case: Case, inputs: Inputs) -> reference.Routing:
-    options = case.options["success_threshold"], inputs["feedback_available"]
-    return reference.route_samples(inputs["rewards"], inputs["group_ids"], *options)
-
-
-def _oracle_routing(case: Case, inputs: Inputs) -> Results:
-    routes = _oracle_routes(case, inputs)
-    return {
-        "advantages": reference.group_advantages(inputs["rewards"], inputs["group_ids"], case.options["scale"]),
-        "sdpo_mask": routes.sdpo_mask.double(),
-        "correct": routes.correct.double(),
-        "teacher_is_a_correct_sibling": torch.ones(len(routes.correct)),
-    }
-
-
 _LIBRARY = {
     "srpo_loss": _library_loss,
     "token_stats": _library_stats,
@@ -294,7 +267,7 @@ _LIBRARY = {
     "policy_loss": _library_policy,
     "sampled_distillation_loss": _library_sampled,
     "normalizers": _library_parts,
-    "routing": _library_routing,
+    "routing": library_routing,
 }
 _ORACLE = {
     "srpo_loss": _oracle_loss,
@@ -303,5 +276,5 @@ _ORACLE = {
     "policy_loss": _oracle_policy,
     "sampled_distillation_loss": _oracle_sampled,
     "normalizers": _oracle_parts,
-    "routing": _oracle_routing,
+    "routing": oracle_routing,
 }

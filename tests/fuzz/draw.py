@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-import random
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,10 +11,11 @@ from torch import Tensor
 
 import reference
 from srpo_kernels import SRPOConfig
-from srpo_kernels.losses.config import DISTILLATION_MODES, KL_TYPES, LOSS_TYPES, REDUCTIONS
+from srpo_kernels.losses.options import DISTILLATION_MODES, KL_TYPES, LOSS_TYPES, REDUCTIONS
 from srpo_kernels.losses.registry import POLICY_LOSSES
 from srpo_kernels.rows.contract import DIVERGENCES
 from srpo_kernels.rows.mixture import has_mixture
+from tests.fuzz.case import Case, Draw
 from tests.fuzz.models import Inputs, ModelShape, draw_model, to_dtypes
 from tests.strategies import MODEL_TENSORS, transform_of, workspace_floor
 
@@ -33,58 +32,6 @@ _OPERATIONS = {
 _SEQUENCE_NAMES = torch.tensor([7, -3, 2**40, 0, 11])
 # exp of more nats than this is beyond fp64: the oracle could not say what is right.
 _MOST_NATS = 600.0
-
-
-class Draw:
-    """The choices of one case; ``options`` has them by name."""
-
-    def __init__(self, seed: int) -> None:
-        self.random = random.Random(seed)
-        self.generator = torch.Generator().manual_seed(seed)
-        self.options: dict[str, Any] = {}
-
-    def one_of(self, name: str, *values: Any) -> Any:
-        """One of the values, each alike; a value that is repeated is likelier."""
-        self.options[name] = self.random.choice(values)
-        return self.options[name]
-
-    def normal(self, *shape: int) -> Tensor:
-        return torch.randn(*shape, generator=self.generator, dtype=torch.float64)
-
-    def uniform(self, *shape: int) -> Tensor:
-        return torch.rand(*shape, generator=self.generator, dtype=torch.float64)
-
-    def ids(self, most: int, *shape: int) -> Tensor:
-        return torch.randint(0, most, shape, generator=self.generator)
-
-
-@dataclass(frozen=True)
-class Case:
-    """One call.
-
-    ``exact_products``: every logit is a number of fp32, so that no product is rounded. ``keywords`` are the library's
-    alone. ``upstream`` multiplies the loss, or each statistic of each row.
-    """
-
-    seed: int
-    operation: str
-    options: dict[str, Any]
-    inputs: Inputs
-    config: SRPOConfig
-    leaves: tuple[str, ...] = ()
-    upstream: Tensor = field(default_factory=lambda: torch.ones(()))
-    exact_products: bool = False
-    other_batch: tuple[int, float, int, int] | None = None
-    keywords: dict[str, Any] | None = None
-    lanes: int = 1024
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """In which results are accumulated."""
-        if self.operation == "normalizers":
-            return torch.float64
-        floating = [x.dtype for x in self.inputs.values() if isinstance(x, Tensor) and x.is_floating_point()]
-        return torch.float64 if torch.float64 in floating else torch.float32
 
 
 def draw_case(seed: int, backend: str) -> Case:

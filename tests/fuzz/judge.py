@@ -14,7 +14,7 @@ from reference.policy import LARGEST_LOG_RATIO
 from srpo_kernels import SRPOConfig
 from tests.comparison import Results, largest
 from tests.fuzz.calls import library, oracle
-from tests.fuzz.draw import Case
+from tests.fuzz.case import Case
 from tests.fuzz.models import Inputs, to_dtypes
 from tests.strategies import transform_of
 

@@ -14,7 +14,7 @@ from srpo_kernels import SRPOConfig
 from tests.strategies import MODEL_TENSORS, transform_of
 
 if TYPE_CHECKING:
-    from tests.fuzz.draw import Draw
+    from tests.fuzz.case import Draw
 
 Inputs = dict[str, Any]
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from srpo_kernels.losses.config import LOSS_TYPES
+from srpo_kernels.losses.options import LOSS_TYPES
 from tests import verl_path
 
 pytestmark = pytest.mark.skipif(not verl_path.INSTALLED, reason="verl is not installed: `make test` does it")

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from srpo_kernels.losses.config import LOSS_TYPES, SRPOConfig
+from srpo_kernels.losses.config import SRPOConfig
+from srpo_kernels.losses.options import LOSS_TYPES
 from srpo_kernels.rows.contract import DIVERGENCES
 from tests.strategies import configs
 
@@ -187,3 +188,10 @@ def test_encoding_keeps_every_option(config: SRPOConfig) -> None:
     assert SRPOConfig.decode(config.encode()) == config
     assert dataclasses.replace(config, temperature=0.3).encode() != config.encode()
     assert "encoded" not in repr(config)
+
+
+@pytest.mark.parametrize("name", ["max_length", "topk"])
+@pytest.mark.parametrize("value", [10**400, 2**31])
+def test_counts_of_a_config(name: str, value: int) -> None:
+    with pytest.raises(ValueError, match=f"{name} must be an int <= 2147483647"):
+        SRPOConfig(**{"reduction": "constant", "max_length": 5} | {name: value})

@@ -13,8 +13,8 @@ from torch import Tensor
 
 import reference
 from srpo_kernels import SRPOConfig, group_advantages, policy_loss, srpo_loss, token_stats
-from srpo_kernels.losses import config
-from srpo_kernels.losses.config import DISTILLATION_MODES, KL_TYPES, LOSS_TYPES, REDUCTIONS
+from srpo_kernels.losses import options
+from srpo_kernels.losses.options import DISTILLATION_MODES, KL_TYPES, LOSS_TYPES, REDUCTIONS
 from srpo_kernels.losses.registry import POLICY_LOSSES
 from srpo_kernels.rollout.routing import ADVANTAGE_SCALES
 from srpo_kernels.rows.contract import DIVERGENCES
@@ -73,7 +73,7 @@ def planted(option: str) -> Iterator[str]:
         if option == "loss_type":
             patch.setitem(POLICY_LOSSES, name, POLICY_LOSSES["reinforce"])
         else:
-            patch.setitem(config._CHOICES, option, (*config._CHOICES[option], name))
+            patch.setitem(options.CHOICES, option, (*options.CHOICES[option], name))
         yield name
 
 

@@ -11,7 +11,7 @@ import torch
 
 import reference
 from reference import distillation
-from srpo_kernels.losses.config import LOSS_TYPES
+from srpo_kernels.losses.options import LOSS_TYPES
 
 Make = Callable[..., Any]
 REDUCTIONS = ("token", "sequence", "constant")

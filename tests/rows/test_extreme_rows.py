@@ -13,7 +13,7 @@ from torch import Tensor
 
 import reference
 from srpo_kernels import SRPOConfig, policy_loss, srpo_loss, token_stats
-from srpo_kernels.losses.config import DISTILLATION_MODES, KL_TYPES, LOSS_TYPES
+from srpo_kernels.losses.options import DISTILLATION_MODES, KL_TYPES, LOSS_TYPES
 from srpo_kernels.rows.contract import DIVERGENCES
 from srpo_kernels.rows.mixture import MIXTURE_DIVERGENCES
 from tests.comparison import run_loss, run_stats
