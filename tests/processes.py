@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import tempfile
 import time
@@ -20,6 +21,9 @@ needs_gloo = pytest.mark.skipif(
     not (dist.is_available() and dist.is_gloo_available()), reason="this build of torch has no gloo backend"
 )
 
+# What takes seconds to import, and starts no thread.
+_PRELOADED = ["torch", "torch.distributed", "hypothesis", "reference", "srpo_kernels", "tests.comparison"]
+
 
 class RankError(RuntimeError):
     """Some ranks failed; ``tracebacks`` has the text of each one that could still say why, by rank."""
@@ -36,14 +40,19 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
     Raises RankError with the traceback of every rank that failed, and TimeoutError, naming the ranks, when some are
     not done after ``timeout_seconds``. A collective that waits for a lost rank fails after half of that time.
 
-    Starting a process costs seconds, most of it the import of torch: do many cases within one call.
+    Processes are forks of one that has imported torch and has done nothing else.
     """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         # In a file: torch would send each tensor to each process through a file descriptor of its own.
         torch.save(args, folder / "arguments.pt")
+        multiprocessing.set_forkserver_preload(_PRELOADED)
         processes = mp.start_processes(
-            _work, (function, world_size, folder, timeout_seconds / 2), world_size, join=False
+            _work,
+            (function, world_size, folder, timeout_seconds / 2),
+            world_size,
+            join=False,
+            start_method="forkserver",
         ).processes
         deadline = time.monotonic() + timeout_seconds
         for process in processes:
