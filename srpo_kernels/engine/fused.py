@@ -77,8 +77,8 @@ class FusedPass:
             if evaluation.rescale is not None:
                 loss = loss * evaluation.rescale
             loss = loss + evaluation.losses.sum()
-        for segment in self.plan.inactive:
-            self._run(segment, gradient=False, active=False)
+        if self.plan.inactive:
+            self._run(self.plan.inactive, gradient=False, active=False)
         self.grad_head.finish()
         finite = self.losses.isfinite()
         if self.grad_rows is not None:

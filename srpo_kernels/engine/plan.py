@@ -125,7 +125,7 @@ Segment = list[Chunk]
 
 @dataclass(frozen=True)
 class Plan:
-    """How one call runs: its rows in segments, and what that costs.
+    """How one call runs: its rows in segments, those that only metrics want in one of their own, and what that costs.
 
     ``student_products`` and ``teacher_products`` count rows times products, in units of ``H * V`` multiply-adds: 3 per
     row without a teacher, 4 per row with one.
@@ -133,14 +133,14 @@ class Plan:
 
     order: RowOrder
     segments: list[Segment]
-    inactive: list[Segment]
+    inactive: Segment
     student_products: int
     teacher_products: int
 
     @property
     def buffer_rows(self) -> int:
         """Rows of logits, of either model, that are alive at a time."""
-        return max((chunk.logits for segment in self.segments + self.inactive for chunk in segment), default=0)
+        return max((chunk.logits for segment in [*self.segments, self.inactive] for chunk in segment), default=0)
 
     @property
     def rows(self) -> Tensor:
@@ -187,13 +187,15 @@ def make_plan(
         segments += alone
     if joins and not len(order.alone):
         segments.append([Chunk(none, none)])
-    inactive = row_chunks(len(order.inactive), alone_rows) if count_inactive else []
+    inactive = [Chunk(none, order.inactive[ids]) for ids in row_chunks(len(order.inactive), alone_rows)]
+    if joins and not inactive:
+        inactive = [Chunk(none, none)]
     again = [chunk for segment in segments for chunk in segment[:-1]] if gradients else []
     taught, twice = len(order.taught), sum(len(chunk.taught) for chunk in again)
     return Plan(
         order,
         segments,
-        [[Chunk(none, order.inactive[ids])] for ids in inactive],
+        inactive if count_inactive else [],
         (len(order.alone) + taught) * (1 + gradients)
         + twice
         + sum(len(chunk.alone) for chunk in again)

@@ -142,7 +142,7 @@ def assert_whole(step: Step, of_ranks: list[list[Results]]) -> None:
     assert_same(actual, expected, 1e-9)
 
 
-@pytest.mark.parametrize(("ranks", "count"), [(2, 60), (4, 40)])
+@pytest.mark.parametrize(("ranks", "count"), [(2, 80), (4, 40)])
 def test_any_cut_gives_the_whole(ranks: int, count: int) -> None:
     cases: list[Step] = []
 

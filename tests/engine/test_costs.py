@@ -12,7 +12,7 @@ from srpo_kernels.engine import srpo, workspace
 from srpo_kernels.engine.plan import Plan, make_plan
 from srpo_kernels.engine.workspace import row_stride
 from srpo_kernels.losses.options import DISTILLATION_MODES
-from tests.comparison import run_loss, with_leaves
+from tests.comparison import assert_same, run_loss, with_leaves
 from tests.meters import MemoryMeter, ProductMeter
 from tests.strategies import LEAVES, Inputs, cast, head_inputs, loss_inputs, policy_rows, workspace_floor
 
@@ -105,3 +105,13 @@ def test_memory_is_the_workspace_and_dw_however_many_rows(mode: str) -> None:
     assert extra <= 1.05 * budget
     # A few numbers for each row, not a few for each logit.
     assert extra_bytes(1024) - extra <= 768 * 50 * 8
+
+
+def test_what_a_log_shows_of_inactive_sequences_does_not_depend_on_chunks() -> None:
+    inputs = loss_inputs(0, (6, 9)) | {"sdpo_mask": None, "teacher_hidden": None}
+    inputs["advantages"][:4] = 0.0
+    config = SRPOConfig(loss_type="gspo", count_inactive=True, epsilon_low=0.01, epsilon_high=0.01)
+    expected = run_loss(srpo_loss, inputs, config=config)
+    assert expected["metric scored_policy_tokens"] > expected["metric active_rows"] > 0
+    actual = run_loss(srpo_loss, inputs, config=config, workspace_bytes=4 * workspace_floor(33, 8, 1))
+    assert_same(actual, expected, 1e-11)

@@ -29,7 +29,9 @@ class Linear4bit(nn.Linear):
 def test_a_quantized_head_is_refused() -> None:
     model = patched("llama")
     model.lm_head = Linear4bit(32, 96, bias=False)
-    with pytest.raises(ValueError, match=r"got tests\.test_trl_adapters\.Linear4bit: .*llm_int8_skip_modules"):
+    with pytest.raises(
+        ValueError, match=r"got tests\.integrations\.test_trl_adapters\.Linear4bit: .*llm_int8_skip_modules"
+    ):
         check_head(model, LogitTransform(1.0, None))
     model.lm_head = nn.Linear(32, 96, bias=False)
     model.lm_head.weight = nn.Parameter(torch.zeros(96 * 32 // 2, 1, dtype=torch.uint8), requires_grad=False)
