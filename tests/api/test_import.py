@@ -70,8 +70,8 @@ def test_the_wheel_has_the_library_its_types_and_the_oracle_alone(wheel: Path) -
 
 
 def test_an_installed_wheel_verifies_itself(wheel: Path, tmp_path: Path) -> None:
-    pytest.importorskip("rich")
-    pytest.importorskip("tyro")
+    pytest.importorskip("rich", reason="a command prints with rich: the extras verify and bench have it")
+    pytest.importorskip("tyro", reason="a command reads its options with tyro: the extras verify and bench have it")
     zipfile.ZipFile(wheel).extractall(tmp_path)
     where = "import srpo_kernels, srpo_kernels_reference as r; print(srpo_kernels.__file__, r.__file__)"
     assert all(path.startswith(str(tmp_path)) for path in run_python("-c", where, cwd=tmp_path).split())

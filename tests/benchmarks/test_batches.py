@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-pytest.importorskip("tyro")
-pytest.importorskip("rich")
+pytest.importorskip("tyro", reason="a command reads its options with tyro: the extras verify and bench have it")
+pytest.importorskip("rich", reason="a command prints with rich: the extras verify and bench have it")
 
 from benchmarks.cases import DEFAULT_ACTIVE, DTYPES, Case, make_batch
 from benchmarks.speed import published

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-pytest.importorskip("rich")
+pytest.importorskip("rich", reason="a command prints with rich: the extras verify and bench have it")
 
 from benchmarks.agreement import compare
 from benchmarks.cases import Case, make_batch
