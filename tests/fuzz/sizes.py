@@ -1,0 +1,125 @@
+"""How large the numbers are that a case's results are made of: what each of their roundings is relative to."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from reference.logits import LOWEST, transform
+from reference.policy import LARGEST_LOG_RATIO
+from srpo_kernels import SRPOConfig
+from tests.comparison import Results, largest
+from tests.fuzz.case import Case
+from tests.strategies import transform_of
+
+
+def finite(x: Tensor) -> Tensor:
+    """Its finite elements."""
+    return x[x.isfinite()]
+
+
+def probability_size(case: Case, name: str, exact: Results) -> float:
+    """How large probabilities are in a quantity: they are rounded at their size, however little is beside them."""
+    if case.operation == "normalizers":
+        # The difference of two logarithms of counts.
+        return math.log(1.0 + case.inputs["mask"].numel())
+    if "weight" not in case.inputs:
+        return 0.0
+    if name == "log_probs" or (case.operation != "srpo_loss" and not name.startswith("grad")):
+        # The probabilities of each of a divergence's two models add up to 1, rounded.
+        return max(2.0, 2 * _concentration(case)) if name == "divergence" else _concentration(case)
+    config = case.config
+    coefficient = float(case.upstream.abs().sum())
+    if case.operation == "srpo_loss":
+        coefficient = _largest_coefficient(case, config, exact)
+    if name.startswith("metric"):
+        rows = case.inputs["target_ids"].numel()
+        # A sum of log-probs, each rounded at its own size.
+        return max(coefficient, 1.0) * rows + math.sqrt(rows) * largest(finite(exact["log_probs"]))
+    if not name.startswith("grad"):
+        return coefficient
+    if case.operation == "srpo_loss":
+        coefficient *= abs(case.upstream.item())
+    elif case.inputs.get("teacher_hidden") is not None:
+        # A divergence's gradient has both models' probabilities in it.
+        coefficient *= 2
+    slope = config.logit_scale / config.temperature
+    weight, hidden = (finite(case.inputs[x].double()) for x in ("weight", "hidden"))
+    size = {"grad hidden": largest(weight), "grad weight": largest(hidden), "grad bias": 1.0}[name]
+    # A log-sum-exp is rounded like a logit, in fp64 whatever the dtype: there is nothing wider to keep it in.
+    logits = _logits(case, "")
+    narrower = torch.finfo(torch.float64).eps / torch.finfo(case.dtype).eps
+    size *= 1.0 + slope * largest(logits[logits > LOWEST]) * narrower
+    return coefficient * slope * size
+
+
+def weight_growth(case: Case, name: str) -> float:
+    """How much the roundings of two entropies, at the size of log V, grow in the weight: exp of their difference.
+
+    In its square twice as much.
+    """
+    if case.operation != "srpo_loss" or name == "log_probs":
+        return 0.0
+    return (
+        (4 if name == "metric dw_weight_sq_sum" else 2)
+        * case.config.dw_beta
+        * (1.0 + math.log(len(case.inputs["weight"])))
+    )
+
+
+def _concentration(case: Case) -> float:
+    """The root of a row's sum of squared probabilities, at most 1: their roundings are independent."""
+    if case.dtype == torch.float64:
+        # The oracle's probabilities come from log-probs, rounded at the size of log V.
+        return 1.0 + math.log(len(case.inputs["weight"]))
+    models = (
+        ["", "teacher_"] if case.operation == "token_stats" and case.inputs.get("teacher_hidden") is not None else [""]
+    )
+    logits = [transform(_logits(case, model), **transform_of(case.config)) for model in models]
+    return max((float(x.softmax(-1).square().sum(-1).sqrt().max()) for x in logits if len(x)), default=0.0)
+
+
+def _logits(case: Case, model: str) -> Tensor:
+    """``[n, V]`` of the valid rows before the transform, in fp64."""
+    inputs = case.inputs
+    own = model if inputs.get("teacher_weight") is not None else ""
+    valid = inputs["mask"]
+    hidden = inputs[f"{model}hidden"]
+    rows = (hidden.flatten(0, -2) if valid is None else hidden[valid]).double()
+    bias = inputs[f"{own}bias"]
+    return rows @ inputs[f"{own}weight"].double().T + (0.0 if bias is None else bias.double())
+
+
+def _largest_coefficient(case: Case, config: SRPOConfig, exact: dict[str, Any]) -> float:
+    """The most that a row's log-prob is multiplied with on its way to the loss, as far as it is plain to see."""
+    valid = case.inputs["mask"]
+
+    def most(name: str) -> float:
+        value = case.inputs[name]
+        if value is None or (valid is not None and not valid.any()):
+            return 1.0
+        known = value[valid] if valid is not None and value.shape == valid.shape else value
+        return largest(finite(known.double()))
+
+    weight = float(exact["metric dw_weight_sq_sum"].sqrt())
+    kappa = config.distillation_is_clip if case.inputs["old_log_probs"] is not None else 1.0
+    distilled = weight * (kappa or 1.0) if weight else 0.0
+    if config.distillation_mode == "sampled":
+        # It multiplies two log-probs.
+        distilled *= (1.0 + largest(finite(exact["log_probs"]))) ** 2
+    penalty = config.kl_coef * _steepest_kl(case, exact) + abs(config.entropy_coef)
+    return max(distilled, most("advantages")) * max(most("is_weights"), 1.0) + penalty
+
+
+def _steepest_kl(case: Case, exact: Results) -> float:
+    """The largest derivative of a KL estimate."""
+    config, ref = case.config, case.inputs["ref_log_probs"]
+    if config.kl_coef == 0 or config.kl_type == "k1":
+        return 1.0
+    gaps = finite(exact["log_probs"] - ref.double())
+    if config.kl_type == "k2":
+        return largest(gaps)
+    return math.exp(min(largest(gaps), config.log_ratio_clamp or LARGEST_LOG_RATIO))
