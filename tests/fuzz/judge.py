@@ -107,9 +107,10 @@ def _rounded_inputs(case: Case, wide: Inputs, order: torch.Generator, alike: boo
     if wide.get("teacher_hidden") is not None and wide["teacher_weight"] is None:
         # The two models' logits are rounded apart, although they share a head.
         rounded |= {"teacher_weight": wide["weight"], "teacher_bias": wide["bias"]}
+    exact_logits = case.exact_products and case.config.softcap is None
     for name in ("weight", "hidden", "teacher_weight", "teacher_hidden"):
-        if rounded.get(name) is not None and not case.exact_products:
-            # A logit is a sum of rounded products.
+        if rounded.get(name) is not None and not exact_logits:
+            # A logit is a sum of rounded products, and what a softcap makes of one is rounded too.
             rounded[name] = rounded[name] * (1 + unit * sign(rounded[name]))
     # A log-prob is the difference of a logit and a log-sum-exp: rounded at the size of the latter.
     vocab_size, slope = len(wide["weight"]), case.config.logit_scale / case.config.temperature
