@@ -12,7 +12,7 @@ from tests.comparison import Results, largest
 from tests.fuzz.calls import library, oracle
 from tests.fuzz.case import Case
 from tests.fuzz.models import Inputs, to_dtypes
-from tests.fuzz.sizes import finite, probability_size, weight_growth
+from tests.fuzz.sizes import finite, largest_logit, probability_size, weight_growth
 
 # Plain torch of the same precision is off by chance: its error is the largest of three orders of its sums, and a result
 # may be this many times as far off.
@@ -114,9 +114,10 @@ def _rounded_inputs(case: Case, wide: Inputs, order: torch.Generator, alike: boo
             rounded[name] = rounded[name] * (1 + unit * sign(rounded[name]))
     # A log-prob is the difference of a logit and a log-sum-exp: rounded at the size of the latter.
     vocab_size, slope = len(wide["weight"]), case.config.logit_scale / case.config.temperature
-    by = unit * (1 + math.log(vocab_size)) / slope
-    for name, head in (("bias", "weight"), ("teacher_bias", "teacher_weight")):
-        if rounded.get(head) is not None:
+    for model in ("", "teacher_"):
+        name = f"{model}bias"
+        if rounded.get(f"{model}weight") is not None:
+            by = unit * ((1 + math.log(vocab_size)) / slope + (0.0 if exact_logits else largest_logit(case, model)))
             bias = torch.zeros(vocab_size, dtype=torch.float64) if rounded.get(name) is None else rounded[name]
             rounded[name] = bias + by * sign(bias)
     return rounded

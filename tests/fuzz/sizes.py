@@ -50,9 +50,8 @@ def probability_size(case: Case, name: str, exact: Results) -> float:
     weight, hidden = (finite(case.inputs[x].double()) for x in ("weight", "hidden"))
     size = {"grad hidden": largest(weight), "grad weight": largest(hidden), "grad bias": 1.0}[name]
     # A log-sum-exp is rounded like a logit, in fp64 whatever the dtype: there is nothing wider to keep it in.
-    logits = _logits(case, "")
     narrower = torch.finfo(torch.float64).eps / torch.finfo(case.dtype).eps
-    size *= 1.0 + slope * largest(logits[logits > LOWEST]) * narrower
+    size *= 1.0 + slope * largest_logit(case, "") * narrower
     return coefficient * slope * size
 
 
@@ -80,6 +79,12 @@ def _concentration(case: Case) -> float:
     )
     logits = [transform(_logits(case, model), **transform_of(case.config)) for model in models]
     return max((float(x.softmax(-1).square().sum(-1).sqrt().max()) for x in logits if len(x)), default=0.0)
+
+
+def largest_logit(case: Case, model: str) -> float:
+    """Of the valid rows of a model, before the transform; those that are banned do not count."""
+    logits = _logits(case, model)
+    return largest(logits[logits > LOWEST])
 
 
 def _logits(case: Case, model: str) -> Tensor:
