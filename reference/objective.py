@@ -39,7 +39,7 @@ def resolve_sequence_ids(sequence_ids: Tensor | None, target_ids: Tensor, config
         return sequence_ids
     if target_ids.ndim == 2:
         return per_row(torch.arange(len(target_ids), device=target_ids.device), target_ids)
-    if config.loss_type in policy.SEQUENCE_LOSSES or config.reduction != "token":
+    if config.loss_type in policy.SEQUENCE_LOSSES or config.reduction not in ("token", "token_sum"):
         raise ValueError(f"sequence_ids: packed rows need them for {config.loss_type=}, {config.reduction=}")
     return torch.zeros_like(target_ids)
 
@@ -57,7 +57,7 @@ def active_policy_rows(policy_rows: Tensor, advantages: Tensor, sequence_ids: Te
 
     In ``gspo`` a token moves its whole sequence's ratio, so one nonzero advantage makes the sequence active.
     """
-    if config.kl_coef != 0 or config.entropy_coef != 0:
+    if config.kl_coef != 0 or config.entropy_coef != 0 or config.loss_type in policy.ALWAYS_ACTIVE_LOSSES:
         return policy_rows
     moving = policy_rows & (advantages != 0)
     if config.loss_type in policy.SEQUENCE_LOSSES:
@@ -69,9 +69,12 @@ def reduction_factors(valid: Tensor, sequence_ids: Tensor, normalizers: Any, con
     """What multiplies each valid token's loss, in either branch: they share one denominator. Paper 3.3.
 
     ``token``: ``1 / N_tokens``, every valid token of either branch; ``sequence``:
-    ``1 / (len_i · n_sequences)``; ``constant``: ``1 / (n_sequences · max_length)``, sequences being those with a
-    valid token. Global counts come from ``normalizers`` where given.
+    ``1 / (len_i · n_sequences)``; ``constant``: ``1 / (n_sequences · max_length)``; ``sequence_sum``:
+    ``1 / n_sequences``; ``token_sum``: 1. Sequences are those with a valid token. Global counts come from
+    ``normalizers`` where given.
     """
+    if config.reduction == "token_sum":
+        return torch.ones(valid.shape, dtype=dtype, device=valid.device)
     if config.reduction == "token":
         tokens: Tensor = valid.sum() if normalizers is None else normalizers.token_count
         return torch.ones(valid.shape, dtype=dtype, device=valid.device) / tokens
@@ -79,6 +82,8 @@ def reduction_factors(valid: Tensor, sequence_ids: Tensor, normalizers: Any, con
     lengths = policy.sequence_sum(valid.to(dtype), sequence_ids)
     if config.reduction == "constant":
         lengths = torch.full_like(lengths, config.max_length)
+    elif config.reduction == "sequence_sum":
+        lengths = torch.ones_like(lengths)
     elif config.reduction != "sequence":
         raise ValueError(f"reduction: unknown, {config.reduction!r}")
     return (lengths * sequences).reciprocal()
@@ -96,16 +101,16 @@ def policy_branch(
 ) -> Branch:
     """``l_t = is_t · policy loss + kl_coef · KL(ref) - entropy_coef · H(p)`` on the active policy rows."""
     log_probs = token_log_probs(logits, target_ids)
-    ratio = policy.importance_ratio(log_probs, old_log_probs, sequence_ids, config)
-    losses = policy.policy_loss(ratio, log_probs, advantages, config, sequence_ids)
-    metrics = policy.clip_counts(ratio, advantages, config)
+    losses = policy.policy_loss(log_probs, old_log_probs, advantages, config, sequence_ids)
+    clips = policy.clip_masks(log_probs, old_log_probs, advantages, config, sequence_ids)
+    metrics = {f"{name}_count": mask.sum() for name, mask in clips.items()}
     if is_weights is not None:
         losses = losses * is_weights
     if config.kl_coef != 0:
         if ref_log_probs is None:
             raise ValueError(f"ref_log_probs: {config.kl_coef=} needs them, got None")
         losses = losses + config.kl_coef * policy.kl_estimate(
-            log_probs, ref_log_probs, config.kl_type, config.log_ratio_clamp
+            log_probs, ref_log_probs, config.kl_type, config.log_ratio_clamp, old_log_probs
         )
     if config.entropy_coef != 0:
         entropies = entropy(logits)
@@ -245,7 +250,9 @@ def srpo_loss(
     zero = torch.zeros((), dtype=dtype, device=hidden.device)
     old, ref = select(old_log_probs, scored), select(ref_log_probs, scored)
     approx_kl = zero if old is None else policy.approx_kl(log_probs[scored], old, config.log_ratio_clamp)
-    ref_kl = zero if ref is None else policy.kl_estimate(log_probs[scored], ref, config.kl_type, config.log_ratio_clamp)
+    ref_kl = zero
+    if ref is not None:
+        ref_kl = policy.kl_estimate(log_probs[scored], ref, config.kl_type, config.log_ratio_clamp, old)
     nonfinite = [nonfinite_rows(policy_part.losses, policy_logits), nonfinite_rows(sdpo_part.losses, student_logits)]
     metrics = {
         "policy_tokens": policy_rows.sum(),

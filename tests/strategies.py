@@ -156,6 +156,27 @@ def for_backend(inputs: Inputs, backend: str) -> Inputs:
     return cast(inputs, torch.float32) if backend == "triton" else inputs
 
 
+# Values of the losses' own options at which each does what its defaults rarely do on a few rows.
+LOSS_OPTIONS: dict[str, tuple[dict[str, float], ...]] = {
+    "sapo": ({"tau_positive": 2.0, "tau_negative": 0.5},),
+    "vespo": ({"k_positive": 1.0, "lambda_positive": 0.5, "k_negative": 0.5, "lambda_negative": 1.0},),
+    "dppo_tv": ({"ratio_max": 1.1},),
+    "dppo_kl": ({"ratio_max": 1.1},),
+    "ipo": ({"threshold": 0.01, "penalty": 0.3},),
+    "dro": ({"beta": 2.0},),
+    "clip_cov": ({"share": 0.3, "cov_low": 0.01}, {"share": 0.6, "cov_low": -9.0, "cov_high": 9.0}),
+    "kl_cov": ({"share": 0.3, "coefficient": 0.5},),
+}
+
+
+def random_loss_options(loss_type: str) -> tuple[dict[str, float], ...]:
+    """Options of the loss's own for a batch about which nothing is known."""
+    if POLICY_LOSSES[loss_type].whole_batch:
+        # Which tokens a smaller share takes is chance where covariances are equal: of two rows they always are.
+        return tuple({**options, "share": 1.0} for options in LOSS_OPTIONS[loss_type])
+    return ({}, *LOSS_OPTIONS.get(loss_type, ()))
+
+
 @st.composite
 def configs(draw: st.DrawFn) -> SRPOConfig:
     """Any combination of options that does not contradict itself."""
@@ -167,6 +188,7 @@ def configs(draw: st.DrawFn) -> SRPOConfig:
     clipped = "delta" in POLICY_LOSSES[loss_type].fields
     return SRPOConfig(
         loss_type=loss_type,
+        loss_options=one_of(*random_loss_options(loss_type)),
         epsilon_low=one_of(0.2, 0.0, 0.6),
         epsilon_high=one_of(0.28, 0.05),
         delta=one_of(None, 1.5, 1.1) if clipped else None,

@@ -13,7 +13,7 @@ from benchmarks.cases import Batch
 from benchmarks.providers import Step, Unsupported, autograd_step
 from reference.distillation import divergence, entropy_weights, importance_clip
 from reference.logits import log_prob_entropy, softcapped
-from reference.policy import log_ratio, policy_loss
+from reference.policy import policy_loss
 
 
 class Buffers(NamedTuple):
@@ -28,8 +28,8 @@ _EAGER = Buffers(4, 12)
 
 def policy_losses(log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, config: sk.SRPOConfig) -> Tensor:
     """Token losses of the policy branch."""
-    ratio = log_ratio(log_probs, old_log_probs, config.log_ratio_clamp).exp()
-    return policy_loss(ratio, log_probs, advantages, config)
+    sequences = torch.arange(len(log_probs), device=log_probs.device)[:, None].expand_as(log_probs)
+    return policy_loss(log_probs, old_log_probs, advantages, config, sequences)
 
 
 def distillation_weights(

@@ -263,7 +263,7 @@ def check_options(
     """What the configuration needs from the other arguments."""
     if config.kl_coef != 0.0 and ref_log_probs is None:
         raise ValueError(f"ref_log_probs is required when kl_coef is not 0, got None with kl_coef={config.kl_coef}")
-    by_sequence = policy_loss_of(config.loss_type).whole_sequences or config.reduction in ("sequence", "constant")
+    by_sequence = policy_loss_of(config.loss_type).whole_sequences or config.by_sequence
     if by_sequence and target_ids.ndim == 1 and sequence_ids is None:
         raise ValueError(
             "sequence_ids is required for packed rows [N] with "
@@ -274,5 +274,5 @@ def check_options(
             raise ValueError("normalizers is required with sequence_parallel_group: a call sees a part of the batch")
         return
     normalizers = require_normalizers("normalizers", normalizers)
-    if config.reduction != "token" and normalizers.sequence_count is None:
+    if config.by_sequence and normalizers.sequence_count is None:
         raise ValueError(f"normalizers.sequence_count is required when reduction={config.reduction!r}, got None")

@@ -14,7 +14,6 @@ from srpo_kernels.engine.objectives import CustomObjective
 from srpo_kernels.engine.plan import Plan, make_plan, order_rows
 from srpo_kernels.engine.prepare import flatten, sequence_lengths
 from srpo_kernels.losses.config import SRPOConfig
-from srpo_kernels.losses.log_ratio import bounded
 from srpo_kernels.losses.registry import PolicyRows, policy_loss_of
 from srpo_kernels.losses.rows import ObjectiveRows
 from srpo_kernels.rows.dtypes import accumulation_dtype
@@ -33,6 +32,7 @@ def prepare_custom(
     else:
         function, name = options.objective, getattr(options.objective, "__qualname__", repr(options.objective))
     objective = CustomObjective(function, name, whole_sequences=whole, has_teacher=call.teacher_hidden is not None)
+    whole_batch = isinstance(options.objective, str) and policy_loss_of(options.objective).whole_batch
     count = 1 if rows.sequences is None else rows.sequences.number
     order = order_rows(rows.valid, rows.taught, None, None if rows.sequences is None else rows.sequences.ids, count)
     first = torch.cat(order)[:1]
@@ -43,8 +43,8 @@ def prepare_custom(
     plan = make_plan(
         order,
         memory,
-        taught_lengths=sequence_lengths(order.taught, rows.sequences),
-        alone_lengths=sequence_lengths(order.alone, rows.sequences),
+        taught_lengths=[len(order.taught)] if whole_batch else sequence_lengths(order.taught, rows.sequences),
+        alone_lengths=[len(order.alone)] if whole_batch else sequence_lengths(order.alone, rows.sequences),
         workspace_bytes=options.workspace_bytes,
         gradients=int(needs.hidden) + int(needs.weight),
         joins=grouped,
@@ -56,9 +56,9 @@ def _registered(config: SRPOConfig, name: str, rows: ObjectiveRows) -> Tensor:
     """A registered policy loss of ``rows.advantages`` and, where they are given, ``rows.old_log_probs``."""
     loss = policy_loss_of(name)
     inputs = rows.select_inputs(slice(None))
-    old_log_probs = inputs.get("old_log_probs")
-    log_ratio = rows.log_probs - (rows.log_probs.detach() if old_log_probs is None else old_log_probs)
     own = config if config.loss_type == name else SRPOConfig(loss_type=name)
     sequences = rows.whole_sequences if loss.whole_sequences else None
-    policy_rows = PolicyRows(rows.log_probs, bounded(log_ratio, config.log_ratio_clamp), rows.advantages, sequences)
+    policy_rows = PolicyRows.of(
+        rows.log_probs, inputs.get("old_log_probs"), rows.advantages, sequences, config.log_ratio_clamp
+    )
     return loss(policy_rows, own.policy_options()).loss

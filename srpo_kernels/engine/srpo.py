@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from srpo_kernels.checks import refuse_name
 from srpo_kernels.distributed import sum_ranks
 from srpo_kernels.engine.arguments import LossArguments, LossOptions
 from srpo_kernels.engine.batch import Batch, Needs
@@ -28,7 +29,7 @@ def prepare_srpo(
     policy = policy_loss_of(config.loss_type)
     if not policy.whole_sequences and config.reduction != "sequence":
         options = options._replace(sequence_parallel_group=None)
-    by_sequence = policy.whole_sequences or config.reduction != "token"
+    by_sequence = policy.whole_sequences or config.by_sequence
     rows, batch, memory = flatten(call, options, passes, by_sequence=by_sequence, needs_advantages=True)
     inputs = dict(batch.inputs)
     if "advantages" not in inputs:
@@ -50,7 +51,9 @@ def prepare_srpo(
     plan = make_plan(
         order,
         memory,
-        alone_lengths=sequence_lengths(order.alone, rows.sequences if policy.whole_sequences else None),
+        alone_lengths=[len(order.alone)]
+        if policy.whole_batch
+        else sequence_lengths(order.alone, rows.sequences if policy.whole_sequences else None),
         workspace_bytes=options.workspace_bytes,
         gradients=int(needs.hidden) + int(needs.weight),
         count_inactive=config.count_inactive,
@@ -83,18 +86,24 @@ def _factors(rows: FlatRows, call: LossArguments, config: SRPOConfig, like: Tens
     Only sequences with a valid row count: rows that are packed without the others could not tell of more.
     """
     ones, valid, sequences = torch.ones_like(like), rows.valid, rows.sequences
-    if config.reduction == "token" or sequences is None:
-        tokens = valid.sum() if call.token_count is None else call.token_count
-        return ones / _divisor(tokens, ones)
+    if config.reduction == "token_sum":
+        return ones
+    if config.reduction == "token":
+        return ones / _divisor(valid.sum() if call.token_count is None else call.token_count, ones)
+    assert sequences is not None
     lengths = valid.new_zeros(sequences.number, dtype=torch.int64).index_add_(0, sequences.ids, valid.long())
-    count = (lengths > 0).sum() if call.sequence_count is None else call.sequence_count
-    count = _divisor(count, ones)
-    if config.reduction == "constant" and config.max_length is not None:
-        return ones / (count * config.max_length)
-    if config.reduction != "sequence":
-        raise ValueError(f"reduction={config.reduction!r} is not implemented")
-    lengths = sum_ranks(lengths, sequences.group).to(ones).clamp_min(1.0)
-    return 1.0 / (count * lengths[sequences.ids])
+    count = _divisor((lengths > 0).sum() if call.sequence_count is None else call.sequence_count, ones)
+    match config.reduction:
+        case "sequence_sum":
+            return ones / count
+        case "constant":
+            assert config.max_length is not None
+            return ones / (count * config.max_length)
+        case "sequence":
+            lengths = sum_ranks(lengths, sequences.group).to(ones).clamp_min(1.0)
+            return 1.0 / (count * lengths[sequences.ids])
+        case unknown:
+            refuse_name("reduction", unknown)
 
 
 def _divisor(count: Tensor, like: Tensor) -> Tensor:

@@ -35,24 +35,25 @@ class SRPOConfig:
     Source: SRPO (arXiv 2604.02288), sections 3.1 to 3.3 and appendix B.
 
     Args:
-        loss_type: the policy branch: ``"grpo"`` (clipped rho), ``"cispo"`` (clipped rho as a detached
-            weight), ``"gspo"`` (``"grpo"`` with one rho per sequence), ``"luspo"`` (``"gspo"`` times the length of
-            the sequence), ``"sapo"`` (a sigmoid gate in place of the clip), ``"reinforce"`` (no rho), or what
-            ``register_policy_loss`` has added.
+        loss_type: the policy branch: ``"grpo"`` (clipped rho), or another name of ``POLICY_LOSSES``;
+            docs/losses.md has the formula, the options and the source of each.
         loss_options: the loss's own options by name; ``"sapo"`` has ``tau_positive`` (1.0) and ``tau_negative``
             (1.05). Kept as sorted pairs.
-        epsilon_low: rho is clipped to at least ``1 - epsilon_low``; >= 0.
-        epsilon_high: rho is clipped to at most ``1 + epsilon_high``; >= 0.
-        delta: upper bound of the unclipped rho; > 0, for ``"grpo"``, ``"gspo"`` and ``"luspo"`` only. None: no bound.
-        dual_clip: the loss is at most ``-dual_clip * A`` where ``A < 0``; > 1, for ``"grpo"``, ``"gspo"`` and
-            ``"luspo"`` only. None: no bound.
-        log_ratio_clamp: bound of ``|log rho|`` (nats), and of ``|d|`` in ``"k3"``, beyond which the gradient is 0;
-            > 0. None: 80, like any larger number: fp32 has no exponentials of more.
+        epsilon_low: rho is clipped to at least ``1 - epsilon_low``; >= 0. ``"gmpo"`` and the ``"dppo"`` losses bound
+            another number by it.
+        epsilon_high: rho is clipped to at most ``1 + epsilon_high``; >= 0; likewise.
+        delta: upper bound of the unclipped rho; > 0, for ``"grpo"``, ``"gspo"``, ``"gspo_token"`` and ``"luspo"`` only.
+            None: no bound.
+        dual_clip: the loss is at most ``-dual_clip * A`` where ``A < 0``; > 1, for the same losses. None: no bound.
+        log_ratio_clamp: bound of ``|log rho|`` (nats), and of ``|d|`` in k3, beyond which the gradient is 0; > 0. None:
+            80, like any larger number: fp32 has no exponentials of more.
         kl_coef: weight of the divergence from ``ref_log_probs``; >= 0.
         kl_type: its estimator, with ``d = log_probs - ref_log_probs``: ``"k1"`` is ``d``, ``"k2"`` is
             ``d**2 / 2``, ``"k3"`` is ``exp(-d) + d - 1`` with ``|d|`` at most ``log_ratio_clamp``. All estimate
             KL(policy || reference) as a number. As a loss on the policy's own samples, k1 has a gradient of 0 in
-            expectation, k2 that of KL(policy || reference), and k3 that of KL(reference || policy).
+            expectation, k2 that of KL(policy || reference), and k3 that of KL(reference || policy). ``"k1+"`` and
+            ``"k3+"`` have the value of k1 and k3 and the gradient of k2; ``"k3_bounded"`` is at most 10;
+            ``"k3_weighted"`` is ``rho * k3``, unbiased in value and gradient for samples of the old policy.
         entropy_coef: weight of the bonus ``H(p)``, which the loss subtracts; of either sign.
         divergence: the distillation branch: ``"forward_kl"`` is ``KL(q || p)``, ``"reverse_kl"`` is
             ``KL(p || q)``, ``"jsd"`` is ``(1 - alpha) KL(p || m) + alpha KL(q || m)`` with the mixture
@@ -74,8 +75,8 @@ class SRPOConfig:
         softcap: bounds the scaled logits; > 0. None: no bound.
         reduction: ``"token"`` divides the sum by the valid tokens of both branches; ``"sequence"`` takes the
             mean of each sequence, then that of the sequences; ``"constant"`` divides by sequences times
-            ``max_length``. A sequence without a valid token does not count, padded or packed; TRL counts it, which
-            ``Normalizers.sequence_count`` can say.
+            ``max_length``, ``"sequence_sum"`` by sequences, ``"token_sum"`` by nothing. A sequence without a valid
+            token does not count, padded or packed; TRL counts it, which ``Normalizers.sequence_count`` can say.
         max_length: the length of ``"constant"`` (tokens); >= 1. None with the other reductions.
         count_inactive: also compute the log-probs of tokens that cannot move a weight, for the metrics.
 
@@ -156,6 +157,11 @@ class SRPOConfig:
         """What the policy loss reads: fields of this config, and options of its own."""
         loss = policy_loss_of(self.loss_type)
         return {name: getattr(self, name) for name in loss.fields} | {**loss.options, **dict(self.loss_options)}
+
+    @property
+    def by_sequence(self) -> bool:
+        """Whether the reduction counts sequences."""
+        return self.reduction not in ("token", "token_sum")
 
     @property
     def transform(self) -> LogitTransform:

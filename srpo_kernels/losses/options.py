@@ -6,13 +6,13 @@ from collections.abc import Callable
 from typing import Any, Literal, get_args
 
 from srpo_kernels.checks import require_number
+from srpo_kernels.losses.log_ratio import KLType
 from srpo_kernels.losses.policy import POLICY_LOSSES
 from srpo_kernels.rows.contract import DIVERGENCES
 from srpo_kernels.rows.mixture import has_mixture
 
-KLType = Literal["k1", "k2", "k3"]
 DistillationMode = Literal["full", "topk", "sampled"]
-Reduction = Literal["token", "sequence", "constant"]
+Reduction = Literal["token", "sequence", "constant", "token_sum", "sequence_sum"]
 
 # Those of this library; ``register_policy_loss`` adds to the registry, not to these.
 LOSS_TYPES = tuple(POLICY_LOSSES)

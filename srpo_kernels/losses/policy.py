@@ -6,12 +6,20 @@ and the papers that are named.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from srpo_kernels.losses.registry import POLICY_LOSSES, PolicyRows, TokenLoss, register_policy_loss
 
-__all__ = ["POLICY_LOSSES", "cispo", "grpo", "gspo", "luspo", "reinforce", "sapo"]
+__all__ = [
+    "POLICY_LOSSES", "cispo", "clip_cov", "dppo_kl", "dppo_tv", "gmpo", "grpo", "gspo", "gspo_token",
+    "kl_cov", "luspo", "reinforce", "sapo", "vespo",
+]  # fmt: skip
+
+# The range of VESPO's log-ratio of a sequence.
+_VESPO_LOG_RATIOS = (math.log(1e-8), 20.0)
 
 
 def grpo(
@@ -43,6 +51,45 @@ def luspo(
     return token._replace(loss=token.loss * rows.sequence_lengths())
 
 
+def gspo_token(
+    rows: PolicyRows, *, epsilon_low: float, epsilon_high: float, delta: float | None, dual_clip: float | None
+) -> TokenLoss:
+    """``gspo`` whose gradient reaches each token with its own advantage: ``rho = sg(rho_sequence) p / sg(p)``.
+
+    Source: arXiv 2507.18071, section 4.3; verl's ``gspo`` is this one.
+    """
+    own = rows.log_probs - rows.log_probs.detach()
+    ratio = (rows.sequence_mean(rows.log_ratio).detach() + own).exp()
+    return _clipped(ratio, rows.advantages, epsilon_low, epsilon_high, delta, dual_clip)
+
+
+def gmpo(rows: PolicyRows, *, epsilon_low: float, epsilon_high: float) -> TokenLoss:
+    """``-A rho``, one rho per sequence: the geometric mean of ratios whose logarithm is clipped token by token.
+
+    ``log rho`` stays above ``-epsilon_low`` where A < 0 and below ``epsilon_high`` where A > 0; 0.4 in the paper.
+    Source: GMPO (arXiv 2507.20673).
+    """
+    low = (rows.log_ratio < -epsilon_low) & (rows.advantages < 0)
+    high = (rows.log_ratio > epsilon_high) & (rows.advantages > 0)
+    clipped = torch.where(low | high, rows.log_ratio.clamp(-epsilon_low, epsilon_high), rows.log_ratio)
+    return TokenLoss(-rows.advantages * rows.sequence_mean(clipped).exp(), low, high)
+
+
+def vespo(
+    rows: PolicyRows, *, k_positive: float = 2.0, lambda_positive: float = 3.0, k_negative: float = 3.0,
+    lambda_negative: float = 2.0,
+) -> Tensor:  # fmt: skip
+    """``-sg(phi(w)) A log_probs``, ``phi(w) = exp(lambda (1 - w)) w**k``, w the product of the sequence's ratios.
+
+    k and lambda are the negative ones where A < 0; log w is in [log 1e-8, 20]. Source: VESPO (arXiv 2602.10693).
+    """
+    log_w = rows.sequence_sum(rows.log_ratio.detach()).clamp(*_VESPO_LOG_RATIOS)
+    negative = rows.advantages < 0
+    k = torch.full_like(log_w, k_positive).masked_fill(negative, k_negative)
+    scale = torch.full_like(log_w, lambda_positive).masked_fill(negative, lambda_negative)
+    return -torch.exp(k * log_w - scale * torch.expm1(log_w)) * rows.advantages * rows.log_probs
+
+
 def cispo(rows: PolicyRows, *, epsilon_low: float, epsilon_high: float) -> TokenLoss:
     """``-sg(clip(rho, 1 - epsilon_low, 1 + epsilon_high)) A log_probs``. Source: MiniMax-M1 (arXiv 2506.13585)."""
     ratio = rows.log_ratio.detach().exp()
@@ -61,6 +108,74 @@ def sapo(rows: PolicyRows, *, tau_positive: float = 1.0, tau_negative: float = 1
 def reinforce(rows: PolicyRows) -> Tensor:
     """``-A log_probs``."""
     return -rows.advantages * rows.log_probs
+
+
+def dppo_tv(rows: PolicyRows, *, epsilon_low: float, epsilon_high: float, ratio_max: float = 20.0) -> TokenLoss:
+    """``-sg(min(rho, ratio_max)) A log_probs``, 0 where the token's probability has moved too far already.
+
+    That is more than ``epsilon_high`` up where A > 0, more than ``epsilon_low`` down where A < 0: total variation
+    between the token and all others. Source: DPPO (arXiv 2602.04879), Binary-TV.
+    """
+    moved = rows.log_probs.detach().exp() - rows.old_log_probs.exp()
+    return _in_trust_region(rows, moved < -epsilon_low, moved > epsilon_high, ratio_max)
+
+
+def dppo_kl(rows: PolicyRows, *, epsilon_low: float, epsilon_high: float, ratio_max: float = 20.0) -> TokenLoss:
+    """``dppo_tv`` with ``KL(old || current)`` between the token and all others in place of the total variation.
+
+    Source: DPPO (arXiv 2602.04879), Binary-KL.
+    """
+    new, old = rows.log_probs.detach(), rows.old_log_probs
+    other_new, other_old = (-torch.expm1(x.clamp_max(0.0)) for x in (new, old))
+    kl = old.exp() * (old - new) + torch.xlogy(other_old, other_old) - torch.xlogy(other_old, other_new)
+    return _in_trust_region(rows, (kl > epsilon_low) & (new < old), (kl > epsilon_high) & (new > old), ratio_max)
+
+
+def clip_cov(
+    rows: PolicyRows, *, epsilon_low: float, epsilon_high: float, share: float = 2e-4, cov_low: float = 1.0,
+    cov_high: float = 5.0,
+) -> TokenLoss:  # fmt: skip
+    """``grpo``, 0 at a ``share`` of all tokens (one at least), whose covariance is in (``cov_low``, ``cov_high``).
+
+    A token's covariance is ``(A - mean A) (log_probs - mean log_probs)``, means over the rows of the call. The tokens
+    of the band that no ratio clips are sorted by it, and taken at equal distances; the paper draws them at random.
+    Source: Clip-Cov (arXiv 2505.22617).
+    """
+    token = _clipped(rows.log_ratio.exp(), rows.advantages, epsilon_low, epsilon_high, None, None)
+    covariance = _covariance(rows)
+    held = torch.zeros_like(token.loss, dtype=torch.bool) if token.clip_low is None else token.clip_low
+    held = held if token.clip_high is None else held | token.clip_high
+    inside = (covariance > cov_low) & (covariance < cov_high) & ~held
+    order = covariance.masked_fill(~inside, -torch.inf).argsort(descending=True)
+    rank = torch.empty_like(order).index_copy_(0, order, torch.arange(len(order), device=order.device))
+    # Of m tokens in the band, k at equal distances in their order.
+    m, k = inside.sum().clamp_min(1), max(int(share * len(order)), 1)
+    dropped = inside & ((rank + 1) * k // m > rank * k // m)
+    return token._replace(loss=token.loss.masked_fill(dropped, 0.0))
+
+
+def kl_cov(rows: PolicyRows, *, share: float = 2e-4, coefficient: float = 1.0) -> Tensor:
+    """``-rho A``, ``+ coefficient |log rho|`` at the ``share`` of all tokens (one at least) of largest covariance.
+
+    The covariance is ``clip_cov``'s. Source: KL-Cov (arXiv 2505.22617).
+    """
+    covariance = _covariance(rows)
+    chosen = covariance.topk(min(max(int(share * len(covariance)), 1), len(covariance))).indices
+    penalty = torch.zeros_like(covariance).index_fill(0, chosen, coefficient)
+    return penalty * rows.log_ratio.abs() - rows.log_ratio.exp() * rows.advantages
+
+
+def _covariance(rows: PolicyRows) -> Tensor:
+    """Each token's share of the covariance of advantage and log-prob over all rows."""
+    log_probs = rows.log_probs.detach()
+    return (rows.advantages - rows.advantages.mean()) * (log_probs - log_probs.mean())
+
+
+def _in_trust_region(rows: PolicyRows, below: Tensor, above: Tensor, ratio_max: float) -> TokenLoss:
+    """``-sg(min(rho, ratio_max)) A log_probs`` but where A < 0 and ``below``, or A > 0 and ``above``."""
+    low, high = below & (rows.advantages < 0), above & (rows.advantages > 0)
+    ratio = rows.log_ratio.detach().exp().clamp(max=ratio_max)
+    return TokenLoss(-(ratio * rows.advantages * rows.log_probs).masked_fill(low | high, 0.0), low, high)
 
 
 def _clipped(
@@ -83,11 +198,28 @@ def _clipped(
     return TokenLoss(loss, low & (advantages < 0), high & (advantages > 0), held)
 
 
-_TAU = ("> 0", lambda tau: tau > 0)
+_POSITIVE = ("> 0", lambda value: value > 0)
+_NON_NEGATIVE = (">= 0", lambda value: value >= 0)
+_SHARE = ("in (0, 1]", lambda value: 0 < value <= 1)
 
 register_policy_loss("grpo", grpo, zero_without_advantage=True)
 register_policy_loss("cispo", cispo, zero_without_advantage=True)
 register_policy_loss("gspo", gspo, whole_sequences=True, zero_without_advantage=True)
+register_policy_loss("gspo_token", gspo_token, whole_sequences=True, zero_without_advantage=True)
 register_policy_loss("luspo", luspo, whole_sequences=True, zero_without_advantage=True)
-register_policy_loss("sapo", sapo, ranges={"tau_positive": _TAU, "tau_negative": _TAU}, zero_without_advantage=True)
+register_policy_loss("gmpo", gmpo, whole_sequences=True, zero_without_advantage=True)
+register_policy_loss(
+    "vespo",
+    vespo,
+    ranges=dict.fromkeys(("k_positive", "lambda_positive", "k_negative", "lambda_negative"), _POSITIVE),
+    whole_sequences=True,
+    zero_without_advantage=True,
+)
+register_policy_loss(
+    "sapo", sapo, ranges={"tau_positive": _POSITIVE, "tau_negative": _POSITIVE}, zero_without_advantage=True
+)
 register_policy_loss("reinforce", reinforce, zero_without_advantage=True)
+register_policy_loss("dppo_tv", dppo_tv, ranges={"ratio_max": _POSITIVE}, zero_without_advantage=True)
+register_policy_loss("dppo_kl", dppo_kl, ranges={"ratio_max": _POSITIVE}, zero_without_advantage=True)
+register_policy_loss("clip_cov", clip_cov, ranges={"share": _SHARE}, whole_batch=True)
+register_policy_loss("kl_cov", kl_cov, ranges={"share": _SHARE, "coefficient": _NON_NEGATIVE}, whole_batch=True)

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from srpo_kernels.losses.log_ratio import bounded
 from srpo_kernels.losses.sequences import Sequences
 
 
@@ -16,14 +17,32 @@ class PolicyRows(NamedTuple):
     """What a policy loss sees of n rows, ``[n]`` each, in fp32 (fp64 for fp64 inputs).
 
     ``log_probs`` and ``log_ratio = log_probs - old_log_probs`` carry gradient; the latter is bounded by
-    ``log_ratio_clamp``, so that its exponential is finite. ``advantages`` do not. ``sequences`` is None where the
-    loss is not of whole sequences.
+    ``log_ratio_clamp``, so that its exponential is finite. ``old_log_probs``, the current ones where none were given,
+    and ``advantages`` do not. ``sequences`` is None where the loss is not of whole sequences.
     """
 
     log_probs: Tensor
+    old_log_probs: Tensor
     log_ratio: Tensor
     advantages: Tensor
     sequences: Sequences | None
+
+    @classmethod
+    def of(
+        cls,
+        log_probs: Tensor,
+        old_log_probs: Tensor | None,
+        advantages: Tensor,
+        sequences: Sequences | None,
+        clamp: float | None,
+    ) -> PolicyRows:
+        """With the log-ratio bounded by ``clamp``; ``old_log_probs`` None: the current ones."""
+        old_log_probs = log_probs.detach() if old_log_probs is None else old_log_probs
+        return cls(log_probs, old_log_probs, bounded(log_probs - old_log_probs, clamp), advantages, sequences)
+
+    def sequence_sum(self, values: Tensor) -> Tensor:
+        """Each row's value replaced by the sum over its sequence, on all ranks that have rows of it."""
+        return self._whole().sum(values)
 
     def sequence_mean(self, values: Tensor) -> Tensor:
         """Each row's value replaced by the mean over its sequence, on all ranks that have rows of it."""
@@ -63,6 +82,7 @@ class PolicyLoss:
     options: Mapping[str, float]
     ranges: Mapping[str, Range]
     whole_sequences: bool
+    whole_batch: bool
     zero_without_advantage: bool
 
     def __call__(self, rows: PolicyRows, options: Mapping[str, Any]) -> TokenLoss:
@@ -96,6 +116,7 @@ def register_policy_loss(
     *,
     ranges: Mapping[str, Range] | None = None,
     whole_sequences: bool = False,
+    whole_batch: bool = False,
     zero_without_advantage: bool = False,
 ) -> None:
     """Make ``function`` a policy loss: ``SRPOConfig(loss_type=name)`` chooses it, in every function and trainer.
@@ -104,19 +125,22 @@ def register_policy_loss(
     ``TokenLoss`` that says where its clips hold them, too. autograd differentiates it. A keyword-only parameter
     without a default is a field of ``SRPOConfig``, as ``epsilon_low`` is; one with a default, a number, is an option
     of its own, which ``SRPOConfig(loss_options={...})`` sets. A row's loss may depend on other rows of its sequence
-    only, and then needs ``whole_sequences``.
+    with ``whole_sequences``, and on all rows of the call with ``whole_batch``.
 
     Args:
         name: what ``loss_type`` will be.
         function: the loss. It must not change its arguments in place.
         ranges: what an option must be, as in ``{"tau": ("> 0", lambda tau: tau > 0)}``. None: any finite number.
         whole_sequences: every call sees all policy rows of a sequence together, and ``rows.sequences``.
+        whole_batch: every call sees all policy rows of the batch together. Rows that do not fit a chunk then cost one
+            matmul more.
         zero_without_advantage: the loss is 0, and so is its gradient, wherever the advantage is 0: such rows are then
             left out, with ``whole_sequences`` those of sequences that have no other.
 
     Raises:
         TypeError: a name that is no string, no function, or a parameter that is neither a field nor a number.
-        ValueError: a name that is taken, or an empty one.
+        ValueError: a name that is taken, or an empty one; ``whole_batch`` with ``whole_sequences`` or
+            ``zero_without_advantage``, which leaves rows out.
     """
     if not isinstance(name, str):
         raise TypeError(f"name must be a string, got {name!r}")
@@ -124,12 +148,14 @@ def register_policy_loss(
         raise ValueError(f"name must be a new one, not empty and none of {tuple(POLICY_LOSSES)}, got {name!r}")
     if not callable(function):
         raise TypeError(f"function must be callable, got {function!r}")
+    if whole_batch and (whole_sequences or zero_without_advantage):
+        raise ValueError("whole_batch must be without whole_sequences and zero_without_advantage, which leave rows out")
     fields, options = _parameters(name, function)
     unknown = sorted(set(ranges or ()) - set(options))
     if unknown:
         raise ValueError(f"ranges must be of the options {tuple(options)}, got {unknown}")
     POLICY_LOSSES[name] = PolicyLoss(
-        name, function, fields, options, dict(ranges or {}), whole_sequences, zero_without_advantage
+        name, function, fields, options, dict(ranges or {}), whole_sequences, whole_batch, zero_without_advantage
     )
 
 

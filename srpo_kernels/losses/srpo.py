@@ -15,7 +15,7 @@ from torch import Tensor
 from srpo_kernels.checks import refuse_name
 from srpo_kernels.losses.config import SRPOConfig
 from srpo_kernels.losses.divergence import sampled_divergence, support_divergence
-from srpo_kernels.losses.log_ratio import bounded, clipped_is_weights, ref_kl
+from srpo_kernels.losses.log_ratio import clipped_is_weights, ref_kl
 from srpo_kernels.losses.registry import PolicyRows, policy_loss_of
 from srpo_kernels.losses.rows import ObjectiveRows
 from srpo_kernels.losses.sequences import Sequences
@@ -71,10 +71,9 @@ def policy_terms(
 
     All are ``[n]``. Differentiable in ``log_probs`` and ``entropy`` (None when ``entropy_coef`` is 0).
     """
-    old_log_probs = log_probs.detach() if old_log_probs is None else old_log_probs
-    log_ratio = bounded(log_probs - old_log_probs, config.log_ratio_clamp)
-    approx_kl = torch.expm1(log_ratio.detach()) - log_ratio.detach()
-    rows = PolicyRows(log_probs, log_ratio, advantages, sequences)
+    rows = PolicyRows.of(log_probs, old_log_probs, advantages, sequences, config.log_ratio_clamp)
+    log_ratio = rows.log_ratio.detach()
+    approx_kl = torch.expm1(log_ratio) - log_ratio
     loss, *clips = policy_loss_of(config.loss_type)(rows, config.policy_options())
     nowhere = torch.zeros_like(log_ratio, dtype=torch.bool)
     clip_low, clip_high, dual_clip = (nowhere if clip is None else clip for clip in clips)
@@ -82,7 +81,7 @@ def policy_terms(
         loss = loss * is_weights
     kl = torch.zeros_like(approx_kl)
     if ref_log_probs is not None:
-        kl = ref_kl(log_probs, ref_log_probs, config.kl_type, config.log_ratio_clamp)
+        kl = ref_kl(log_probs, ref_log_probs, rows.log_ratio, config.kl_type, config.log_ratio_clamp)
         if config.kl_coef != 0.0:
             loss = loss + config.kl_coef * kl
     if entropy is not None:

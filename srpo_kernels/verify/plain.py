@@ -9,7 +9,7 @@ from srpo_kernels import SRPOConfig
 from srpo_kernels_reference.distillation import divergence, entropy_weights, weight_log_mean
 from srpo_kernels_reference.logits import head_logits, log_prob_entropy, project_wide, working_dtype
 from srpo_kernels_reference.objective import per_row
-from srpo_kernels_reference.policy import log_ratio, policy_loss
+from srpo_kernels_reference.policy import policy_loss
 
 
 def srpo_loss(
@@ -39,8 +39,9 @@ def srpo_loss(
     routed = per_row(sdpo_mask, target_ids)[mask]
     log_p = log_softmax(hidden[mask])
     log_probs = log_p.gather(1, target_ids[mask][:, None]).squeeze(1)[~routed]
-    ratio = log_ratio(log_probs, None, config.log_ratio_clamp).exp()
-    total = policy_loss(ratio, log_probs, per_row(advantages, target_ids)[mask][~routed], config).sum()
+    sequences = per_row(torch.arange(len(target_ids), device=target_ids.device), target_ids)
+    values = (per_row(x, target_ids)[mask][~routed] for x in (advantages, sequences))
+    total = policy_loss(log_probs, None, next(values), config, next(values)).sum()
     if routed.any():
         with torch.no_grad():
             log_q = log_softmax(teacher_hidden[mask][routed])

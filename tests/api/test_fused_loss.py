@@ -158,10 +158,10 @@ def test_a_policy_loss_is_that_of_srpo_loss(name: str, by_name: bool) -> None:
     count = inputs["mask"].sum()
 
     def mine(rows: Any) -> Tensor:
-        ratio = (rows.log_probs - rows.old_log_probs).clamp(-20, 20)
         loss = POLICY_LOSSES[name]
         sequences = rows.whole_sequences if loss.whole_sequences else None
-        return loss(sk.PolicyRows(rows.log_probs, ratio, rows.advantages, sequences), config.policy_options()).loss
+        policy_rows = sk.PolicyRows.of(rows.log_probs, rows.old_log_probs, rows.advantages, sequences, 20.0)
+        return loss(policy_rows, config.policy_options()).loss
 
     out = sk.fused_loss(
         **inputs | leaves,

@@ -129,7 +129,8 @@ def test_a_teacher_of_another_dtype(teacher: torch.dtype) -> None:
     torch.testing.assert_close(actual["grad weight"].double(), exact["grad weight"], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+# In gspo_token, whose gradient is not that of its value, no factor can be held.
+@pytest.mark.parametrize("loss_type", sorted(set(LOSS_TYPES) - {"gspo_token"}))
 def test_gradcheck_of_the_policy_branch(loss_type: str) -> None:
     config = SRPOConfig(loss_type=loss_type, kl_coef=0.1, entropy_coef=0.1, softcap=3.0)
     check_gradients(loss_inputs(1, (3, 2), 3, 5, config=config) | {"sdpo_mask": None, "teacher_hidden": None}, config)
@@ -150,7 +151,7 @@ def check_gradients(inputs: Inputs, config: SRPOConfig) -> None:
     def loss(*leaves: Tensor) -> Tensor:
         return srpo_loss(**inputs | dict(zip(LEAVES, leaves, strict=True)), config=config).loss
 
-    if config.loss_type == "cispo":
-        # Its ratio is detached: held at its bound, it is constant.
+    if config.loss_type in ("cispo", "vespo", "dppo_tv", "dppo_kl"):
+        # What they weight the gradient with is detached: held at its bound, it is constant.
         inputs["old_log_probs"] = inputs["old_log_probs"] - 10.0
     assert torch.autograd.gradcheck(loss, [inputs[name] for name in LEAVES])

@@ -10,11 +10,11 @@ from hypothesis import given
 
 import reference
 from srpo_kernels import SRPOConfig, srpo_loss
-from srpo_kernels.losses.options import LOSS_TYPES
+from srpo_kernels.losses.options import KL_TYPES, LOSS_TYPES
 from srpo_kernels.rows.contract import DIVERGENCES
 from tests.comparison import assert_as_accurate, assert_same, run_loss
 from tests.parity import check_loss
-from tests.strategies import Case, cast, loss_cases, loss_inputs, thorough
+from tests.strategies import LOSS_OPTIONS, Case, cast, loss_cases, loss_inputs, thorough
 
 LOW_PRECISION = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -42,9 +42,8 @@ EACH_OPTION: list[dict[str, Any]] = [
     {"loss_type": "gspo", "delta": 1.1, "dual_clip": 1.05},
     {"log_ratio_clamp": 0.3},
     {"log_ratio_clamp": None},
-    {"kl_coef": 0.1, "kl_type": "k1"},
-    {"kl_coef": 0.1, "kl_type": "k2"},
-    {"kl_coef": 0.1, "kl_type": "k3"},
+    *({"kl_coef": 0.1, "kl_type": name} for name in KL_TYPES),
+    *({"loss_type": name, "loss_options": options} for name, choices in LOSS_OPTIONS.items() for options in choices),
     {"entropy_coef": 0.1},
     {"entropy_coef": -0.1, "softcap": 5.0},
     {"divergence": "forward_kl"},

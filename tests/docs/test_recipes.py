@@ -57,7 +57,7 @@ RECIPES: dict[str, tuple[str, Edits]] = {
     "A policy loss": (
         "topr",
         {
-            LIBRARY_FILE: lambda text: text.replace('"sapo"]', '"sapo", "topr"]') + LOSS,
+            LIBRARY_FILE: lambda text: text.replace('"vespo",', '"topr", "vespo",') + LOSS,
             ORACLE_FILE: lambda text: (
                 text.replace(
                     "    if config.loss_type not in CLIPPED", BRANCH + "    if config.loss_type not in CLIPPED"

@@ -199,25 +199,19 @@ def _oracle_policy(case: Case, inputs: Inputs) -> Results:
         None if inputs[name] is None else inputs[name][valid]
         for name in ("old_log_probs", "ref_log_probs", "is_weights", "entropy")
     )
-    ratio = policy.importance_ratio(log_probs, old, sequences, config)
-    loss = policy.policy_loss(ratio, log_probs, advantages, config, sequences)
+    loss = policy.policy_loss(log_probs, old, advantages, config, sequences)
     loss = loss * (1.0 if weights is None else weights)
     ref_kl = (
         torch.zeros_like(loss)
         if ref is None
-        else policy.kl_estimate(log_probs, ref, config.kl_type, config.log_ratio_clamp)
+        else policy.kl_estimate(log_probs, ref, config.kl_type, config.log_ratio_clamp, old)
     )
     loss = loss + (config.kl_coef * ref_kl if config.kl_coef else 0.0)
     loss = loss - (0.0 if entropy is None else config.entropy_coef * entropy)
     approx_kl = policy.approx_kl(log_probs, log_probs if old is None else old, config.log_ratio_clamp)
     values = {"loss": loss, "approx_kl": approx_kl, "ref_kl": ref_kl}
-    for name in ("clip_low", "clip_high", "dual_clip"):
-        # One row at a time is a count of one row.
-        counts = [
-            policy.clip_counts(ratio[i : i + 1], advantages[i : i + 1], config)[f"{name}_count"]
-            for i in range(len(ratio))
-        ]
-        values[name] = torch.stack(counts).to(loss) if counts else torch.zeros_like(loss)
+    clips = policy.clip_masks(log_probs, old, advantages, config, sequences)
+    values |= {name: mask.to(loss) for name, mask in clips.items()}
     spread = {name: rows.new_zeros(rows.shape).masked_scatter(valid, value) for name, value in values.items()}
     return spread | _with_total(case, spread["loss"])
 

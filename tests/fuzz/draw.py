@@ -17,7 +17,7 @@ from srpo_kernels.rows.contract import DIVERGENCES
 from srpo_kernels.rows.mixture import has_mixture
 from tests.fuzz.case import Case, Draw
 from tests.fuzz.models import Inputs, ModelShape, draw_model, to_dtypes
-from tests.strategies import MODEL_TENSORS, transform_of, workspace_floor
+from tests.strategies import MODEL_TENSORS, random_loss_options, transform_of, workspace_floor
 
 # How often each operation is drawn.
 _OPERATIONS = {
@@ -61,6 +61,7 @@ def draw_config(draw: Draw) -> SRPOConfig:
     # No two clips meet at one ratio: there the derivative is either side's.
     return SRPOConfig(
         loss_type=loss_type,
+        loss_options=one_of("loss_options", *random_loss_options(loss_type)),
         epsilon_low=one_of("epsilon_low", 0.2, 3e-4, 0.6),
         epsilon_high=one_of("epsilon_high", 0.28, 4e-4, 0.07),
         delta=one_of("delta", None, 1.4, 1.1, 4.0) if clipped else None,
@@ -157,7 +158,7 @@ def _loss_rows(draw: Draw, model: ModelShape, rows: tuple[int, ...], config: SRP
     inputs: Inputs = {
         "advantages": advantages.to(row_dtype),
         "old_log_probs": _distant(draw, "old_log_probs", log_probs, config.log_ratio_clamp is None, row_dtype),
-        "ref_log_probs": _distant(draw, "ref_log_probs", log_probs, config.kl_type == "k3", row_dtype),
+        "ref_log_probs": _distant(draw, "ref_log_probs", log_probs, "k3" in config.kl_type, row_dtype),
     }
     if inputs["ref_log_probs"] is None and config.kl_coef != 0:
         inputs["ref_log_probs"] = log_probs.to(row_dtype)
@@ -230,7 +231,7 @@ def _token_loss_case(draw: Draw, seed: int, backend: str) -> Case:
     if operation == "policy_loss":
         inputs |= {
             "advantages": draw.normal(*(rows if draw.one_of("advantages", "[B]", "[B, T]") != "[B]" else rows[:1])),
-            "ref_log_probs": _distant(draw, "ref_log_probs", log_probs, config.kl_type == "k3", dtype),
+            "ref_log_probs": _distant(draw, "ref_log_probs", log_probs, "k3" in config.kl_type, dtype),
             "entropy": draw.normal(*rows).abs() if config.entropy_coef else None,
             "sequence_ids": _SEQUENCE_NAMES[draw.ids(len(_SEQUENCE_NAMES), *rows)] if len(rows) == 1 else None,
         }

@@ -125,6 +125,6 @@ def _steepest_kl(case: Case, exact: Results) -> float:
     if config.kl_coef == 0 or config.kl_type == "k1":
         return 1.0
     gaps = finite(exact["log_probs"] - ref.double())
-    if config.kl_type == "k2":
+    if config.kl_type in ("k2", "k1+", "k3+"):
         return largest(gaps)
     return math.exp(min(largest(gaps), config.log_ratio_clamp or LARGEST_LOG_RATIO))

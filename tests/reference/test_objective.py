@@ -141,7 +141,9 @@ def test_clip_counts(config: Make) -> None:
     advantages = torch.tensor([1.0, -1.0, -1.0, 1.0, -1.0, -1.0, 0.0])
 
     def counts(**overrides: Any) -> list[float]:
-        return [count.item() for count in policy.clip_counts(ratio, advantages, config(**overrides)).values()]
+        old, sequences = torch.zeros_like(ratio), torch.arange(len(ratio))
+        clips = policy.clip_masks(ratio.log(), old, advantages, config(**overrides), sequences)
+        return [int(mask.sum()) for mask in clips.values()]
 
     assert counts() == [2, 1, 0]
     assert counts(dual_clip=3.0) == [2, 1, 1]
