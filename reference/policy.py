@@ -13,7 +13,7 @@ CLIPPED_RATIO_LOSSES = ("grpo", "gspo", "gspo_token", "luspo", "clip_cov")
 SEQUENCE_RATIO_LOSSES = ("gspo", "gspo_token", "luspo")
 SEQUENCE_LOSSES = (*SEQUENCE_RATIO_LOSSES, "gmpo", "vespo")
 # Those that are not 0 where the advantage is.
-ALWAYS_ACTIVE_LOSSES = ("clip_cov", "kl_cov")
+ALWAYS_ACTIVE_LOSSES = ("ipo", "dro", "clip_cov", "kl_cov")
 # No log-ratio beyond it enters an exponential, whatever the clamp: fp32 would overflow.
 LARGEST_LOG_RATIO = 80.0
 
@@ -189,7 +189,7 @@ def importance_ratio(log_probs: Tensor, old_log_probs: Tensor | None, sequence_i
 def clip_masks(
     log_probs: Tensor, old_log_probs: Tensor | None, advantages: Tensor, config: Any, sequence_ids: Tensor
 ) -> dict[str, Tensor]:
-    """Where each clip binds, bool: only tokens whose gradient it stops, but all of ``cispo``'s."""
+    """Where each clip binds, bool: only tokens whose gradient it stops, but all of ``cispo``'s and ``ipo``'s."""
     ratio = importance_ratio(log_probs, old_log_probs, sequence_ids, config).detach()
     old = log_probs.detach() if old_log_probs is None else old_log_probs
     low, high = ratio < 1 - config.epsilon_low, ratio > 1 + config.epsilon_high
@@ -202,9 +202,12 @@ def clip_masks(
     elif config.loss_type == "gmpo":
         value = log_ratio(log_probs.detach(), old, config.log_ratio_clamp)
         low, high = value < -config.epsilon_low, value > config.epsilon_high
+    elif config.loss_type == "ipo":
+        threshold = own_options(config).get("threshold", 0.1)
+        low, high = dppo_bounds(log_probs, old, threshold, threshold, "dppo_tv")
     elif config.loss_type not in (*CLIPPED_RATIO_LOSSES, "cispo"):
         low, high = torch.zeros_like(low), torch.zeros_like(high)
-    if config.loss_type == "cispo":
+    if config.loss_type in ("cispo", "ipo"):
         low, high = low & (advantages != 0), high & (advantages != 0)
     else:
         low, high = low & (advantages < 0), high & (advantages > 0)
@@ -236,6 +239,9 @@ def policy_loss(
         bounds = dppo_bounds(log_probs, old, config.epsilon_low, config.epsilon_high, config.loss_type)
         weight = ratio.detach().clamp(max=options.get("ratio_max", 20.0))
         return reinforce_loss(log_probs, advantages) * weight * in_trust_region(*bounds, advantages)
+    if config.loss_type == "ipo":
+        bounds = dppo_bounds(log_probs, old, *[options.get("threshold", 0.1)] * 2, "dppo_tv")
+        return -ratio * advantages * ~(bounds[0] | bounds[1]) + options.get("penalty", 1e-3) * value**2
     if config.loss_type == "gmpo":
         clipped = gmpo_log_ratio(value, advantages, config.epsilon_low, config.epsilon_high)
         return -advantages * sequence_mean(clipped, sequence_ids).exp()

@@ -14,7 +14,7 @@ from torch import Tensor
 from srpo_kernels.losses.registry import POLICY_LOSSES, PolicyRows, TokenLoss, register_policy_loss
 
 __all__ = [
-    "POLICY_LOSSES", "cispo", "clip_cov", "dppo_kl", "dppo_tv", "gmpo", "grpo", "gspo", "gspo_token",
+    "POLICY_LOSSES", "cispo", "clip_cov", "dppo_kl", "dppo_tv", "gmpo", "grpo", "gspo", "gspo_token", "ipo",
     "kl_cov", "luspo", "reinforce", "sapo", "vespo",
 ]  # fmt: skip
 
@@ -131,6 +131,18 @@ def dppo_kl(rows: PolicyRows, *, epsilon_low: float, epsilon_high: float, ratio_
     return _in_trust_region(rows, (kl > epsilon_low) & (new < old), (kl > epsilon_high) & (new > old), ratio_max)
 
 
+def ipo(rows: PolicyRows, *, threshold: float = 0.1, penalty: float = 1e-3) -> TokenLoss:
+    """``-rho A`` where the token's probability has moved by ``threshold`` at most, ``+ penalty (log rho)**2``.
+
+    Source: prime-rl's loss of that name.
+    """
+    moved = rows.log_probs.detach().exp() - rows.old_log_probs.exp()
+    low, high = moved < -threshold, moved > threshold
+    gain = (rows.log_ratio.exp() * rows.advantages).masked_fill(low | high, 0.0)
+    weighs = rows.advantages != 0
+    return TokenLoss(penalty * rows.log_ratio.square() - gain, low & weighs, high & weighs)
+
+
 def clip_cov(
     rows: PolicyRows, *, epsilon_low: float, epsilon_high: float, share: float = 2e-4, cov_low: float = 1.0,
     cov_high: float = 5.0,
@@ -221,5 +233,6 @@ register_policy_loss(
 register_policy_loss("reinforce", reinforce, zero_without_advantage=True)
 register_policy_loss("dppo_tv", dppo_tv, ranges={"ratio_max": _POSITIVE}, zero_without_advantage=True)
 register_policy_loss("dppo_kl", dppo_kl, ranges={"ratio_max": _POSITIVE}, zero_without_advantage=True)
+register_policy_loss("ipo", ipo, ranges={"threshold": _NON_NEGATIVE, "penalty": _NON_NEGATIVE})
 register_policy_loss("clip_cov", clip_cov, ranges={"share": _SHARE}, whole_batch=True)
 register_policy_loss("kl_cov", kl_cov, ranges={"share": _SHARE, "coefficient": _NON_NEGATIVE}, whole_batch=True)
