@@ -242,6 +242,8 @@ def policy_loss(
     if config.loss_type == "ipo":
         bounds = dppo_bounds(log_probs, old, *[options.get("threshold", 0.1)] * 2, "dppo_tv")
         return -ratio * advantages * ~(bounds[0] | bounds[1]) + options.get("penalty", 1e-3) * value**2
+    if config.loss_type == "dro":
+        return reinforce_loss(log_probs, advantages) + options.get("beta", 0.1) / 2 * value**2
     if config.loss_type == "gmpo":
         clipped = gmpo_log_ratio(value, advantages, config.epsilon_low, config.epsilon_high)
         return -advantages * sequence_mean(clipped, sequence_ids).exp()

@@ -14,7 +14,7 @@ from torch import Tensor
 from srpo_kernels.losses.registry import POLICY_LOSSES, PolicyRows, TokenLoss, register_policy_loss
 
 __all__ = [
-    "POLICY_LOSSES", "cispo", "clip_cov", "dppo_kl", "dppo_tv", "gmpo", "grpo", "gspo", "gspo_token", "ipo",
+    "POLICY_LOSSES", "cispo", "clip_cov", "dppo_kl", "dppo_tv", "dro", "gmpo", "grpo", "gspo", "gspo_token", "ipo",
     "kl_cov", "luspo", "reinforce", "sapo", "vespo",
 ]  # fmt: skip
 
@@ -143,6 +143,11 @@ def ipo(rows: PolicyRows, *, threshold: float = 0.1, penalty: float = 1e-3) -> T
     return TokenLoss(penalty * rows.log_ratio.square() - gain, low & weighs, high & weighs)
 
 
+def dro(rows: PolicyRows, *, beta: float = 0.1) -> Tensor:
+    """``-A log_probs + beta / 2 (log rho)**2``. Source: Direct Reward Optimization (arXiv 2405.19107), per token."""
+    return 0.5 * beta * rows.log_ratio.square() - rows.advantages * rows.log_probs
+
+
 def clip_cov(
     rows: PolicyRows, *, epsilon_low: float, epsilon_high: float, share: float = 2e-4, cov_low: float = 1.0,
     cov_high: float = 5.0,
@@ -234,5 +239,6 @@ register_policy_loss("reinforce", reinforce, zero_without_advantage=True)
 register_policy_loss("dppo_tv", dppo_tv, ranges={"ratio_max": _POSITIVE}, zero_without_advantage=True)
 register_policy_loss("dppo_kl", dppo_kl, ranges={"ratio_max": _POSITIVE}, zero_without_advantage=True)
 register_policy_loss("ipo", ipo, ranges={"threshold": _NON_NEGATIVE, "penalty": _NON_NEGATIVE})
+register_policy_loss("dro", dro, ranges={"beta": _NON_NEGATIVE})
 register_policy_loss("clip_cov", clip_cov, ranges={"share": _SHARE}, whole_batch=True)
 register_policy_loss("kl_cov", kl_cov, ranges={"share": _SHARE, "coefficient": _NON_NEGATIVE}, whole_batch=True)
