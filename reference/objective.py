@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import distillation, policy
+from . import distillation, policy, rollout
 from .logits import Project, entropy, head_logits, project_wide, teacher_head, token_log_probs, working_dtype
 
 
@@ -18,6 +18,9 @@ class SRPOOutput(NamedTuple):
     loss: Tensor
     metrics: dict[str, Tensor]
     log_probs: Tensor
+
+
+ROLLOUT_SUMS = ("rollout_weight_sum", "rollout_clipped_count", "rollout_dropped_count")
 
 
 class Branch(NamedTuple):
@@ -60,7 +63,9 @@ def active_policy_rows(policy_rows: Tensor, advantages: Tensor, sequence_ids: Te
     if config.kl_coef != 0 or config.entropy_coef != 0 or config.loss_type in policy.ALWAYS_ACTIVE_LOSSES:
         return policy_rows
     moving = policy_rows & (advantages != 0)
-    if config.loss_type in policy.SEQUENCE_LOSSES:
+    correction = getattr(config, "rollout_correction", None)
+    off_policy = correction is not None and correction.off_policy_threshold is not None
+    if config.loss_type in policy.SEQUENCE_LOSSES or off_policy:
         return policy_rows & (policy.sequence_sum(moving.long(), sequence_ids) > 0)
     return moving
 
@@ -175,6 +180,7 @@ def srpo_loss(
     old_log_probs: Tensor | None = None,
     ref_log_probs: Tensor | None = None,
     is_weights: Tensor | None = None,
+    rollout_log_probs: Tensor | None = None,
     sequence_ids: Tensor | None = None,
     normalizers: Any = None,
     config: Any,
@@ -206,6 +212,17 @@ def srpo_loss(
     sequence_ids = resolve_sequence_ids(sequence_ids, target_ids, config)
     policy_rows, sdpo_rows = valid & ~routed, valid & routed
     active = active_policy_rows(policy_rows, advantages, sequence_ids, config)
+
+    correction = getattr(config, "rollout_correction", None)
+    if correction is not None:
+        current = torch.zeros(target_ids.shape, dtype=dtype, device=hidden.device)
+        current[valid] = token_log_probs(logits_of(hidden[valid], weight, bias), target_ids[valid]).detach()
+        if rollout_log_probs is None:
+            raise ValueError("rollout_log_probs: config.rollout_correction needs them, got None")
+        weights, clipped = rollout.correct(
+            current, old_log_probs, rollout_log_probs, advantages, valid, active, sequence_ids, correction
+        )
+        is_weights = weights if is_weights is None else torch.where(valid, per_row(is_weights, target_ids) * weights, 0)
 
     policy_logits = logits_of(hidden[active], weight, bias)
     policy_part = policy_branch(
@@ -266,4 +283,9 @@ def srpo_loss(
         "nonfinite_rows": torch.stack(nonfinite).sum(),
     }
     metrics |= policy_part.metrics | sdpo_part.metrics
+    counted = scored | sdpo_rows if correction is not None else torch.zeros_like(valid)
+    metrics |= {"rollout_tokens": counted.sum()} | dict.fromkeys(ROLLOUT_SUMS, zero)
+    if correction is not None:
+        sums = weights[counted].sum(), clipped[counted].sum(), (weights[counted] == 0).sum()
+        metrics |= dict(zip(ROLLOUT_SUMS, sums, strict=True))
     return SRPOOutput(loss, {name: value.detach().to(zero) for name, value in metrics.items()}, log_probs)

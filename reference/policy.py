@@ -84,8 +84,8 @@ def dppo_bounds(
     pi, mu = log_probs.detach().exp(), old_log_probs.exp()
     if kind == "dppo_tv":
         return pi - mu < -epsilon_low, pi - mu > epsilon_high
-    # 1 - pi, which is rounded away where pi is nearly 1.
-    rest, old_rest = -torch.expm1(log_probs.detach()), -torch.expm1(old_log_probs)
+    # 1 - pi, which is rounded away where pi is nearly 1; a rounded log-prob may be above 0.
+    rest, old_rest = (torch.expm1(x.clamp(max=0)).abs() for x in (log_probs.detach(), old_log_probs))
     terms = mu * (old_log_probs - log_probs.detach()), torch.where(old_rest > 0, old_rest * (old_rest / rest).log(), 0)
     divergence = terms[0] + terms[1]
     return (divergence > epsilon_low) & (pi < mu), (divergence > epsilon_high) & (pi > mu)
@@ -132,7 +132,7 @@ def in_covariance_band(
 
 def straight_through(value: Tensor, gradient_of: Tensor) -> Tensor:
     """The one's value with the other's gradient."""
-    return value.detach() + gradient_of - gradient_of.detach()
+    return value.detach() + (gradient_of - gradient_of.detach())
 
 
 def kl_estimate(
@@ -240,10 +240,11 @@ def policy_loss(
         weight = ratio.detach().clamp(max=options.get("ratio_max", 20.0))
         return reinforce_loss(log_probs, advantages) * weight * in_trust_region(*bounds, advantages)
     if config.loss_type == "ipo":
-        bounds = dppo_bounds(log_probs, old, *[options.get("threshold", 0.1)] * 2, "dppo_tv")
-        return -ratio * advantages * ~(bounds[0] | bounds[1]) + options.get("penalty", 1e-3) * value**2
+        threshold, penalty = float(options.get("threshold", 0.1)), float(options.get("penalty", 1e-3))
+        bounds = dppo_bounds(log_probs, old, threshold, threshold, "dppo_tv")
+        return -ratio * advantages * ~(bounds[0] | bounds[1]) + penalty * value**2
     if config.loss_type == "dro":
-        return reinforce_loss(log_probs, advantages) + options.get("beta", 0.1) / 2 * value**2
+        return reinforce_loss(log_probs, advantages) + float(options.get("beta", 0.1)) / 2 * value**2
     if config.loss_type == "gmpo":
         clipped = gmpo_log_ratio(value, advantages, config.epsilon_low, config.epsilon_high)
         return -advantages * sequence_mean(clipped, sequence_ids).exp()
@@ -255,7 +256,7 @@ def policy_loss(
         count = min(max(int(options.get("share", 2e-4) * len(covariances)), 1), len(covariances))
         chosen = torch.zeros_like(covariances, dtype=torch.bool)
         chosen[covariances.argsort(descending=True)[:count]] = True
-        return -ratio * advantages + options.get("coefficient", 1.0) * value.abs() * chosen
+        return -ratio * advantages + float(options.get("coefficient", 1.0)) * value.abs() * chosen
     if config.loss_type not in CLIPPED_RATIO_LOSSES:
         raise ValueError(f"loss_type: unknown, {config.loss_type!r}")
     loss = clipped_loss(ratio, advantages, config.epsilon_low, config.epsilon_high, config.delta)

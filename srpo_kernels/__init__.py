@@ -10,6 +10,7 @@ from srpo_kernels.api.types import FusedOutput, SRPOOutput, TeacherStats, TokenS
 from srpo_kernels.engine.workspace import release as release_workspace
 from srpo_kernels.losses.config import SRPOConfig
 from srpo_kernels.losses.registry import POLICY_LOSSES, PolicyRows, TokenLoss, register_policy_loss
+from srpo_kernels.losses.rollout import RolloutCorrection
 from srpo_kernels.losses.rows import ObjectiveRows
 from srpo_kernels.losses.srpo import PolicyTerms
 from srpo_kernels.rollout.data_parallel import call_as_forward, scale_for_gradient_mean
@@ -23,6 +24,7 @@ __all__ = [
     "ObjectiveRows",
     "PolicyRows",
     "PolicyTerms",
+    "RolloutCorrection",
     "Routing",
     "SRPOConfig",
     "SRPOLoss",

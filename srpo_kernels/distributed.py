@@ -47,6 +47,11 @@ def gather_rows(values: Tensor, group: dist.ProcessGroup) -> Tensor:
     return torch.cat([row[:count] for row, count in zip(gather_ranks(padded, group), counts, strict=True)])
 
 
+def max_ranks(values: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """The largest values of all ranks of a group, None for this one alone; without gradient."""
+    return values if group is None else gather_ranks(values, group).amax(0)
+
+
 class _SumRanks(torch.autograd.Function):
     """A sum over ranks is the adjoint of itself."""
 

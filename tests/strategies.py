@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import reference
-from srpo_kernels import Normalizers, SRPOConfig
+from srpo_kernels import Normalizers, RolloutCorrection, SRPOConfig
 from srpo_kernels.engine.backends import rows_of
 from srpo_kernels.engine.plan import RowMemory
 from srpo_kernels.losses.options import DISTILLATION_MODES, KL_TYPES, LOSS_TYPES, REDUCTIONS
@@ -125,13 +125,26 @@ def loss_inputs(
     if len(rows) == 1:
         names = torch.tensor([7, -3, 2**40, 0, 11])
         inputs["sequence_ids"] = names[torch.randint(0, len(names), rows, generator=generator)]
-    return inputs | {
-        "advantages": normal(rows[0]) * (torch.rand(rows[0], generator=generator) < 0.7),
-        "sdpo_mask": torch.rand(rows[0], generator=generator) < 0.5,
-        "old_log_probs": log_probs + 0.4 * normal(*rows),
-        "ref_log_probs": log_probs + 0.4 * normal(*rows),
-        "is_weights": 2 * torch.rand(rows, generator=generator, dtype=torch.float64),
-    }
+    return (
+        inputs
+        | {
+            "advantages": normal(rows[0]) * (torch.rand(rows[0], generator=generator) < 0.7),
+            "sdpo_mask": torch.rand(rows[0], generator=generator) < 0.5,
+            "old_log_probs": log_probs + 0.4 * normal(*rows),
+            "ref_log_probs": log_probs + 0.4 * normal(*rows),
+            "is_weights": 2 * torch.rand(rows, generator=generator, dtype=torch.float64),
+        }
+        | rollout_inputs(config, log_probs, generator)
+    )
+
+
+def rollout_inputs(config: SRPOConfig | None, log_probs: Tensor, generator: torch.Generator) -> Inputs:
+    """What a rollout correction takes: the rollout engine's log-probs, some of them not known."""
+    if config is None or config.rollout_correction is None:
+        return {}
+    noise = torch.randn(log_probs.shape, generator=generator, dtype=torch.float64)
+    unknown = torch.rand(log_probs.shape, generator=generator) < 0.1
+    return {"rollout_log_probs": (log_probs + 0.3 * noise).masked_fill(unknown, math.nan)}
 
 
 def take(inputs: Inputs, index: Tensor) -> Inputs:
@@ -167,6 +180,20 @@ LOSS_OPTIONS: dict[str, tuple[dict[str, float], ...]] = {
     "clip_cov": ({"share": 0.3, "cov_low": 0.01}, {"share": 0.6, "cov_low": -9.0, "cov_high": 9.0}),
     "kl_cov": ({"share": 0.3, "coefficient": 0.5},),
 }
+
+
+# Each rule of a rollout correction, bounds amid the log-ratios that `rollout_inputs` has, beside old log-probs.
+CORRECTIONS = (
+    RolloutCorrection.tis(1.3),
+    RolloutCorrection.mis(1.2, level="sequence"),
+    RolloutCorrection.icepop(0.8, 1.4),
+    RolloutCorrection(level="geometric", weight_min=0.9, weight_max=None, off_policy_threshold=0.05),
+    RolloutCorrection(level=None, masks={"seq_mean_k1": (-0.2, 0.1), "token_k2": 0.3}),
+    RolloutCorrection(level=None, masks={"seq_max_k3": 0.7, "seq_mean_k3": 0.2}, outside="zero"),
+    RolloutCorrection(masks={"token_k1": (None, 0.5), "seq_sum_k1": (-0.9, 0.9), "seq_max_k1": 1.1}),
+    RolloutCorrection(level="sequence", weight_max=3.0, masks={"token_k3": 0.2, "seq_sum_k2": 0.6, "seq_max_k2": 0.5}),
+    RolloutCorrection(level="token", masks={"seq_mean_k2": 0.2, "seq_sum_k3": 0.8}, off_policy_threshold=0.0),
+)
 
 
 def random_loss_options(loss_type: str) -> tuple[dict[str, float], ...]:
@@ -210,6 +237,7 @@ def configs(draw: st.DrawFn) -> SRPOConfig:
         reduction=reduction,
         max_length=9 if reduction == "constant" else None,
         count_inactive=one_of(False, True),
+        rollout_correction=one_of(None, None, None, *CORRECTIONS),
     )
 
 
@@ -237,6 +265,8 @@ def loss_cases(draw: st.DrawFn) -> Case:
     for name in ("bias", "teacher_bias", "old_log_probs", "is_weights"):
         if draw(st.booleans()):
             inputs[name] = None
+    if config.rollout_correction is not None and config.rollout_correction.by_sequence:
+        inputs["old_log_probs"] = inputs["ref_log_probs"]
     if config.kl_coef == 0 and draw(st.booleans()):
         inputs["ref_log_probs"] = None
     if draw(st.booleans()):

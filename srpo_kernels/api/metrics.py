@@ -58,6 +58,9 @@ def summarize_metrics(metrics: Mapping[str, Tensor]) -> dict[str, float]:
         "srpo/dw_weight_mean": weight_mean,
         # Rounding can take the variance of equal weights below zero.
         "srpo/dw_weight_std": max(weight_variance, 0.0) ** 0.5,
+        "srpo/rollout_weight": _mean(totals["rollout_weight_sum"], totals["rollout_tokens"]),
+        "srpo/rollout_clipped_fraction": _mean(totals["rollout_clipped_count"], totals["rollout_tokens"]),
+        "srpo/rollout_dropped_fraction": _mean(totals["rollout_dropped_count"], totals["rollout_tokens"]),
         "srpo/nonfinite_rows": totals["nonfinite_rows"],
     }
 

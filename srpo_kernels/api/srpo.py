@@ -33,6 +33,7 @@ def srpo_loss(
     old_log_probs: Tensor | None = None,
     ref_log_probs: Tensor | None = None,
     is_weights: Tensor | None = None,
+    rollout_log_probs: Tensor | None = None,
     sequence_ids: Tensor | None = None,
     normalizers: Normalizers | None = None,
     vocab_parallel_group: ProcessGroup | None = None,
@@ -58,7 +59,8 @@ def srpo_loss(
         hidden: ``[B, T, H]`` or ``[N, H]``, fp32, bf16, fp16 or fp64; carries gradient.
         weight: ``[V, H]``; carries gradient. A weight that needs none (LoRA) saves a third of the products.
         target_ids: ``[B, T]`` or ``[N]``, int64, in ``[0, V)`` wherever ``mask`` is true.
-        advantages: ``[B]`` or ``target_ids``' shape; None only when every valid row is routed to distillation.
+        advantages: ``[B]``, ``[B, 1]`` or ``target_ids``' shape; None only when every valid row is routed to
+            distillation.
         mask: ``target_ids``' shape, bool: the valid rows. None: all.
         sdpo_mask: ``[B]`` or ``target_ids``' shape, bool: the rows to distill. None: none.
         teacher_hidden: ``target_ids``' shape + ``[H_t]``, or the routed entries of the first dimension alone, in
@@ -68,7 +70,10 @@ def srpo_loss(
         teacher_bias: ``[V]``, detached.
         old_log_probs: ``target_ids``' shape: the sampling policy's log-probs (nats). None: the current ones.
         ref_log_probs: ``target_ids``' shape; required when ``kl_coef`` is not 0.
-        is_weights: ``target_ids``' shape: correction for a mismatched rollout engine, on both branches. Detached.
+        is_weights: ``[B]``, ``[B, 1]`` or ``target_ids``' shape: a ready correction for a mismatched rollout engine, on
+            both branches. Detached.
+        rollout_log_probs: ``target_ids``' shape: log-probs (nats) as the rollout engine returned them, from which
+            ``config.rollout_correction`` computes weights; with it and only then. NaN: not known. Detached.
         sequence_ids: ``[N]``, integers: the sequence of a packed row. Required there for ``gspo`` and for the
             reductions ``"sequence"`` and ``"constant"``.
         normalizers: the counts of the whole optimizer batch; with them the losses of micro-batches add up to the loss
@@ -114,9 +119,13 @@ def srpo_loss(
             old_log_probs=old_log_probs,
             ref_log_probs=ref_log_probs,
             is_weights=is_weights,
+            rollout_log_probs=rollout_log_probs,
             sequence_ids=sequence_ids,
         )
-        validation.check_options(config, target_ids, ref_log_probs, sequence_ids, normalizers, sequence_parallel_group)
+        validation.check_options(
+            config, target_ids, old_log_probs, ref_log_probs, rollout_log_probs, sequence_ids, normalizers,
+            sequence_parallel_group,
+        )  # fmt: skip
         validation.check_teacher(teacher_hidden, teacher_weight, teacher_bias, weight, bias, sdpo_mask)
         dtype = accumulation_dtype(hidden, weight)
         backend = backends.resolve_backend(backend, hidden.device, dtype)
@@ -127,6 +136,7 @@ def srpo_loss(
         "old_log_probs": old_log_probs,
         "ref_log_probs": ref_log_probs,
         "is_weights": is_weights,
+        "rollout_log_probs": rollout_log_probs,
     }
     given = {name: values for name, values in inputs.items() if values is not None}
     call = LossArguments(

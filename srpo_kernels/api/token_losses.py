@@ -7,11 +7,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from srpo_kernels.api.validation import check_config
+from srpo_kernels.api.validation import check_config, check_rollout
 from srpo_kernels.checks import BOOL, FLOATING, INTEGER, require_shape, require_tensor
 from srpo_kernels.losses.config import SRPOConfig
 from srpo_kernels.losses.divergence import sampled_divergence
-from srpo_kernels.losses.registry import policy_loss_of
+from srpo_kernels.losses.rollout import RolloutCorrection, rollout_weights, without_off_policy_rows
 from srpo_kernels.losses.sequences import Sequences
 from srpo_kernels.losses.srpo import PolicyTerms, distillation_weights, policy_terms
 
@@ -26,6 +26,7 @@ def policy_loss(
     old_log_probs: Tensor | None = None,
     ref_log_probs: Tensor | None = None,
     is_weights: Tensor | None = None,
+    rollout_log_probs: Tensor | None = None,
     entropy: Tensor | None = None,
     sequence_ids: Tensor | None = None,
     config: SRPOConfig = _DEFAULT_CONFIG,
@@ -42,7 +43,8 @@ def policy_loss(
         mask: ``log_probs``' shape, bool: the valid tokens; the others are never read. None: all.
         old_log_probs: ``log_probs``' shape. None: the current ones.
         ref_log_probs: ``log_probs``' shape; required when ``kl_coef`` is not 0.
-        is_weights: ``log_probs``' shape: correction for a mismatched rollout engine. Detached.
+        is_weights: ``log_probs``' shape: a ready correction for a mismatched rollout engine. Detached.
+        rollout_log_probs: ``log_probs``' shape: the rollout engine's, for ``config.rollout_correction``.
         entropy: ``log_probs``' shape, nats, when ``entropy_coef`` is not 0 and only then; carries gradient.
         sequence_ids: ``[N]``, integers: the sequence of a packed row; ``gspo`` needs it there.
         config: the options.
@@ -62,19 +64,22 @@ def policy_loss(
         given = "None" if entropy is None else "a tensor"
         raise ValueError(f"entropy is for an entropy_coef other than 0, got {given} with {config.entropy_coef}")
     rows = _ValidRows.of(log_probs, mask)
-    whole = policy_loss_of(config.loss_type).whole_sequences
-    sequences = rows.sequences(sequence_ids, config) if whole or sequence_ids is not None else None
-
-    def take(name: str, values: Tensor | None) -> Tensor | None:
-        return None if values is None else rows.take(name, values).detach()
-
+    check_rollout(config, rollout_log_probs, old_log_probs)
+    needed = config.meets_sequences or sequence_ids is not None
+    sequences = rows.sequences(sequence_ids, config) if needed else None
+    current, old = rows.take("log_probs", log_probs), rows.take_constant("old_log_probs", old_log_probs)
+    values = rows.take("advantages", advantages, or_per_sequence=True).detach()
+    weights = rows.take_constant("is_weights", is_weights)
+    rollout = rows.take_constant("rollout_log_probs", rollout_log_probs)
+    if config.rollout_correction is not None and rollout is not None:
+        weights = _corrected(weights, current, old, rollout, sequences, config.rollout_correction, values)
     terms = policy_terms(
-        rows.take("log_probs", log_probs),
-        rows.take("advantages", advantages, or_per_sequence=True).detach(),
+        current,
+        values,
         config,
-        old_log_probs=take("old_log_probs", old_log_probs),
-        ref_log_probs=take("ref_log_probs", ref_log_probs),
-        is_weights=take("is_weights", is_weights),
+        old_log_probs=old,
+        ref_log_probs=rows.take_constant("ref_log_probs", ref_log_probs),
+        is_weights=weights,
         entropy=None if entropy is None else rows.take("entropy", entropy),
         sequences=sequences,
     )
@@ -88,6 +93,8 @@ def sampled_distillation_loss(
     mask: Tensor | None = None,
     old_log_probs: Tensor | None = None,
     is_weights: Tensor | None = None,
+    rollout_log_probs: Tensor | None = None,
+    sequence_ids: Tensor | None = None,
     config: SRPOConfig = _DEFAULT_CONFIG,
 ) -> Tensor:
     """The distillation branch's loss per token, of ``distillation_mode="sampled"``, from log-probs.
@@ -102,6 +109,8 @@ def sampled_distillation_loss(
         mask: ``log_probs``' shape, bool: the valid tokens; the others are never read. None: all.
         old_log_probs: ``log_probs``' shape. None: ``kappa`` is 1.
         is_weights: ``log_probs``' shape. Detached.
+        rollout_log_probs: ``log_probs``' shape: the rollout engine's, for ``config.rollout_correction``.
+        sequence_ids: ``[N]``, integers: the sequence of a packed row, for a correction of whole sequences.
         config: its ``distillation_is_clip`` bounds ``kappa``.
 
     Returns:
@@ -109,11 +118,36 @@ def sampled_distillation_loss(
     """
     check_config(config)
     rows = _ValidRows.of(log_probs, mask)
+    check_rollout(config, rollout_log_probs, old_log_probs)
+    correction = config.rollout_correction
+    needed = (correction is not None and correction.by_sequence) or sequence_ids is not None
+    sequences = rows.sequences(sequence_ids, config) if needed else None
     student, teacher = rows.take("log_probs", log_probs), rows.take("teacher_log_probs", teacher_log_probs).detach()
-    old = None if old_log_probs is None else rows.take("old_log_probs", old_log_probs).detach()
-    corrections = None if is_weights is None else rows.take("is_weights", is_weights).detach()
+    old = rows.take_constant("old_log_probs", old_log_probs)
+    corrections = rows.take_constant("is_weights", is_weights)
+    rollout = rows.take_constant("rollout_log_probs", rollout_log_probs)
+    if correction is not None and rollout is not None:
+        corrections = _corrected(corrections, student, old, rollout, sequences, correction)
     weights = distillation_weights(student, old, corrections, config)
     return rows.put(weights * sampled_divergence(student, teacher))
+
+
+def _corrected(
+    is_weights: Tensor | None,
+    log_probs: Tensor,
+    old_log_probs: Tensor | None,
+    rollout_log_probs: Tensor,
+    sequences: Sequences | None,
+    correction: RolloutCorrection,
+    advantages: Tensor | None = None,
+) -> Tensor:
+    """The caller's weights times those of the rollout correction; ``advantages`` are policy rows'."""
+    log_ratio = log_probs.detach() - rollout_log_probs
+    by_old = log_ratio if old_log_probs is None else old_log_probs - rollout_log_probs
+    rollout = rollout_weights(by_old, sequences, correction)
+    if advantages is not None:
+        rollout = without_off_policy_rows(rollout, log_ratio, advantages, sequences, correction)
+    return rollout.weights if is_weights is None else rollout.weights * is_weights
 
 
 class _ValidRows(NamedTuple):
@@ -143,6 +177,10 @@ class _ValidRows(NamedTuple):
         require_shape(name, values, [self.shape], "the shape of log_probs")
         return values.flatten()[self.rows].to(self.dtype)
 
+    def take_constant(self, name: str, values: Tensor | None) -> Tensor | None:
+        """None for None; without gradient."""
+        return None if values is None else self.take(name, values).detach()
+
     def put(self, values: Tensor) -> Tensor:
         return values.new_zeros(self.shape.numel()).index_put((self.rows,), values).view(self.shape)
 
@@ -153,7 +191,10 @@ class _ValidRows(NamedTuple):
                 raise ValueError(f"sequence_ids is for packed rows: log_probs must be [N], got {list(self.shape)}")
             return Sequences(self.rows // max(self.shape[1], 1), max(self.shape[0], 1))
         if sequence_ids is None:
-            raise ValueError(f"sequence_ids is required for packed rows with loss_type={config.loss_type!r}, got None")
+            raise ValueError(
+                f"sequence_ids is required for packed rows with loss_type={config.loss_type!r} and "
+                f"rollout_correction={config.rollout_correction!r}, got None"
+            )
         require_tensor("sequence_ids", sequence_ids, INTEGER, self.rows.device)
         require_shape("sequence_ids", sequence_ids, [self.shape], "the shape of log_probs")
         known, numbers = torch.unique(sequence_ids[self.rows], return_inverse=True)

@@ -234,6 +234,7 @@ def check_loss_rows(
     old_log_probs: object,
     ref_log_probs: object,
     is_weights: object,
+    rollout_log_probs: object,
     sequence_ids: object,
 ) -> None:
     """Everything that ``srpo_loss`` takes per row or per sequence."""
@@ -241,12 +242,16 @@ def check_loss_rows(
     if target_ids.ndim not in (1, 2):
         raise ValueError(f"target_ids must have shape [B, T] or [N], got {list(rows)}")
     per_sequence, meaning = [rows[:1], rows], "[B], or the shape of target_ids"
+    # A column too, in which trainers keep what is the same for a sequence.
+    or_column = per_sequence if target_ids.ndim == 1 else [*per_sequence, (rows[0], 1)]
     if advantages is not None:
-        require_shape("advantages", require_tensor("advantages", advantages, FLOATING, device), per_sequence, meaning)
+        require_shape("advantages", require_tensor("advantages", advantages, FLOATING, device), or_column, meaning)
     if sdpo_mask is not None:
         require_shape("sdpo_mask", require_tensor("sdpo_mask", sdpo_mask, BOOL, device), per_sequence, meaning)
-    per_row = {"old_log_probs": old_log_probs, "ref_log_probs": ref_log_probs, "is_weights": is_weights}
-    for name, value in per_row.items():
+    if is_weights is not None:
+        require_shape("is_weights", require_tensor("is_weights", is_weights, FLOATING, device), or_column, meaning)
+    names = ("old_log_probs", "ref_log_probs", "rollout_log_probs")
+    for name, value in zip(names, (old_log_probs, ref_log_probs, rollout_log_probs), strict=True):
         if value is not None:
             require_shape(name, require_tensor(name, value, FLOATING, device), [rows], "the shape of target_ids")
     if sequence_ids is not None:
@@ -256,23 +261,42 @@ def check_loss_rows(
         require_shape("sequence_ids", sequence_ids, [rows], "the shape of target_ids")
 
 
+def check_rollout(config: SRPOConfig, rollout_log_probs: object, old_log_probs: object) -> None:
+    """What a rollout correction needs, and what only it reads."""
+    correction = config.rollout_correction
+    if (rollout_log_probs is None) != (correction is None):
+        given = "None" if rollout_log_probs is None else "a tensor"
+        raise ValueError(
+            f"rollout_log_probs is for config.rollout_correction, and needed by it: got {given} with {correction!r}"
+        )
+    if correction is not None and correction.by_sequence and old_log_probs is None:
+        raise ValueError(f"old_log_probs is required with {correction!r}, which compares whole sequences, got None")
+
+
 def check_options(
-    config: SRPOConfig, target_ids: Tensor, ref_log_probs: Tensor | None, sequence_ids: Tensor | None,
-    normalizers: object, sequence_parallel_group: ProcessGroup | None,
+    config: SRPOConfig, target_ids: Tensor, old_log_probs: Tensor | None, ref_log_probs: Tensor | None,
+    rollout_log_probs: Tensor | None, sequence_ids: Tensor | None, normalizers: object,
+    sequence_parallel_group: ProcessGroup | None,
 ) -> None:  # fmt: skip
     """What the configuration needs from the other arguments."""
     if config.kl_coef != 0.0 and ref_log_probs is None:
         raise ValueError(f"ref_log_probs is required when kl_coef is not 0, got None with kl_coef={config.kl_coef}")
-    by_sequence = policy_loss_of(config.loss_type).whole_sequences or config.by_sequence
-    if by_sequence and target_ids.ndim == 1 and sequence_ids is None:
+    check_rollout(config, rollout_log_probs, old_log_probs)
+    correction = config.rollout_correction
+    if (config.meets_sequences or config.counts_sequences) and target_ids.ndim == 1 and sequence_ids is None:
         raise ValueError(
             "sequence_ids is required for packed rows [N] with "
-            f"loss_type={config.loss_type!r} and reduction={config.reduction!r}, got None"
+            f"loss_type={config.loss_type!r} and reduction={config.reduction!r}"
+            f"{'' if correction is None else f' and {correction!r}'}, got None"
+        )
+    if sequence_parallel_group is not None and policy_loss_of(config.loss_type).whole_batch:
+        raise ValueError(
+            f"sequence_parallel_group must be None with loss_type={config.loss_type!r}, whose means are over one call"
         )
     if normalizers is None:
         if sequence_parallel_group is not None:
             raise ValueError("normalizers is required with sequence_parallel_group: a call sees a part of the batch")
         return
     normalizers = require_normalizers("normalizers", normalizers)
-    if config.by_sequence and normalizers.sequence_count is None:
+    if config.counts_sequences and normalizers.sequence_count is None:
         raise ValueError(f"normalizers.sequence_count is required when reduction={config.reduction!r}, got None")

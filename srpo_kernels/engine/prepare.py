@@ -180,8 +180,8 @@ def _teacher_head(call: LossArguments | StatsArguments) -> Head:
 
 
 def per_row(values: Tensor, shape: torch.Size) -> Tensor:
-    """Values per sequence ``[B]`` or per row, flattened to one per row."""
-    return (values if values.shape == shape else values[:, None].expand(shape)).reshape(-1)
+    """Values per sequence ``[B]``, ``[B, 1]`` or per row, flattened to one per row."""
+    return (values if values.shape == shape else values.reshape(shape[0], 1).expand(shape)).reshape(-1)
 
 
 def _teacher_rows(teacher_hidden: Tensor, teacher_mask: Tensor, target_ids: Tensor) -> Tensor:

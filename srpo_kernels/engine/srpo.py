@@ -13,6 +13,7 @@ from srpo_kernels.engine.plan import Plan, make_plan, order_rows
 from srpo_kernels.engine.prepare import FlatRows, flatten, sequence_lengths
 from srpo_kernels.losses.config import SRPOConfig
 from srpo_kernels.losses.registry import policy_loss_of
+from srpo_kernels.losses.rollout import RolloutCorrection, rollout_weights
 from srpo_kernels.losses.sequences import Sequences
 from srpo_kernels.losses.srpo import SRPOObjective
 from srpo_kernels.rows.dtypes import accumulation_dtype
@@ -26,15 +27,17 @@ def prepare_srpo(
 
     The last result says whether these are all distillation rows that the given normalizers count.
     """
-    policy = policy_loss_of(config.loss_type)
-    if not policy.whole_sequences and config.reduction != "sequence":
+    policy, correction = policy_loss_of(config.loss_type), config.rollout_correction
+    if not config.meets_sequences and config.reduction != "sequence":
         options = options._replace(sequence_parallel_group=None)
-    by_sequence = policy.whole_sequences or config.by_sequence
+    by_sequence = config.meets_sequences or config.counts_sequences
     rows, batch, memory = flatten(call, options, passes, by_sequence=by_sequence, needs_advantages=True)
     inputs = dict(batch.inputs)
     if "advantages" not in inputs:
         dtype = accumulation_dtype(call.hidden, call.weight)
         inputs["advantages"] = torch.zeros(len(rows.valid), dtype=dtype, device=rows.valid.device)
+    if correction is not None and "old_log_probs" in inputs:
+        inputs |= _rollout_inputs(inputs, rows, correction)
     inputs["factors"] = _factors(rows, call, config, inputs["advantages"])
     batch = batch._replace(inputs=inputs)
 
@@ -53,7 +56,7 @@ def prepare_srpo(
         memory,
         alone_lengths=[len(order.alone)]
         if policy.whole_batch
-        else sequence_lengths(order.alone, rows.sequences if policy.whole_sequences else None),
+        else sequence_lengths(order.alone, rows.sequences if config.whole_sequences else None),
         workspace_bytes=options.workspace_bytes,
         gradients=int(needs.hidden) + int(needs.weight),
         count_inactive=config.count_inactive,
@@ -73,11 +76,24 @@ def moving(policy: Tensor, advantages: Tensor, sequences: Sequences | None, conf
     if config.kl_coef != 0.0 or config.entropy_coef != 0.0 or not loss.zero_without_advantage:
         return None
     moves = advantages != 0
-    if not loss.whole_sequences or sequences is None:
+    if not config.whole_sequences or sequences is None:
         return moves
     counts = torch.zeros(sequences.number, dtype=torch.int64, device=policy.device)
     counts = sum_ranks(counts.index_add_(0, sequences.ids, (policy & moves).long()), sequences.group)
     return counts[sequences.ids] > 0
+
+
+def _rollout_inputs(inputs: dict[str, Tensor], rows: FlatRows, correction: RolloutCorrection) -> dict[str, Tensor]:
+    """The weights of the rollout correction, ``[N]``, which need no logits where the old log-probs are known."""
+    valid = rows.valid.nonzero().squeeze(1)
+    log_ratio = inputs["old_log_probs"][valid] - inputs["rollout_log_probs"][valid]
+    sequences = None if rows.sequences is None else rows.sequences.select(valid)
+    weights, clipped = rollout_weights(log_ratio, sequences, correction)
+    spread = torch.zeros_like(inputs["old_log_probs"])
+    return {
+        "rollout_weights": spread.index_copy(0, valid, weights),
+        "rollout_clipped": torch.zeros_like(rows.valid).index_copy(0, valid, clipped),
+    }
 
 
 def _factors(rows: FlatRows, call: LossArguments, config: SRPOConfig, like: Tensor) -> Tensor:

@@ -10,19 +10,20 @@ from enum import Enum
 from typing import Any
 
 from srpo_kernels.checks import require_count, require_number
+from srpo_kernels.losses.log_ratio import KLType
 from srpo_kernels.losses.options import (
     ANY,
     CHOICES,
     OPTIONAL_RANGES,
     RANGES,
     DistillationMode,
-    KLType,
     Reduction,
     require_mixture,
     require_option,
     require_transform,
 )
 from srpo_kernels.losses.registry import POLICY_LOSSES, policy_loss_of
+from srpo_kernels.losses.rollout import RolloutCorrection
 from srpo_kernels.rows.contract import Divergence, LogitTransform
 
 
@@ -79,6 +80,8 @@ class SRPOConfig:
             token does not count, padded or packed; TRL counts it, which ``Normalizers.sequence_count`` can say.
         max_length: the length of ``"constant"`` (tokens); >= 1. None with the other reductions.
         count_inactive: also compute the log-probs of tokens that cannot move a weight, for the metrics.
+        rollout_correction: weights and masks of rows that another policy than ``old_log_probs``' has sampled, whose
+            ``rollout_log_probs`` a call then takes. None: none.
 
     Raises:
         TypeError: a value of the wrong type; a bool is no number.
@@ -108,6 +111,7 @@ class SRPOConfig:
     reduction: Reduction = "token"
     max_length: int | None = None
     count_inactive: bool = False
+    rollout_correction: RolloutCorrection | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "loss_options", _pairs(self.loss_options))
@@ -119,10 +123,16 @@ class SRPOConfig:
         require_count("topk", self.topk)
         if self.max_length is not None:
             require_count("max_length", self.max_length)
+        if not isinstance(self.rollout_correction, RolloutCorrection | None):
+            raise TypeError(
+                f"rollout_correction must be a RolloutCorrection or None, got {type(self.rollout_correction).__name__}"
+            )
         self._check_policy_loss()
         self._refuse_contradictions()
         # Ready when it is constructed: a compiler guards on a string it finds, but cannot follow how it is made.
         options = {field.name: getattr(self, field.name) for field in fields(SRPOConfig)}
+        if self.rollout_correction is not None:
+            options["rollout_correction"] = self.rollout_correction.encode()
         object.__setattr__(self, "_encoded", json.dumps(options))
 
     def encode(self) -> str:
@@ -135,7 +145,10 @@ class SRPOConfig:
     def decode(encoded: str) -> SRPOConfig:
         """The config whose ``encode()`` this is."""
         options = json.loads(encoded)
-        return SRPOConfig(**options | {"loss_options": dict(options["loss_options"])})
+        options["loss_options"] = dict(options["loss_options"])
+        if options["rollout_correction"] is not None:
+            options["rollout_correction"] = RolloutCorrection.decode(options["rollout_correction"])
+        return SRPOConfig(**options)
 
     def _check_policy_loss(self) -> None:
         loss = policy_loss_of(self.loss_type)
@@ -159,9 +172,22 @@ class SRPOConfig:
         return {name: getattr(self, name) for name in loss.fields} | {**loss.options, **dict(self.loss_options)}
 
     @property
-    def by_sequence(self) -> bool:
-        """Whether the reduction counts sequences."""
+    def whole_sequences(self) -> bool:
+        """Whether the policy branch sees all of its rows of a sequence together."""
+        correction = self.rollout_correction
+        off_policy = correction is not None and correction.off_policy_threshold is not None
+        return policy_loss_of(self.loss_type).whole_sequences or off_policy
+
+    @property
+    def counts_sequences(self) -> bool:
+        """Whether the reduction divides by a number of sequences."""
         return self.reduction not in ("token", "token_sum")
+
+    @property
+    def meets_sequences(self) -> bool:
+        """Whether a row's loss, before the reduction, depends on the others of its sequence."""
+        correction = self.rollout_correction
+        return self.whole_sequences or (correction is not None and correction.by_sequence)
 
     @property
     def transform(self) -> LogitTransform:

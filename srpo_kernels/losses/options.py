@@ -24,9 +24,9 @@ REDUCTIONS: tuple[Reduction, ...] = get_args(Reduction)
 def require_option(name: str, value: Any) -> None:
     """Raise TypeError or ValueError unless the named option, a choice or a number, can have this value."""
     if name == "loss_type":
-        _require_choice(name, value, tuple(POLICY_LOSSES))
+        require_choice(name, value, tuple(POLICY_LOSSES))
     elif name in CHOICES:
-        _require_choice(name, value, CHOICES[name])
+        require_choice(name, value, CHOICES[name])
     elif name in RANGES:
         require_number(name, value, *RANGES[name])
     elif value is not None:
@@ -60,7 +60,8 @@ def require_transform(temperature: float, logit_scale: float, softcap: float | N
             raise ValueError(f"{name} must be in [1e-37, 1e37], the range of float32, got {factor!r}")
 
 
-def _require_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+def require_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    """Raise TypeError or ValueError unless ``value`` is one of these names."""
     if not isinstance(value, str):
         raise TypeError(f"{name} must be one of {choices}, got {value!r}")
     if value not in choices:

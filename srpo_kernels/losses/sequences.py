@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from srpo_kernels.distributed import sum_ranks
+from srpo_kernels.distributed import max_ranks, sum_ranks
 
 
 class Sequences(NamedTuple):
@@ -33,6 +33,11 @@ class Sequences(NamedTuple):
         """The same of the mean."""
         totals, counts = self._sums(torch.stack([values, torch.ones_like(values)])).unbind()
         return totals / counts
+
+    def max(self, values: Tensor) -> Tensor:
+        """The same of the largest value; without gradient."""
+        largest = values.new_full((self.number,), -torch.inf).scatter_reduce(0, self.ids, values, "amax")
+        return max_ranks(largest, self.group)[self.ids]
 
     def lengths(self, like: Tensor) -> Tensor:
         """The number of rows of each row's sequence, in the dtype of ``like`` ``[n]``."""

@@ -17,6 +17,7 @@ from srpo_kernels.losses.config import SRPOConfig
 from srpo_kernels.losses.divergence import sampled_divergence, support_divergence
 from srpo_kernels.losses.log_ratio import clipped_is_weights, ref_kl
 from srpo_kernels.losses.registry import PolicyRows, policy_loss_of
+from srpo_kernels.losses.rollout import RolloutWeights, rollout_weights, without_off_policy_rows
 from srpo_kernels.losses.rows import ObjectiveRows
 from srpo_kernels.losses.sequences import Sequences
 from srpo_kernels.rows.contract import RowGradients
@@ -39,6 +40,10 @@ METRICS = (
     "dw_weight_sum",
     "dw_weight_sq_sum",
     "divergence_sum",
+    "rollout_tokens",
+    "rollout_weight_sum",
+    "rollout_clipped_count",
+    "rollout_dropped_count",
     "nonfinite_rows",
 )
 # Beyond this spread of -dw_beta * H_t, weights that are normalised only at the end could leave fp32's range.
@@ -126,7 +131,7 @@ class SRPOObjective:
         spread = config.dw_beta * math.log(vocab_size)
         self.teacher_first = bool(num_taught) and log_mean is None and spread > _MAX_LOG_WEIGHT_SPREAD
         self._has_tail = config.add_tail and config.topk < vocab_size
-        self.whole_sequences = policy_loss_of(config.loss_type).whole_sequences
+        self.whole_sequences = config.whole_sequences
         self._reference: Tensor | float = -0.5 * spread
         self._entropies: list[Tensor] = []
         self.metrics: dict[str, Tensor | float] = dict.fromkeys(METRICS, 0.0)
@@ -175,15 +180,16 @@ class SRPOObjective:
         config, inputs = self.config, rows.select_inputs(slice(start, None))
         log_probs = rows.log_probs[start:]
         entropy = rows.entropy[start:] if config.entropy_coef != 0.0 else None
+        sequences = rows.whole_sequences.select(slice(start, None)) if self.whole_sequences else None
         terms = policy_terms(
             log_probs,
             inputs["advantages"],
             config,
             old_log_probs=inputs.get("old_log_probs"),
             ref_log_probs=inputs.get("ref_log_probs"),
-            is_weights=inputs.get("is_weights"),
+            is_weights=self._is_weights(log_probs, inputs, sequences),
             entropy=entropy,
-            sequences=rows.whole_sequences.select(slice(start, None)) if self.whole_sequences else None,
+            sequences=sequences,
         )
         self._add("scored_policy_tokens", len(log_probs))
         self._add("clip_low_count", terms.clip_low.sum())
@@ -205,7 +211,8 @@ class SRPOObjective:
         token_loss, divergence = self._divergence(rows, taught)
         rescale = self._normalize(entropy)
         weights = torch.exp(-config.dw_beta * entropy - (self._reference if self.log_mean is None else self.log_mean))
-        correction = distillation_weights(log_probs, inputs.get("old_log_probs"), inputs.get("is_weights"), config)
+        is_weights = self._is_weights(log_probs, inputs)
+        correction = distillation_weights(log_probs, inputs.get("old_log_probs"), is_weights, config)
         loss = weights * correction * token_loss
         self._add("active_rows", taught)
         self._add("sdpo_loss_sum", loss.detach().sum())
@@ -214,6 +221,30 @@ class SRPOObjective:
         self._add("dw_weight_sq_sum", weights.square().sum())
         self._add("divergence_sum", divergence.detach().sum())
         return inputs["factors"] * loss, rescale
+
+    def _is_weights(
+        self,
+        log_probs: Tensor,
+        inputs: dict[str, Tensor],
+        policy_sequences: Sequences | None = None,
+    ) -> Tensor | None:
+        """The caller's times those of the rollout correction."""
+        given, correction = inputs.get("is_weights"), self.config.rollout_correction
+        if correction is None:
+            return given
+        log_ratio = log_probs.detach() - inputs["rollout_log_probs"]
+        if "rollout_weights" in inputs:
+            rollout = RolloutWeights(inputs["rollout_weights"], inputs["rollout_clipped"])
+        else:
+            rollout = rollout_weights(log_ratio, None, correction)
+        if policy_sequences is not None:
+            rollout = without_off_policy_rows(rollout, log_ratio, inputs["advantages"], policy_sequences, correction)
+        weights, clipped = rollout
+        self._add("rollout_tokens", len(weights))
+        self._add("rollout_weight_sum", weights.sum())
+        self._add("rollout_clipped_count", clipped.sum())
+        self._add("rollout_dropped_count", (weights == 0).sum())
+        return weights if given is None else weights * given
 
     def _divergence(self, rows: ObjectiveRows, taught: int) -> tuple[Tensor, Tensor]:
         """The token loss of distillation before any weight, and what a log should show of it."""

@@ -57,7 +57,12 @@ BAD_LOSS_CALLS: list[BadCall] = [
     ("mask on another device", on_meta("mask"), ValueError, "mask must be on the device.*got meta"),
     ("no advantages", {"advantages": None}, ValueError, "advantages is required.*got None"),
     ("advantages of integers", {"advantages": torch.ones(4).long()}, TypeError, "advantages.*got int64"),
-    ("advantages of a group", {"advantages": torch.ones(2)}, ValueError, r"advantages.*\[4\] or \[4, 6\].*got \[2\]"),
+    (
+        "advantages of a group",
+        {"advantages": torch.ones(2)},
+        ValueError,
+        r"advantages.*\[4, 6\] or \[4, 1\].*got \[2\]",
+    ),
     ("advantages per position", {"advantages": torch.ones(6)}, ValueError, r"advantages.*got \[6\]"),
     ("sdpo_mask of floats", {"sdpo_mask": torch.ones(4)}, TypeError, "sdpo_mask must be bool, got float32"),
     ("sdpo_mask of a column", {"sdpo_mask": torch.ones(4, 1) > 0}, ValueError, r"sdpo_mask.*got \[4, 1\]"),

@@ -28,7 +28,7 @@ COUNTS = {"mask": LOSS["mask"], "sdpo_mask": LOSS["sdpo_mask"], "teacher_entropy
 # Of no rows in particular: their mean weight is nobody's.
 NORMALIZERS = sk.Normalizers.from_batch(**COUNTS, dw_beta=1.0)._replace(sdpo_count=None)
 METRIC = torch.tensor(1.0)
-EVERY_TERM = sk.SRPOConfig(kl_coef=0.1, entropy_coef=0.1)
+EVERY_TERM = sk.SRPOConfig(kl_coef=0.1, entropy_coef=0.1, rollout_correction=sk.RolloutCorrection.tis())
 
 
 class Function(NamedTuple):
@@ -51,7 +51,9 @@ FUNCTIONS = {
         sk.fused_loss,
         FUSED_PACKED | {"objective": objective, "sequence_ids": torch.arange(24) // 6, "whole_sequences": True},
     ),
-    "srpo_loss": Function(sk.srpo_loss, LOSS | {"normalizers": NORMALIZERS, "config": EVERY_TERM}),
+    "srpo_loss": Function(
+        sk.srpo_loss, LOSS | {"normalizers": NORMALIZERS, "config": EVERY_TERM, "rollout_log_probs": -torch.ones(4, 6)}
+    ),
     "srpo_loss, packed": Function(sk.srpo_loss, PACKED | {"config": sk.SRPOConfig(loss_type="gspo")}),
     "token_stats": Function(sk.token_stats, STATS),
     "teacher_stats": Function(sk.teacher_stats, TEACHER),
@@ -59,7 +61,7 @@ FUNCTIONS = {
         sk.policy_loss,
         ROWS
         | {"log_probs": -torch.ones(4, 6), "advantages": torch.ones(4), "entropy": torch.ones(4, 6)}
-        | {"config": EVERY_TERM},
+        | {"rollout_log_probs": -torch.ones(4, 6), "config": EVERY_TERM},
     ),
     "policy_loss, packed": Function(
         sk.policy_loss,
@@ -69,7 +71,12 @@ FUNCTIONS = {
     "sampled_distillation_loss": Function(
         sk.sampled_distillation_loss,
         {"log_probs": -torch.ones(4, 6), "teacher_log_probs": -torch.ones(4, 6), "mask": LOSS["mask"]}
-        | {"old_log_probs": -torch.ones(4, 6), "is_weights": torch.ones(4, 6)},
+        | {"old_log_probs": -torch.ones(4, 6), "is_weights": torch.ones(4, 6)}
+        | {"rollout_log_probs": -torch.ones(4, 6), "config": EVERY_TERM},
+    ),
+    "sampled_distillation_loss, packed": Function(
+        sk.sampled_distillation_loss,
+        {"log_probs": -torch.ones(24), "teacher_log_probs": -torch.ones(24), "sequence_ids": torch.arange(24) // 6},
     ),
     "route_samples": Function(sk.route_samples, REWARDS | {"feedback_available": torch.ones(4) > 0}),
     "group_advantages": Function(sk.group_advantages, REWARDS),
@@ -230,8 +237,8 @@ KINDS: dict[str, dict[str, Bad]] = (
     | dict.fromkeys(("add_tail", "count_inactive", "whole_sequences"), FLAG)
     | {"workspace_bytes": BYTES, "config": CONFIG}
 )
-# tests/losses/test_config.py, tests/losses/test_registry.py and tests/api/test_fused_loss.py have their wrong values.
-ELSEWHERE = {"max_length", "loss_options", "objective", "inputs"}
+# Wrong ones are in tests/losses/test_config.py, test_registry.py and test_rollout.py, and tests/api/test_fused_loss.py.
+ELSEWHERE = {"max_length", "loss_options", "objective", "inputs", "rollout_correction"}
 
 
 def parameters(function: Callable[..., Any]) -> list[str]:
@@ -254,10 +261,18 @@ def test_options(name: str, argument: str, bad: Bad) -> None:
 
 def test_no_argument_is_left_out() -> None:
     public = {name.split(",")[0].split(".")[0] for name in FUNCTIONS}
-    results = {"PolicyTerms", "Routing", "SRPOOutput", "TeacherStats", "TokenStats", "FusedOutput", "TokenLoss"}
+    results = {
+        "PolicyTerms",
+        "Routing",
+        "SRPOOutput",
+        "TeacherStats",
+        "TokenStats",
+        "FusedOutput",
+        "TokenLoss",
+    }
     rows = {"ObjectiveRows", "PolicyRows"}
     # One takes no argument, one is a dict, the others have tests of their own.
-    elsewhere = {"release_workspace", "summarize_metrics", "register_policy_loss", "POLICY_LOSSES"}
+    elsewhere = {"release_workspace", "RolloutCorrection", "summarize_metrics", "register_policy_loss", "POLICY_LOSSES"}
     assert public == set(sk.__all__) - results - rows - elsewhere
     for name, (function, _) in FUNCTIONS.items():
         alike = [call for other, (_, call) in FUNCTIONS.items() if other.split(",")[0] == name.split(",")[0]]

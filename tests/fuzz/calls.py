@@ -15,6 +15,7 @@ import srpo_kernels as sk
 from reference import distillation, policy
 from reference.logits import head_logits, teacher_head
 from reference.objective import per_row, teacher_rows
+from reference.rollout import correct
 from tests.comparison import Results
 from tests.fuzz.case import Case
 from tests.fuzz.models import Inputs
@@ -200,6 +201,12 @@ def _oracle_policy(case: Case, inputs: Inputs) -> Results:
         for name in ("old_log_probs", "ref_log_probs", "is_weights", "entropy")
     )
     loss = policy.policy_loss(log_probs, old, advantages, config, sequences)
+    if config.rollout_correction is not None:
+        everywhere = torch.ones_like(log_probs, dtype=torch.bool)
+        loss = loss * correct(
+            log_probs, old, inputs["rollout_log_probs"][valid], advantages, everywhere, everywhere, sequences,
+            config.rollout_correction,
+        )[0]  # fmt: skip
     loss = loss * (1.0 if weights is None else weights)
     ref_kl = (
         torch.zeros_like(loss)

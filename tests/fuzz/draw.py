@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from srpo_kernels.rows.contract import DIVERGENCES
 from srpo_kernels.rows.mixture import has_mixture
 from tests.fuzz.case import Case, Draw
 from tests.fuzz.models import Inputs, ModelShape, draw_model, to_dtypes
-from tests.strategies import MODEL_TENSORS, random_loss_options, transform_of, workspace_floor
+from tests.strategies import CORRECTIONS, MODEL_TENSORS, random_loss_options, transform_of, workspace_floor
 
 # How often each operation is drawn.
 _OPERATIONS = {
@@ -83,6 +84,7 @@ def draw_config(draw: Draw) -> SRPOConfig:
         reduction=reduction,
         max_length=9 if reduction == "constant" else None,
         count_inactive=one_of("count_inactive", False, True),
+        rollout_correction=one_of("rollout_correction", None, None, None, *CORRECTIONS),
     )
 
 
@@ -162,6 +164,9 @@ def _loss_rows(draw: Draw, model: ModelShape, rows: tuple[int, ...], config: SRP
     }
     if inputs["ref_log_probs"] is None and config.kl_coef != 0:
         inputs["ref_log_probs"] = log_probs.to(row_dtype)
+    inputs |= _rollout_rows(draw, config, log_probs, row_dtype)
+    if config.rollout_correction is not None and inputs["old_log_probs"] is None:
+        inputs["old_log_probs"] = log_probs.to(row_dtype)
     inputs["is_weights"] = None
     if draw.one_of("is_weights", False, True):
         inputs["is_weights"] = (2 * draw.uniform(*rows) * (draw.uniform(*rows) > 0.2)).to(row_dtype)
@@ -172,6 +177,17 @@ def _loss_rows(draw: Draw, model: ModelShape, rows: tuple[int, ...], config: SRP
     return inputs
 
 
+def _rollout_rows(draw: Draw, config: SRPOConfig, log_probs: Tensor, dtype: torch.dtype) -> Inputs:
+    """The rollout engine's log-probs, some of them not known, for a correction that takes them."""
+    if config.rollout_correction is None:
+        return {}
+    gap = draw.one_of("rollout_gap", 0.3, 0.3, 3.0, 100.0)
+    unknown = draw.uniform(*log_probs.shape) < 0.1
+    return {
+        "rollout_log_probs": (log_probs + gap * draw.normal(*log_probs.shape)).masked_fill(unknown, math.nan).to(dtype)
+    }
+
+
 def _distant(draw: Draw, name: str, log_probs: Tensor, unbounded: bool, dtype: torch.dtype) -> Tensor | None:
     """Log-probs at a distance from these, above or below; away from where a clip of a ratio would begin."""
     gap = draw.one_of(f"{name}_gap", None, 0.0, 0.4, 0.4, 1.0, 30.0, 100.0, 1000.0)
@@ -180,6 +196,9 @@ def _distant(draw: Draw, name: str, log_probs: Tensor, unbounded: bool, dtype: t
     gap = min(gap, _MOST_NATS) if unbounded else gap
     signs = torch.where(draw.uniform(*log_probs.shape) < 0.5, -1.0, 1.0)
     away = signs * gap + (0.05 if gap else 0.0) * draw.normal(*log_probs.shape)
+    if not gap and draw.options["loss_type"] == "kl_cov":
+        # Its gradient jumps where a ratio is 1.
+        away = away + 0.01
     return (log_probs + away).to(dtype)
 
 
@@ -187,7 +206,15 @@ def _poisoned(draw: Draw, inputs: Inputs) -> Inputs:
     """Masked rows that would spoil everything if they were read."""
     masked, bad = ~inputs["mask"], draw.one_of("poison_value", math.nan, math.inf)
     spoilt: Inputs = {"target_ids": inputs["target_ids"].masked_fill(masked, draw.random.choice([-100, 2**40]))}
-    for name in ("hidden", "teacher_hidden", "old_log_probs", "ref_log_probs", "is_weights", "advantages"):
+    for name in (
+        "hidden",
+        "teacher_hidden",
+        "old_log_probs",
+        "ref_log_probs",
+        "rollout_log_probs",
+        "is_weights",
+        "advantages",
+    ):
         value = inputs.get(name)
         if value is not None and value.shape[: masked.ndim] == masked.shape:
             spoilt[name] = value.clone()
@@ -221,6 +248,8 @@ def _stats_case(draw: Draw, seed: int, backend: str) -> Case:
 
 def _token_loss_case(draw: Draw, seed: int, backend: str) -> Case:
     operation, config, rows = draw.options["operation"], draw_config(draw), _rows(draw, "torch")
+    if operation == "sampled_distillation_loss":
+        config = replace(config, rollout_correction=None)
     dtype = draw.one_of("dtype", torch.float32, torch.float64)
     log_probs = -draw.normal(*rows).abs() * draw.one_of("log_probs", 1.0, 1e-4, 30.0, 1000.0)
     inputs: Inputs = {
@@ -229,6 +258,9 @@ def _token_loss_case(draw: Draw, seed: int, backend: str) -> Case:
         "is_weights": 2 * draw.uniform(*rows) if draw.one_of("is_weights", False, True) else None,
     }
     if operation == "policy_loss":
+        inputs |= _rollout_rows(draw, config, log_probs, dtype)
+        if config.rollout_correction is not None and inputs["old_log_probs"] is None:
+            inputs["old_log_probs"] = log_probs - 0.2
         inputs |= {
             "advantages": draw.normal(*(rows if draw.one_of("advantages", "[B]", "[B, T]") != "[B]" else rows[:1])),
             "ref_log_probs": _distant(draw, "ref_log_probs", log_probs, "k3" in config.kl_type, dtype),

@@ -84,7 +84,7 @@ def _concentration(case: Case) -> float:
 def largest_logit(case: Case, model: str) -> float:
     """Of the valid rows of a model, before the transform; those that are banned do not count."""
     logits = _logits(case, model)
-    return largest(logits[logits > LOWEST])
+    return largest(finite(logits[logits > LOWEST]))
 
 
 def _logits(case: Case, model: str) -> Tensor:
@@ -93,7 +93,9 @@ def _logits(case: Case, model: str) -> Tensor:
     own = model if inputs.get("teacher_weight") is not None else ""
     valid = inputs["mask"]
     hidden = inputs[f"{model}hidden"]
-    rows = (hidden.flatten(0, -2) if valid is None else hidden[valid]).double()
+    # A teacher may have the routed rows alone.
+    everywhere = valid is None or valid.shape != hidden.shape[:-1]
+    rows = (hidden.flatten(0, -2) if everywhere else hidden[valid]).double()
     bias = inputs[f"{own}bias"]
     return rows @ inputs[f"{own}weight"].double().T + (0.0 if bias is None else bias.double())
 
@@ -116,15 +118,25 @@ def _largest_coefficient(case: Case, config: SRPOConfig, exact: dict[str, Any]) 
         # It multiplies two log-probs.
         distilled *= (1.0 + largest(finite(exact["log_probs"]))) ** 2
     penalty = config.kl_coef * _steepest_kl(case, exact) + abs(config.entropy_coef)
-    return max(distilled, most("advantages")) * max(most("is_weights"), 1.0) + penalty
+    ratio = 1.0
+    if len(case.inputs["weight"]) == 1 and case.inputs["old_log_probs"] is not None:
+        # The gradient is 0, whatever the ratio that multiplies its roundings.
+        ratio = math.exp(min(_gaps(exact, case.inputs["old_log_probs"]), config.log_ratio_clamp or LARGEST_LOG_RATIO))
+    return max(distilled, most("advantages") * ratio) * max(most("is_weights"), 1.0) + penalty
 
 
 def _steepest_kl(case: Case, exact: Results) -> float:
     """The largest derivative of a KL estimate."""
-    config, ref = case.config, case.inputs["ref_log_probs"]
+    config, ref, old = case.config, case.inputs["ref_log_probs"], case.inputs["old_log_probs"]
     if config.kl_coef == 0 or config.kl_type == "k1":
         return 1.0
-    gaps = finite(exact["log_probs"] - ref.double())
-    if config.kl_type in ("k2", "k1+", "k3+"):
-        return largest(gaps)
-    return math.exp(min(largest(gaps), config.log_ratio_clamp or LARGEST_LOG_RATIO))
+    gaps = _gaps(exact, ref)
+    if "k3" not in config.kl_type:
+        return gaps
+    bound = config.log_ratio_clamp or LARGEST_LOG_RATIO
+    ratio = _gaps(exact, old) if config.kl_type == "k3_weighted" and old is not None else 0.0
+    return (1.0 + gaps) * math.exp(min(gaps, bound) + min(ratio, bound))
+
+
+def _gaps(exact: Results, others: Tensor) -> float:
+    return largest(finite(exact["log_probs"] - others.double()))

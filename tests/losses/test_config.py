@@ -30,7 +30,9 @@ NUMBERS = (
     "logit_scale",
     "softcap",
 )
-OPTIONAL = ("delta", "dual_clip", "log_ratio_clamp", "distillation_is_clip", "softcap", "max_length")
+OPTIONAL = (
+    "delta", "dual_clip", "log_ratio_clamp", "distillation_is_clip", "softcap", "max_length", "rollout_correction",
+)  # fmt: skip
 
 
 def test_defaults_are_the_papers() -> None:
@@ -57,6 +59,7 @@ def test_defaults_are_the_papers() -> None:
         "softcap": None,
         "reduction": "token",
         "max_length": None,
+        "rollout_correction": None,
         "count_inactive": False,
     }
 
