@@ -86,8 +86,7 @@ def dppo_bounds(
         return pi - mu < -epsilon_low, pi - mu > epsilon_high
     # 1 - pi, which is rounded away where pi is nearly 1; a rounded log-prob may be above 0.
     rest, old_rest = (torch.expm1(x.clamp(max=0)).abs() for x in (log_probs.detach(), old_log_probs))
-    terms = mu * (old_log_probs - log_probs.detach()), torch.where(old_rest > 0, old_rest * (old_rest / rest).log(), 0)
-    divergence = terms[0] + terms[1]
+    divergence = mu * (old_log_probs - log_probs.detach()) + old_rest * ((old_rest + 1e-8) / (rest + 1e-8)).log()
     return (divergence > epsilon_low) & (pi < mu), (divergence > epsilon_high) & (pi > mu)
 
 

@@ -51,7 +51,7 @@ def rollout_weights(log_ratio: Tensor, sequence_ids: Tensor, correction: Any) ->
     log_ratio = known(log_ratio)
     level = correction.level
     score = torch.zeros_like(log_ratio) if level is None else over_scope(level, log_ratio, sequence_ids)
-    bounds = torch.tensor([-LARGEST_LOG_RATIO, LARGEST_LOG_RATIO], dtype=log_ratio.dtype, device=log_ratio.device)
+    bounds = torch.tensor([-20.0, 20.0], dtype=log_ratio.dtype, device=log_ratio.device)
     if level is not None and correction.weight_min is not None:
         bounds[0] = torch.tensor(correction.weight_min, dtype=torch.float64).log()
     if level is not None and correction.weight_max is not None:

@@ -20,6 +20,8 @@ __all__ = [
 
 # The range of VESPO's log-ratio of a sequence.
 _VESPO_LOG_RATIOS = (math.log(1e-8), 20.0)
+# What DPPO adds to the probability of all other tokens, which fp32 rounds to 0 where one has nearly all of it.
+_LEAST_REST = 1e-8
 
 
 def grpo(
@@ -127,7 +129,8 @@ def dppo_kl(rows: PolicyRows, *, epsilon_low: float, epsilon_high: float, ratio_
     """
     new, old = rows.log_probs.detach(), rows.old_log_probs
     other_new, other_old = (-torch.expm1(x.clamp_max(0.0)) for x in (new, old))
-    kl = old.exp() * (old - new) + torch.xlogy(other_old, other_old) - torch.xlogy(other_old, other_new)
+    tiny = _LEAST_REST
+    kl = old.exp() * (old - new) + other_old * ((other_old + tiny) / (other_new + tiny)).log()
     return _in_trust_region(rows, (kl > epsilon_low) & (new < old), (kl > epsilon_high) & (new > old), ratio_max)
 
 

@@ -32,6 +32,8 @@ ROLLOUT_LEVELS: tuple[RolloutLevel, ...] = get_args(RolloutLevel)
 OUTSIDE: tuple[Outside, ...] = get_args(Outside)
 MASKS: tuple[MaskName, ...] = get_args(MaskName)
 
+# Of a weight that has no bound of its own.
+_LARGEST_LOG_WEIGHT = 20.0
 # From a statistic's name to the least and the largest value that a row may have of it, None for no bound.
 Band = tuple[float | None, float | None]
 
@@ -47,8 +49,8 @@ class RolloutCorrection:
     Args:
         level: the weight is ``exp(l)`` of the ``"token"``, ``exp(sum l)`` of the ``"sequence"``, or ``exp(mean l)``,
             ``"geometric"``. None: 1, for masks alone.
-        weight_min: least weight; > 0. None: none.
-        weight_max: largest weight; > 0. None: none.
+        weight_min: least weight; > 0. None: ``exp(-20)``.
+        weight_max: largest weight; > 0. None: ``exp(20)``, beyond which a gradient could leave fp32.
         outside: what is beyond them: ``"clamp"`` is held there (truncated importance sampling), ``"zero"`` is left
             out (masked importance sampling; by token IcePop, arXiv 2510.18855).
         masks: what a row must have to stay: from a name to its largest value, or to its least and largest one, None for
@@ -130,7 +132,7 @@ class RolloutWeights(NamedTuple):
 def rollout_weights(log_ratio: Tensor, sequences: Sequences | None, correction: RolloutCorrection) -> RolloutWeights:
     """The weights of rows with these log-ratios; ``sequences`` are needed where they are ``by_sequence``."""
     log_ratio = log_ratio.masked_fill(log_ratio.isnan(), 0.0)
-    log_weight, low, high = torch.zeros_like(log_ratio), -LARGEST_LOG_RATIO, LARGEST_LOG_RATIO
+    log_weight, low, high = torch.zeros_like(log_ratio), -_LARGEST_LOG_WEIGHT, _LARGEST_LOG_WEIGHT
     if correction.level is not None:
         log_weight = _over_scope(correction.level, log_ratio, sequences)
         low = low if correction.weight_min is None else math.log(correction.weight_min)

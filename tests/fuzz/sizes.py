@@ -30,7 +30,7 @@ def probability_size(case: Case, name: str, exact: Results) -> float:
         return 0.0
     if name == "log_probs" or (case.operation != "srpo_loss" and not name.startswith("grad")):
         # The probabilities of each of a divergence's two models add up to 1, rounded.
-        return max(2.0, 2 * _concentration(case)) if name == "divergence" else _concentration(case)
+        return max(2.0, 2 * _concentration(case)) if name == "divergence" else _concentration(case) + _capped_size(case)
     config = case.config
     coefficient = float(case.upstream.abs().sum())
     if case.operation == "srpo_loss":
@@ -67,6 +67,14 @@ def weight_growth(case: Case, name: str) -> float:
         * case.config.dw_beta
         * (1.0 + math.log(len(case.inputs["weight"])))
     )
+
+
+def _capped_size(case: Case) -> float:
+    """How large a softcap's logits are: they are rounded at their size, where it is flat too."""
+    config = case.config
+    if config.softcap is None:
+        return 0.0
+    return min(config.softcap, config.logit_scale * largest_logit(case, "")) / config.temperature
 
 
 def _concentration(case: Case) -> float:

@@ -74,7 +74,7 @@ BY_HAND: list[tuple[RC, list[float], list[float]]] = [
     (RC(level=None, masks={"seq_sum_k1": 0.5}), [LOG_2, LOG_2, 0.0, 0.4], [0.0, 0.0, 0.0, 1.0]),
     (RC(level=None, masks={"seq_max_k2": 0.5}), [1.1, 0.0, 0.0, -0.9], [0.0, 0.0, 0.0, 1.0]),
     (RC(level=None, masks={"seq_max_k3": 1.0}), [-2.5, 0.0, 0.0, 1.0], [0.0, 0.0, 0.0, 1.0]),
-    (RC.tis(3.0), [math.nan, 5000.0, -5000.0, 0.0], [1.0, 3.0, 0.0, 1.0]),
+    (RC.tis(3.0), [math.nan, 5000.0, -5000.0, 0.0], [1.0, 3.0, math.exp(-20), 1.0]),
     (RC.tis(3.0, level="sequence"), [math.nan, LOG_2, 0.0, 0.0], [2.0, 2.0, 2.0, 1.0]),
 ]
 
