@@ -130,7 +130,18 @@ def _largest_coefficient(case: Case, config: SRPOConfig, exact: dict[str, Any]) 
     if len(case.inputs["weight"]) == 1 and case.inputs["old_log_probs"] is not None:
         # The gradient is 0, whatever the ratio that multiplies its roundings.
         ratio = math.exp(min(_gaps(exact, case.inputs["old_log_probs"]), config.log_ratio_clamp or LARGEST_LOG_RATIO))
-    return max(distilled, most("advantages") * ratio) * max(most("is_weights"), 1.0) + penalty
+    weights = max(most("is_weights"), 1.0) * _largest_rollout_weight(case, exact)
+    return max(distilled, most("advantages") * ratio) * weights + penalty
+
+
+def _largest_rollout_weight(case: Case, exact: Results) -> float:
+    """Of a rollout correction, at most."""
+    correction = case.config.rollout_correction
+    if correction is None or correction.level is None:
+        return 1.0
+    if correction.weight_max is not None:
+        return max(correction.weight_max, 1.0)
+    return math.exp(min(_gaps(exact, case.inputs["rollout_log_probs"]), 20.0))
 
 
 def _steepest_kl(case: Case, exact: Results) -> float:
