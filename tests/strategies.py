@@ -237,7 +237,7 @@ def configs(draw: st.DrawFn) -> SRPOConfig:
         reduction=reduction,
         max_length=9 if reduction == "constant" else None,
         count_inactive=one_of(False, True),
-        rollout_correction=one_of(None, None, None, *CORRECTIONS),
+        rollout_correction=one_of(*[None] * len(CORRECTIONS), *CORRECTIONS),
     )
 
 

@@ -84,7 +84,7 @@ def draw_config(draw: Draw) -> SRPOConfig:
         reduction=reduction,
         max_length=9 if reduction == "constant" else None,
         count_inactive=one_of("count_inactive", False, True),
-        rollout_correction=one_of("rollout_correction", None, None, None, *CORRECTIONS),
+        rollout_correction=one_of("rollout_correction", *[None] * 2 * len(CORRECTIONS), *CORRECTIONS),
     )
 
 
@@ -181,7 +181,7 @@ def _rollout_rows(draw: Draw, config: SRPOConfig, log_probs: Tensor, dtype: torc
     """The rollout engine's log-probs, some of them not known, for a correction that takes them."""
     if config.rollout_correction is None:
         return {}
-    gap = draw.one_of("rollout_gap", 0.3, 0.3, 3.0, 100.0)
+    gap = draw.one_of("rollout_gap", 0.3, 0.3, 0.3, 3.0, 100.0)
     unknown = draw.uniform(*log_probs.shape) < 0.1
     return {
         "rollout_log_probs": (log_probs + gap * draw.normal(*log_probs.shape)).masked_fill(unknown, math.nan).to(dtype)
