@@ -17,7 +17,7 @@ from tests.fuzz.judge import judge
 from tests.fuzz.run import main
 from tests.strategies import each_backend
 
-_ENOUGH = 300
+_ENOUGH = 1000
 
 
 @each_backend
