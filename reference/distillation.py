@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .logits import select_log_probs
+from .logits import LOWEST, select_log_probs
 
 
 def reverse_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
@@ -57,26 +57,52 @@ def divergence(log_p: Tensor, log_q: Tensor, kind: str, alpha: float = 0.5) -> T
     raise ValueError(f"divergence: unknown, {kind!r}")
 
 
-def top_k_buckets(student_logits: Tensor, teacher_logits: Tensor, k: int, add_tail: bool) -> tuple[Tensor, Tensor]:
-    """Both models over the student's top ``k`` tokens: ``[n, V]`` logits to ``[n, k]`` or ``[n, k + 1]``.
+def top_k_buckets(
+    student_logits: Tensor, teacher_logits: Tensor, k: int, add_tail: bool, of: str = "student"
+) -> tuple[Tensor, Tensor]:
+    """Both models over the top ``k`` tokens of one of them: ``[n, V]`` logits to ``[n, k]`` or ``[n, k + 1]``.
 
     The true log-probs at those tokens and, with ``add_tail``, the log of the complement's mass, an exact
     logsumexp over the other tokens. Without a tail both are renormalised over the k tokens.
     """
-    vocabulary = student_logits.shape[-1]
-    k = min(k, vocabulary)
-    ids = student_logits.topk(k, dim=-1).indices
+    if of not in ("student", "teacher"):
+        raise ValueError(f"topk_of: unknown, {of!r}")
+    chooser = student_logits if of == "student" else teacher_logits
+    ids = chooser.topk(min(k, chooser.shape[-1]), dim=-1).indices
+    return buckets(student_logits, ids, add_tail), buckets(teacher_logits, ids, add_tail)
 
-    def buckets(logits: Tensor) -> Tensor:
-        log_probs = select_log_probs(logits, ids)
-        if not add_tail:
-            return log_probs.log_softmax(-1)
-        if k == vocabulary:
-            return log_probs
-        tail = logits.log_softmax(-1).scatter(-1, ids, -math.inf).logsumexp(-1, keepdim=True)
-        return torch.cat([log_probs, tail], dim=-1)
 
-    return buckets(student_logits), buckets(teacher_logits)
+def buckets(logits: Tensor, ids: Tensor, add_tail: bool) -> Tensor:
+    """The log-probs at distinct ``ids`` ``[n, k]`` and of all others; a negative id is none, with probability 0."""
+    there, vocabulary = ids >= 0, logits.shape[-1]
+    log_probs = torch.where(there, select_log_probs(logits, ids.clamp(min=0)), LOWEST)
+    if not add_tail:
+        return log_probs.log_softmax(-1)
+    if ids.shape[-1] == vocabulary:
+        return log_probs
+    chosen = torch.zeros(len(ids), vocabulary + 1, dtype=torch.bool, device=ids.device)
+    chosen = chosen.scatter(1, torch.where(there, ids, vocabulary), True)[:, :vocabulary]
+    tail = logits.log_softmax(-1).masked_fill(chosen, -math.inf).logsumexp(-1, keepdim=True)
+    return torch.cat([log_probs, tail], dim=-1)
+
+
+def given_buckets(log_probs: Tensor, ids: Tensor, add_tail: bool, vocabulary: int) -> Tensor:
+    """The same of a teacher of which no more than the log-probs at ``ids`` is known."""
+    log_probs = torch.where(ids >= 0, log_probs, LOWEST).clamp(min=LOWEST)
+    if not add_tail:
+        return log_probs.log_softmax(-1)
+    if ids.shape[-1] == vocabulary:
+        return log_probs
+    rest = 1 - log_probs.exp().sum(-1, keepdim=True)
+    return torch.cat([log_probs, rest.clamp(min=torch.finfo(rest.dtype).tiny).log()], dim=-1)
+
+
+def bucket_entropy(log_probs: Tensor, ids: Tensor) -> Tensor:
+    """``-Σ_k q_k log q_k - r log r``, ``r = 1 - Σ_k q_k``: a lower bound of the entropy of the row."""
+    q = torch.where(ids >= 0, log_probs, LOWEST).clamp(min=LOWEST).exp()
+    rest = (1 - q.sum(-1, keepdim=True)).clamp(min=0)
+    buckets = torch.cat([q, rest], dim=-1)
+    return -torch.xlogy(buckets, buckets).sum(-1).clamp(max=0)
 
 
 def sampled_loss(log_probs: Tensor, teacher_log_probs: Tensor) -> Tensor:
@@ -93,11 +119,22 @@ def distillation_loss(
         log_q = select_log_probs(teacher_logits, target_ids[:, None])[:, 0]
         return sampled_loss(log_p, log_q), log_p - log_q
     if config.distillation_mode == "topk":
-        log_p, log_q = top_k_buckets(student_logits, teacher_logits, config.topk, config.add_tail)
+        of = getattr(config, "topk_of", "student")
+        log_p, log_q = top_k_buckets(student_logits, teacher_logits, config.topk, config.add_tail, of)
     elif config.distillation_mode == "full":
         log_p, log_q = student_logits.log_softmax(-1), teacher_logits.log_softmax(-1)
     else:
         raise ValueError(f"distillation_mode: unknown, {config.distillation_mode!r}")
+    value = divergence(log_p, log_q, config.divergence, config.alpha)
+    return value, value
+
+
+def given_distillation_loss(
+    student_logits: Tensor, ids: Tensor, teacher_log_probs: Tensor, config: Any
+) -> tuple[Tensor, Tensor]:
+    """The same of ``topk`` where the teacher's log-probs at its likeliest tokens are all that is known of it."""
+    log_p = buckets(student_logits, ids, config.add_tail)
+    log_q = given_buckets(teacher_log_probs, ids, config.add_tail, student_logits.shape[-1])
     value = divergence(log_p, log_q, config.divergence, config.alpha)
     return value, value
 

@@ -74,6 +74,17 @@ def teacher_head(
     return (weight, bias) if teacher_weight is None else (teacher_weight, teacher_bias)
 
 
+def restricted(logits: Tensor, support_ids: Tensor, target_ids: Tensor) -> Tensor:
+    """The logits of the tokens that a row was sampled from, its own among them; all others are ``LOWEST``.
+
+    A negative id is none.
+    """
+    vocabulary = logits.shape[-1]
+    ids = torch.cat([torch.where(support_ids >= 0, support_ids, vocabulary), target_ids[:, None]], dim=1)
+    allowed = torch.zeros(len(logits), vocabulary + 1, dtype=torch.bool, device=logits.device).scatter(1, ids, True)
+    return logits.masked_fill(~allowed[:, :vocabulary], LOWEST)
+
+
 def select_log_probs(logits: Tensor, ids: Tensor) -> Tensor:
     """``log p`` of K given tokens per row: ``[n, V]`` and ``[n, K]`` to ``[n, K]``."""
     return logits.log_softmax(-1).gather(-1, ids)

@@ -9,7 +9,17 @@ import torch
 from torch import Tensor
 
 from . import distillation, policy, rollout
-from .logits import Project, entropy, head_logits, project_wide, teacher_head, token_log_probs, working_dtype
+from .layout import per_row, reduction_factors, resolve_sequence_ids, teacher_rows
+from .logits import (
+    Project,
+    entropy,
+    head_logits,
+    project_wide,
+    restricted,
+    teacher_head,
+    token_log_probs,
+    working_dtype,
+)
 
 
 class SRPOOutput(NamedTuple):
@@ -20,39 +30,12 @@ class SRPOOutput(NamedTuple):
     log_probs: Tensor
 
 
-ROLLOUT_SUMS = ("rollout_weight_sum", "rollout_clipped_count", "rollout_dropped_count")
-
-
 class Branch(NamedTuple):
     """Token losses with gradient, detached log-probs of the same rows, and this branch's metrics."""
 
     losses: Tensor
     log_probs: Tensor
     metrics: dict[str, Tensor]
-
-
-def per_row(value: Tensor, target_ids: Tensor) -> Tensor:
-    """A per-sequence ``[B]`` value repeated over its tokens; a per-token value as it is."""
-    return value if value.shape == target_ids.shape else value[:, None].expand_as(target_ids)
-
-
-def resolve_sequence_ids(sequence_ids: Tensor | None, target_ids: Tensor, config: Any) -> Tensor:
-    """Which sequence each row belongs to: given for packed rows, the row number of ``[B, T]`` otherwise."""
-    if sequence_ids is not None:
-        return sequence_ids
-    if target_ids.ndim == 2:
-        return per_row(torch.arange(len(target_ids), device=target_ids.device), target_ids)
-    if config.loss_type in policy.SEQUENCE_LOSSES or config.reduction not in ("token", "token_sum"):
-        raise ValueError(f"sequence_ids: packed rows need them for {config.loss_type=}, {config.reduction=}")
-    return torch.zeros_like(target_ids)
-
-
-def teacher_rows(teacher_hidden: Tensor, routed: Tensor, rows: Tensor) -> Tensor:
-    """The teacher's hidden states at ``rows``, from all rows or from the routed sequences alone, in order."""
-    if teacher_hidden.shape[:-1] == routed.shape:
-        return teacher_hidden[rows]
-    routed_sequences = routed.any(dim=1) if routed.ndim == 2 else routed
-    return teacher_hidden[rows[routed_sequences]]
 
 
 def active_policy_rows(policy_rows: Tensor, advantages: Tensor, sequence_ids: Tensor, config: Any) -> Tensor:
@@ -68,30 +51,6 @@ def active_policy_rows(policy_rows: Tensor, advantages: Tensor, sequence_ids: Te
     if config.loss_type in policy.SEQUENCE_LOSSES or off_policy:
         return policy_rows & (policy.sequence_sum(moving.long(), sequence_ids) > 0)
     return moving
-
-
-def reduction_factors(valid: Tensor, sequence_ids: Tensor, normalizers: Any, config: Any, dtype: torch.dtype) -> Tensor:
-    """What multiplies each valid token's loss, in either branch: they share one denominator. Paper 3.3.
-
-    ``token``: ``1 / N_tokens``, every valid token of either branch; ``sequence``:
-    ``1 / (len_i · n_sequences)``; ``constant``: ``1 / (n_sequences · max_length)``; ``sequence_sum``:
-    ``1 / n_sequences``; ``token_sum``: 1. Sequences are those with a valid token. Global counts come from
-    ``normalizers`` where given.
-    """
-    if config.reduction == "token_sum":
-        return torch.ones(valid.shape, dtype=dtype, device=valid.device)
-    if config.reduction == "token":
-        tokens: Tensor = valid.sum() if normalizers is None else normalizers.token_count
-        return torch.ones(valid.shape, dtype=dtype, device=valid.device) / tokens
-    sequences = len(torch.unique(sequence_ids[valid])) if normalizers is None else normalizers.sequence_count
-    lengths = policy.sequence_sum(valid.to(dtype), sequence_ids)
-    if config.reduction == "constant":
-        lengths = torch.full_like(lengths, config.max_length)
-    elif config.reduction == "sequence_sum":
-        lengths = torch.ones_like(lengths)
-    elif config.reduction != "sequence":
-        raise ValueError(f"reduction: unknown, {config.reduction!r}")
-    return (lengths * sequences).reciprocal()
 
 
 def policy_branch(
@@ -126,23 +85,34 @@ def policy_branch(
 
 def distillation_branch(
     logits: Tensor,
-    teacher_logits: Tensor,
+    teacher_logits: Tensor | None,
+    topk: tuple[Tensor, Tensor] | None,
     target_ids: Tensor,
     old_log_probs: Tensor | None,
     is_weights: Tensor | None,
     normalizers: Any,
     config: Any,
 ) -> Branch:
-    """``w_t · kappa_t · is_t · D_t`` on the valid distillation rows."""
+    """``w_t · kappa_t · is_t · D_t`` on the valid distillation rows.
+
+    ``topk`` are ids and log-probs of the teacher's likeliest tokens, in place of its logits.
+    """
     log_probs = token_log_probs(logits, target_ids)
-    teacher_entropy = entropy(teacher_logits)
+    if topk is not None:
+        ids, teacher_log_probs = topk
+        teacher_entropy = distillation.bucket_entropy(teacher_log_probs, ids)
+        token_losses, divergences = distillation.given_distillation_loss(logits, ids, teacher_log_probs, config)
+    elif teacher_logits is not None:
+        teacher_entropy = entropy(teacher_logits)
+        token_losses, divergences = distillation.distillation_loss(logits, teacher_logits, target_ids, config)
+    else:
+        raise ValueError("teacher_hidden: distillation rows need it, got None")
     if normalizers is None:
         log_mean = distillation.weight_log_mean(teacher_entropy, config.dw_beta)
     else:
         log_mean = normalizers.dw_log_mean
     weights = distillation.entropy_weights(teacher_entropy, config.dw_beta, log_mean)
     kappa = distillation.importance_clip(log_probs, old_log_probs, config.distillation_is_clip)
-    token_losses, divergences = distillation.distillation_loss(logits, teacher_logits, target_ids, config)
     losses = weights * kappa * token_losses
     if is_weights is not None:
         losses = losses * is_weights
@@ -177,10 +147,13 @@ def srpo_loss(
     teacher_weight: Tensor | None = None,
     bias: Tensor | None = None,
     teacher_bias: Tensor | None = None,
+    teacher_topk_ids: Tensor | None = None,
+    teacher_topk_log_probs: Tensor | None = None,
     old_log_probs: Tensor | None = None,
     ref_log_probs: Tensor | None = None,
     is_weights: Tensor | None = None,
     rollout_log_probs: Tensor | None = None,
+    support_ids: Tensor | None = None,
     sequence_ids: Tensor | None = None,
     normalizers: Any = None,
     config: Any,
@@ -203,6 +176,10 @@ def srpo_loss(
         project=project,
     )
 
+    def policy_logits_of(rows: Tensor) -> Tensor:
+        logits = logits_of(hidden[rows], weight, bias)
+        return logits if support_ids is None else restricted(logits, support_ids[rows], target_ids[rows])
+
     def select(value: Tensor | None, rows: Tensor) -> Tensor | None:
         return None if value is None else per_row(value.detach(), target_ids)[rows].to(dtype)
 
@@ -214,9 +191,11 @@ def srpo_loss(
     active = active_policy_rows(policy_rows, advantages, sequence_ids, config)
 
     correction = getattr(config, "rollout_correction", None)
+    weights, clipped = torch.ones_like(target_ids, dtype=dtype), torch.zeros_like(valid)
     if correction is not None:
         current = torch.zeros(target_ids.shape, dtype=dtype, device=hidden.device)
-        current[valid] = token_log_probs(logits_of(hidden[valid], weight, bias), target_ids[valid]).detach()
+        current[policy_rows] = token_log_probs(policy_logits_of(policy_rows), target_ids[policy_rows]).detach()
+        current[sdpo_rows] = token_log_probs(logits_of(hidden[sdpo_rows], weight, bias), target_ids[sdpo_rows]).detach()
         if rollout_log_probs is None:
             raise ValueError("rollout_log_probs: config.rollout_correction needs them, got None")
         weights, clipped = rollout.correct(
@@ -224,7 +203,7 @@ def srpo_loss(
         )
         is_weights = weights if is_weights is None else torch.where(valid, per_row(is_weights, target_ids) * weights, 0)
 
-    policy_logits = logits_of(hidden[active], weight, bias)
+    policy_logits = policy_logits_of(active)
     policy_part = policy_branch(
         policy_logits,
         target_ids[active],
@@ -238,15 +217,17 @@ def srpo_loss(
 
     student_logits = logits_of(hidden[sdpo_rows], weight, bias)
     # Without distillation rows there may be no teacher: both models' logits are ``[0, V]``.
-    teacher_logits = student_logits.detach()
-    if sdpo_rows.any():
-        if teacher_hidden is None:
-            raise ValueError("teacher_hidden: distillation rows need it, got None")
+    teacher_logits, topk = None if sdpo_rows.any() else student_logits.detach(), None
+    if teacher_topk_ids is not None and teacher_topk_log_probs is not None:
+        ids = teacher_rows(teacher_topk_ids, routed, sdpo_rows)
+        topk = ids, teacher_rows(teacher_topk_log_probs, routed, sdpo_rows).detach().to(dtype)
+    elif teacher_hidden is not None and sdpo_rows.any():
         head = teacher_head(weight, bias, teacher_weight, teacher_bias)
         teacher_logits = logits_of(teacher_rows(teacher_hidden, routed, sdpo_rows), *head).detach()
     sdpo_part = distillation_branch(
         student_logits,
         teacher_logits,
+        topk,
         target_ids[sdpo_rows],
         select(old_log_probs, sdpo_rows),
         select(is_weights, sdpo_rows),
@@ -262,7 +243,7 @@ def srpo_loss(
     log_probs = torch.zeros(target_ids.shape, dtype=dtype, device=hidden.device)
     log_probs[active] = policy_part.log_probs
     log_probs[sdpo_rows] = sdpo_part.log_probs
-    log_probs[idle] = token_log_probs(logits_of(hidden[idle], weight, bias), target_ids[idle]).detach()
+    log_probs[idle] = token_log_probs(policy_logits_of(idle), target_ids[idle]).detach()
 
     zero = torch.zeros((), dtype=dtype, device=hidden.device)
     old, ref = select(old_log_probs, scored), select(ref_log_probs, scored)
@@ -284,8 +265,5 @@ def srpo_loss(
     }
     metrics |= policy_part.metrics | sdpo_part.metrics
     counted = scored | sdpo_rows if correction is not None else torch.zeros_like(valid)
-    metrics |= {"rollout_tokens": counted.sum()} | dict.fromkeys(ROLLOUT_SUMS, zero)
-    if correction is not None:
-        sums = weights[counted].sum(), clipped[counted].sum(), (weights[counted] == 0).sum()
-        metrics |= dict(zip(ROLLOUT_SUMS, sums, strict=True))
+    metrics |= rollout.sums(weights[counted], clipped[counted])
     return SRPOOutput(loss, {name: value.detach().to(zero) for name, value in metrics.items()}, log_probs)

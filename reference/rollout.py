@@ -108,3 +108,13 @@ def correct(
         )
         weights, clipped = weights.masked_fill(dropped, 0), clipped & ~dropped
     return weights, clipped
+
+
+def sums(weights: Tensor, clipped: Tensor) -> dict[str, Tensor]:
+    """The metrics of rows."""
+    return {
+        "rollout_tokens": torch.tensor(len(weights)),
+        "rollout_weight_sum": weights.sum(),
+        "rollout_clipped_count": clipped.sum(),
+        "rollout_dropped_count": (weights == 0).sum(),
+    }

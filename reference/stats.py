@@ -13,12 +13,13 @@ from .logits import Project, entropy, head_logits, project_wide, teacher_head, t
 
 
 class TokenStats(NamedTuple):
-    """Per row, 0 where masked; without a teacher the last two are None. ``teacher_entropy`` is detached."""
+    """Per row, 0 where masked; the teacher's are None without one. ``teacher_entropy`` is detached."""
 
     log_probs: Tensor
     entropy: Tensor
     divergence: Tensor | None
     teacher_entropy: Tensor | None
+    logsumexp: Tensor
 
 
 class TeacherStats(NamedTuple):
@@ -45,20 +46,21 @@ def token_stats(
     softcap: float | None = None,
     project: Project = project_wide,
 ) -> TokenStats:
-    """``log p_t``, ``H(p)``, ``D(p, q)`` and ``H(q)`` of every valid row, each in ``target_ids``' shape."""
+    """``log p_t``, ``H(p)``, ``D(p, q)``, ``H(q)``, ``log Σ_v exp(z_v)`` of every valid row, in its shape each."""
     valid = torch.ones_like(target_ids, dtype=torch.bool) if mask is None else mask
     logits_of = partial(head_logits, temperature=temperature, logit_scale=logit_scale, softcap=softcap, project=project)
 
     logits = logits_of(hidden[valid], weight, bias)
     log_probs = spread(token_log_probs(logits, target_ids[valid]), valid)
-    entropies = spread(entropy(logits), valid)
+    entropies, logsumexp = spread(entropy(logits), valid), spread(logits.logsumexp(-1), valid)
     if teacher_hidden is None:
-        return TokenStats(log_probs, entropies, None, None)
+        return TokenStats(log_probs, entropies, None, None, logsumexp)
     head = teacher_head(weight, bias, teacher_weight, teacher_bias)
     teacher_logits = logits_of(teacher_hidden[valid], *head).detach()
     log_p, log_q = logits.log_softmax(-1), teacher_logits.log_softmax(-1)
     divergences = distillation.divergence(log_p, log_q, divergence, alpha)
-    return TokenStats(log_probs, entropies, spread(divergences, valid), spread(entropy(teacher_logits), valid))
+    teacher_entropy = spread(entropy(teacher_logits), valid)
+    return TokenStats(log_probs, entropies, spread(divergences, valid), teacher_entropy, logsumexp)
 
 
 def teacher_stats(

@@ -4,7 +4,7 @@ from srpo_kernels.api.fused import fused_loss
 from srpo_kernels.api.metrics import summarize_metrics
 from srpo_kernels.api.modules import SRPOLoss
 from srpo_kernels.api.srpo import srpo_loss
-from srpo_kernels.api.statistics import teacher_stats, token_stats
+from srpo_kernels.api.statistics import teacher_stats, token_stats, topk_entropy
 from srpo_kernels.api.token_losses import policy_loss, sampled_distillation_loss
 from srpo_kernels.api.types import FusedOutput, SRPOOutput, TeacherStats, TokenStats
 from srpo_kernels.engine.workspace import release as release_workspace
@@ -12,7 +12,7 @@ from srpo_kernels.losses.config import SRPOConfig
 from srpo_kernels.losses.registry import POLICY_LOSSES, PolicyRows, TokenLoss, register_policy_loss
 from srpo_kernels.losses.rollout import RolloutCorrection
 from srpo_kernels.losses.rows import ObjectiveRows
-from srpo_kernels.losses.srpo import PolicyTerms
+from srpo_kernels.losses.terms import PolicyTerms
 from srpo_kernels.rollout.data_parallel import call_as_forward, scale_for_gradient_mean
 from srpo_kernels.rollout.normalizers import Normalizers
 from srpo_kernels.rollout.routing import Routing, group_advantages, route_samples
@@ -45,4 +45,5 @@ __all__ = [
     "summarize_metrics",
     "teacher_stats",
     "token_stats",
+    "topk_entropy",
 ]

@@ -42,8 +42,8 @@ def check_stats(case: Case, dtype: torch.dtype, backend: str) -> None:
 
 
 def coefficients(inputs: Inputs) -> Tensor:
-    """Upstream gradients of the three differentiable statistics; about a third of them are 0."""
-    shape = (3, *inputs["target_ids"].shape)
+    """Upstream gradients of the four differentiable statistics; about a third of them are 0."""
+    shape = (4, *inputs["target_ids"].shape)
     generator = torch.Generator().manual_seed(0)
     values = torch.randn(shape, generator=generator, dtype=torch.float64)
     return values * (torch.rand(shape, generator=generator) < 0.7)

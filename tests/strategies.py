@@ -205,13 +205,14 @@ def random_loss_options(loss_type: str) -> tuple[dict[str, float], ...]:
 
 
 @st.composite
-def configs(draw: st.DrawFn) -> SRPOConfig:
-    """Any combination of options that does not contradict itself."""
+def configs(draw: st.DrawFn, *, whole_batch: bool = True) -> SRPOConfig:
+    """Any combination of options that does not contradict itself; ``whole_batch``: losses of a whole batch too."""
 
     def one_of(*values: Any) -> Any:
         return draw(st.sampled_from(values))
 
-    loss_type, reduction = one_of(*LOSS_TYPES), one_of(*REDUCTIONS)
+    loss_type = one_of(*(name for name in LOSS_TYPES if whole_batch or not POLICY_LOSSES[name].whole_batch))
+    reduction = one_of(*REDUCTIONS)
     clipped = "delta" in POLICY_LOSSES[loss_type].fields
     return SRPOConfig(
         loss_type=loss_type,
@@ -228,6 +229,7 @@ def configs(draw: st.DrawFn) -> SRPOConfig:
         alpha=one_of(0.5, 0.1, 0.9),
         distillation_mode=one_of(*DISTILLATION_MODES),
         topk=one_of(100, 1, 3),
+        topk_of=one_of("student", "teacher"),
         add_tail=one_of(True, False),
         distillation_is_clip=one_of(2.0, 1.1, None),
         dw_beta=one_of(1.0, 0.0, 8.0, 30.0),
@@ -277,8 +279,13 @@ def loss_cases(draw: st.DrawFn) -> Case:
         inputs["teacher_hidden"] = inputs["teacher_hidden"][first]
     if not draw(st.integers(0, 3)):
         inputs |= dict.fromkeys(("sdpo_mask", "teacher_hidden", "teacher_weight", "teacher_bias"))
+    by_teacher = config.distillation_mode == "topk" and config.topk_of == "teacher"
+    if by_teacher and inputs["teacher_hidden"] is not None and draw(st.booleans()):
+        inputs = with_given_topk(inputs, config, draw(st.sampled_from([1, 3, 200])))
     if not policy_rows(inputs).any() and draw(st.booleans()):
         inputs["advantages"] = None
+    if not draw(st.integers(0, 3)):
+        inputs["support_ids"] = random_support(inputs["target_ids"], vocab_size, draw(st.sampled_from([1, 3, 200])))
     models = 1 if inputs["sdpo_mask"] is None else 2
     return Case(
         inputs,
@@ -286,6 +293,28 @@ def loss_cases(draw: st.DrawFn) -> Case:
         draw(st.sampled_from([LEAVES, ("hidden", "bias"), ("weight",), ("bias",), ()])),
         draw(workspaces(vocab_size, models)),
     )
+
+
+def with_given_topk(inputs: Inputs, config: SRPOConfig, k: int, *, fewer: bool = True) -> Inputs:
+    """The teacher's likeliest tokens in place of its hidden states, ``fewer`` of them in some rows."""
+    own = inputs["teacher_weight"] is not None
+    head = [inputs[name] for name in (("teacher_weight", "teacher_bias") if own else ("weight", "bias"))]
+    logits = reference.logits.head_logits(inputs["teacher_hidden"], *head, **transform_of(config))
+    log_probs, ids = logits.log_softmax(-1).topk(min(k, logits.shape[-1]), dim=-1)
+    if fewer:
+        absent = torch.rand(ids.shape, generator=torch.Generator().manual_seed(0)) < 0.1
+        ids, log_probs = ids.masked_fill(absent, -1), log_probs.masked_fill(absent, -math.inf)
+    given = {"teacher_topk_ids": ids, "teacher_topk_log_probs": log_probs}
+    return inputs | dict.fromkeys(("teacher_hidden", "teacher_weight", "teacher_bias")) | given
+
+
+def random_support(target_ids: Tensor, vocab_size: int, k: int, seed: int = 0) -> Tensor:
+    """Distinct ids of each row, fewer in some; most have the row's own."""
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.rand(*target_ids.shape, vocab_size, generator=generator)
+    scores.scatter_(-1, target_ids[..., None], 0.8)
+    ids = scores.topk(min(k, vocab_size), dim=-1).indices
+    return ids.masked_fill(torch.rand(ids.shape, generator=generator) < 0.1, -1)
 
 
 def larger_batch(inputs: Inputs, config: SRPOConfig) -> Normalizers:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from srpo_kernels.api import validation
+from srpo_kernels.api import teacher, validation
 from srpo_kernels.api.types import FusedOutput
 from srpo_kernels.engine import backends, loss_op
 from srpo_kernels.engine.agreement import name_of, refused_together
@@ -45,7 +45,7 @@ def fused_loss(
     """A loss of your own from the last hidden states and the LM head, at the price of ours: without ``[N, V]`` logits.
 
     ``loss = sum over valid rows of objective(row)``. The objective is a function on vectors: ``rows.log_probs``,
-    ``rows.entropy`` and ``rows.divergence`` ``[n]`` carry gradient, ``rows.teacher_entropy`` and
+    ``rows.entropy``, ``rows.divergence`` and ``rows.logsumexp`` ``[n]`` carry gradient, ``rows.teacher_entropy`` and
     ``rows.teacher_log_probs`` do not, the ``inputs`` are there by their names, and it returns the losses ``[n]``. It is
     called for one chunk of rows after another, and autograd through it gives what the engine spreads over the
     vocabulary: 3 matmuls per row, 4 per row with a teacher of which something is read. Statistics that it does not read
@@ -107,12 +107,10 @@ def fused_loss(
         if isinstance(objective, str):
             whole_sequences = whole_sequences or policy_loss_of(objective).whole_sequences
         validation.check_whole_sequences(whole_sequences, target_ids, sequence_ids, sequence_parallel_group)
-        validation.check_fused_teacher(teacher_hidden, teacher_mask, target_ids, config)
+        teacher.check_fused_teacher(teacher_hidden, teacher_mask, target_ids, config)
         if teacher_hidden is not None and teacher_mask is None:
             teacher_mask = torch.ones_like(target_ids, dtype=torch.bool)
-        validation.check_teacher(
-            teacher_hidden, teacher_weight, teacher_bias, weight, bias, teacher_mask, "teacher_mask"
-        )
+        teacher.check_teacher(teacher_hidden, teacher_weight, teacher_bias, weight, bias, teacher_mask, "teacher_mask")
         dtype = accumulation_dtype(hidden, weight)
         backend = backends.resolve_backend(backend, hidden.device, dtype)
         validation.check_workspace(workspace_bytes)
@@ -127,6 +125,9 @@ def fused_loss(
         teacher_hidden=teacher_hidden,
         teacher_weight=teacher_weight,
         teacher_bias=teacher_bias,
+        teacher_topk_ids=None,
+        teacher_topk_log_probs=None,
+        support_ids=None,
         sequence_ids=sequence_ids,
         inputs=list(inputs.values()),
         **dict.fromkeys(NORMALIZERS),

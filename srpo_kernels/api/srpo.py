@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from srpo_kernels.api import validation
+from srpo_kernels.api import teacher, validation
 from srpo_kernels.api.types import SRPOOutput
 from srpo_kernels.engine import backends, loss_op
 from srpo_kernels.engine.agreement import name_of, refused_together
@@ -30,10 +30,13 @@ def srpo_loss(
     teacher_weight: Tensor | None = None,
     bias: Tensor | None = None,
     teacher_bias: Tensor | None = None,
+    teacher_topk_ids: Tensor | None = None,
+    teacher_topk_log_probs: Tensor | None = None,
     old_log_probs: Tensor | None = None,
     ref_log_probs: Tensor | None = None,
     is_weights: Tensor | None = None,
     rollout_log_probs: Tensor | None = None,
+    support_ids: Tensor | None = None,
     sequence_ids: Tensor | None = None,
     normalizers: Normalizers | None = None,
     vocab_parallel_group: ProcessGroup | None = None,
@@ -68,12 +71,21 @@ def srpo_loss(
         teacher_weight: ``[V, H_t]``, detached. None: ``weight`` and ``bias``.
         bias: ``[V]``; carries gradient.
         teacher_bias: ``[V]``, detached.
+        teacher_topk_ids: ``target_ids``' shape + ``[K]``, or the routed entries alone, integers: the teacher's
+            likeliest tokens, as an inference server returns them, in place of ``teacher_hidden``; for
+            ``distillation_mode="topk"`` with ``topk_of="teacher"``, K stands for ``topk``. Distinct in a row, negative
+            where there are fewer. A row then costs 3 matmuls, and the entropy that weights it is ``topk_entropy``'s.
+        teacher_topk_log_probs: the shape of ``teacher_topk_ids``: the teacher's log-probs (nats) there. Detached.
         old_log_probs: ``target_ids``' shape: the sampling policy's log-probs (nats). None: the current ones.
         ref_log_probs: ``target_ids``' shape; required when ``kl_coef`` is not 0.
         is_weights: ``[B]``, ``[B, 1]`` or ``target_ids``' shape: a ready correction for a mismatched rollout engine, on
             both branches. Detached.
         rollout_log_probs: ``target_ids``' shape: log-probs (nats) as the rollout engine returned them, from which
             ``config.rollout_correction`` computes weights; with it and only then. NaN: not known. Detached.
+        support_ids: ``target_ids``' shape + ``[K]``, integers: the tokens that were left to sample a policy row from,
+            its top-k or top-p, distinct, negative for none. Its log-prob, ratio and entropy are then those of the
+            policy over these and its own token, and so must be ``old_log_probs``, ``ref_log_probs`` and
+            ``rollout_log_probs`` be. None: the whole vocabulary.
         sequence_ids: ``[N]``, integers: the sequence of a packed row. Required there for ``gspo`` and for the
             reductions ``"sequence"`` and ``"constant"``.
         normalizers: the counts of the whole optimizer batch; with them the losses of micro-batches add up to the loss
@@ -122,11 +134,15 @@ def srpo_loss(
             rollout_log_probs=rollout_log_probs,
             sequence_ids=sequence_ids,
         )
+        validation.check_support_ids(support_ids, target_ids)
         validation.check_options(
             config, target_ids, old_log_probs, ref_log_probs, rollout_log_probs, sequence_ids, normalizers,
             sequence_parallel_group,
         )  # fmt: skip
-        validation.check_teacher(teacher_hidden, teacher_weight, teacher_bias, weight, bias, sdpo_mask)
+        teacher.check_teacher(teacher_hidden, teacher_weight, teacher_bias, weight, bias, sdpo_mask)
+        teacher.check_teacher_topk(
+            teacher_topk_ids, teacher_topk_log_probs, teacher_hidden, target_ids, sdpo_mask, config
+        )
         dtype = accumulation_dtype(hidden, weight)
         backend = backends.resolve_backend(backend, hidden.device, dtype)
         validation.check_workspace(workspace_bytes)
@@ -149,6 +165,9 @@ def srpo_loss(
         teacher_hidden=teacher_hidden,
         teacher_weight=teacher_weight,
         teacher_bias=teacher_bias,
+        teacher_topk_ids=teacher_topk_ids,
+        teacher_topk_log_probs=teacher_topk_log_probs,
+        support_ids=support_ids,
         sequence_ids=sequence_ids,
         inputs=list(given.values()),
         **dict.fromkeys(Normalizers._fields) if normalizers is None else normalizers._asdict(),

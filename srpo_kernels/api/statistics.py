@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from srpo_kernels.api import validation
+from srpo_kernels.api import teacher, validation
 from srpo_kernels.api.types import TeacherStats, TokenStats
+from srpo_kernels.checks import FLOATING, require_tensor
 from srpo_kernels.engine import backends, stats_op
 from srpo_kernels.engine.agreement import name_of, refused_together
 from srpo_kernels.engine.arguments import StatsArguments, StatsOptions
 from srpo_kernels.losses.config import UNSET, SRPOConfig, Unset, resolve_options
+from srpo_kernels.rows.contract import LOWEST
 from srpo_kernels.rows.dtypes import accumulation_dtype
+from srpo_kernels.rows.sums import bucket_entropy
 
 
 def token_stats(
@@ -35,11 +39,11 @@ def token_stats(
     engine: str = "auto",
     workspace_bytes: int | None = None,
 ) -> TokenStats:
-    """Log-prob, entropy and divergence of every row as differentiable tensors, for any loss of your own.
+    """Log-prob, entropy, divergence and log-sum-exp of every row, differentiable, for any loss of your own.
 
     ``log_probs = log p_t``, ``entropy = H(p)``, ``divergence`` the configured one between student p and teacher q over
-    the whole vocabulary, ``teacher_entropy = H(q)``; all in nats. No logits are kept for the backward, which computes
-    them again for the rows whose upstream gradients are not all 0.
+    the whole vocabulary, ``teacher_entropy = H(q)``, ``logsumexp = log sum_v exp z_v``; all in nats. No logits are kept
+    for the backward, which computes them again for the rows whose upstream gradients are not all 0.
 
     Args:
         hidden: ``[..., H]``, fp32, bf16, fp16 or fp64; carries gradient.
@@ -69,8 +73,9 @@ def token_stats(
         workspace_bytes: bound of the logits that are alive at a time, of both models together.
 
     Returns:
-        ``log_probs``, ``entropy``, ``divergence`` and ``teacher_entropy``, each ``[...]`` in fp32 (fp64 for fp64
-        inputs). The first three carry gradient; the last two are None without a teacher.
+        ``log_probs``, ``entropy``, ``divergence``, ``teacher_entropy`` and ``logsumexp``, each ``[...]`` in fp32 (fp64
+        for fp64 inputs). All but the teacher's carry gradient; ``divergence`` and ``teacher_entropy`` are None without
+        a teacher.
 
     Raises:
         TypeError: an argument of the wrong type or dtype.
@@ -92,7 +97,7 @@ def token_stats(
         validation.check_head(hidden, weight, bias)
         validation.check_target_ids(target_ids, hidden)
         validation.check_mask(mask, hidden)
-        validation.check_stats_teacher(teacher_hidden, teacher_weight, teacher_bias, hidden, weight, bias)
+        teacher.check_stats_teacher(teacher_hidden, teacher_weight, teacher_bias, hidden, weight, bias)
         dtype = accumulation_dtype(hidden, weight)
         backend = backends.resolve_backend(backend, hidden.device, dtype)
         validation.check_workspace(workspace_bytes)
@@ -105,9 +110,10 @@ def token_stats(
         vocab_parallel_group=name_of(vocab_parallel_group),
     )
     result = stats_op.token_stats(call, options)
+    logsumexp = result.logsumexp.to(dtype)
     if teacher_hidden is None:
-        return TokenStats(result.log_probs, result.entropy, None, None)
-    return TokenStats(result.log_probs, result.entropy, result.divergence, result.teacher_entropy)
+        return TokenStats(result.log_probs, result.entropy, None, None, logsumexp)
+    return TokenStats(result.log_probs, result.entropy, result.divergence, result.teacher_entropy, logsumexp)
 
 
 def teacher_stats(
@@ -176,3 +182,26 @@ def teacher_stats(
         ),
     )
     return TeacherStats(result.entropy, result.logsumexp.to(dtype))
+
+
+def topk_entropy(log_probs: Tensor) -> Tensor:
+    """What the entropy of rows is at least, from the log-probs of their likeliest tokens.
+
+    ``-sum_k q_k log q_k - r log r``, ``r = 1 - sum_k q_k``: the entropy with one bucket for all other tokens; it can be
+    larger by ``r log(V - K)``. ``srpo_loss`` weights the rows of a teacher's top-k by it; give it to
+    ``Normalizers.from_batch`` too.
+
+    Args:
+        log_probs: ``[..., K]``, nats; minus infinity for none.
+
+    Returns:
+        ``[...]``, nats, in fp32 (fp64 for fp64 inputs), detached.
+
+    Raises:
+        TypeError: no floating tensor.
+        ValueError: no dimension of tokens.
+    """
+    log_probs = require_tensor("log_probs", log_probs, FLOATING).detach()
+    if not log_probs.ndim:
+        raise ValueError("log_probs must have shape [..., K], got []")
+    return bucket_entropy(log_probs.to(torch.promote_types(log_probs.dtype, torch.float32)).clamp_min(LOWEST))

@@ -13,7 +13,7 @@ from srpo_kernels.losses.config import SRPOConfig
 from srpo_kernels.losses.divergence import sampled_divergence
 from srpo_kernels.losses.rollout import RolloutCorrection, rollout_weights, without_off_policy_rows
 from srpo_kernels.losses.sequences import Sequences
-from srpo_kernels.losses.srpo import PolicyTerms, distillation_weights, policy_terms
+from srpo_kernels.losses.terms import PolicyTerms, distillation_weights, policy_terms
 
 _DEFAULT_CONFIG = SRPOConfig()
 

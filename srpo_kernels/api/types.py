@@ -37,14 +37,16 @@ class FusedOutput(NamedTuple):
 class TokenStats(NamedTuple):
     """What ``token_stats`` returns: ``target_ids``' shape each, in nats.
 
-    The targets' ``log_probs``, the student's ``entropy`` and its ``divergence`` from the teacher carry
-    gradient, ``teacher_entropy`` does not. The last two are None without a teacher.
+    The targets' ``log_probs``, the student's ``entropy``, its ``divergence`` from the teacher and the ``logsumexp`` of
+    its transformed logits carry gradient, ``teacher_entropy`` does not. ``divergence`` and ``teacher_entropy`` are None
+    without a teacher.
     """
 
     log_probs: Tensor
     entropy: Tensor
     divergence: Tensor | None
     teacher_entropy: Tensor | None
+    logsumexp: Tensor
 
 
 class TeacherStats(NamedTuple):

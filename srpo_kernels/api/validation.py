@@ -103,22 +103,6 @@ def check_mask(mask: object, hidden: Tensor, meaning: str = "the shape of target
         require_shape("mask", mask, [hidden.shape[:-1]], meaning)
 
 
-def check_teacher(
-    teacher_hidden: object,
-    teacher_weight: object,
-    teacher_bias: object,
-    weight: Tensor,
-    bias: Tensor | None,
-    mask: Tensor | None,
-    mask_name: str = "sdpo_mask",
-) -> None:
-    """The teacher of a loss: no part of it without the mask of its rows, no head without its hidden states."""
-    for name, value in (("teacher_hidden", teacher_hidden), ("teacher_weight", teacher_weight)):
-        if value is not None and mask is None:
-            raise ValueError(f"{name} needs {mask_name}, which says what rows it teaches; got {mask_name}=None")
-    _check_teacher_head(teacher_hidden, teacher_weight, teacher_bias, weight, bias)
-
-
 def check_objective(objective: object, inputs: object) -> None:
     """A function, or the name of a policy loss, and what that reads."""
     if not isinstance(inputs, Mapping):
@@ -169,63 +153,6 @@ def check_whole_sequences(
         raise ValueError("sequence_parallel_group needs whole_sequences=True: rows of a sequence do not meet otherwise")
 
 
-def check_fused_teacher(teacher_hidden: object, teacher_mask: object, target_ids: Tensor, config: SRPOConfig) -> None:
-    """The rows that have a teacher, and the divergence from it, which is that of the whole vocabulary."""
-    rows = target_ids.shape
-    if teacher_mask is not None:
-        if teacher_hidden is None:
-            raise ValueError("teacher_mask needs teacher_hidden, got None")
-        teacher_mask = require_tensor("teacher_mask", teacher_mask, BOOL, target_ids.device)
-        require_shape("teacher_mask", teacher_mask, [rows[:1], rows], "[B], or the shape of target_ids")
-    if teacher_hidden is not None and config.distillation_mode != "full":
-        raise ValueError(
-            "config.distillation_mode must be 'full' where fused_loss has a teacher: its divergence is that of the "
-            f"whole vocabulary, got {config.distillation_mode!r}"
-        )
-
-
-def check_stats_teacher(
-    teacher_hidden: object,
-    teacher_weight: object,
-    teacher_bias: object,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-) -> None:
-    """The teacher of ``token_stats``: a state for every row of ``hidden``."""
-    _check_teacher_head(teacher_hidden, teacher_weight, teacher_bias, weight, bias)
-    if isinstance(teacher_hidden, Tensor):
-        rows = hidden.shape[:-1]
-        require_shape(
-            "teacher_hidden",
-            teacher_hidden,
-            [rows + teacher_hidden.shape[-1:]],
-            "the rows of hidden, and H_t",
-        )
-
-
-def _check_teacher_head(
-    teacher_hidden: object, teacher_weight: object, teacher_bias: object, weight: Tensor, bias: Tensor | None
-) -> None:
-    if teacher_weight is None and teacher_bias is not None:
-        raise ValueError("teacher_bias needs teacher_weight: without it the teacher uses weight and bias")
-    if teacher_hidden is None:
-        if teacher_weight is not None:
-            raise ValueError("teacher_weight needs teacher_hidden, got None")
-        return
-    if teacher_weight is None:
-        check_head(teacher_hidden, weight, bias, ("teacher_hidden", "weight (for want of teacher_weight)", "bias"))
-    else:
-        check_head(teacher_hidden, teacher_weight, teacher_bias, ("teacher_hidden", "teacher_weight", "teacher_bias"))
-        teacher_weight = require_tensor("teacher_weight", teacher_weight, FLOATING, weight.device)
-        if len(teacher_weight) != len(weight):
-            raise ValueError(
-                f"teacher_weight and weight must have one vocabulary, got {list(teacher_weight.shape)} "
-                f"and {list(weight.shape)}"
-            )
-    require_tensor("teacher_hidden", teacher_hidden, FLOATING, weight.device)
-
-
 def check_loss_rows(
     target_ids: Tensor,
     *,
@@ -259,6 +186,17 @@ def check_loss_rows(
             raise ValueError(f"sequence_ids is for packed rows: target_ids must be [N], got {list(rows)}")
         sequence_ids = require_tensor("sequence_ids", sequence_ids, INTEGER, device)
         require_shape("sequence_ids", sequence_ids, [rows], "the shape of target_ids")
+
+
+def check_support_ids(support_ids: object, target_ids: Tensor) -> None:
+    """None, or K ids per row; which of them are in the vocabulary is for the engine to see."""
+    if support_ids is None:
+        return
+    support_ids = require_tensor("support_ids", support_ids, INTEGER, target_ids.device)
+    if support_ids.shape[:-1] != target_ids.shape or not support_ids.shape[-1:].numel():
+        raise ValueError(
+            f"support_ids must have shape {[*target_ids.shape, 'K']} with K >= 1, got {list(support_ids.shape)}"
+        )
 
 
 def check_rollout(config: SRPOConfig, rollout_log_probs: object, old_log_probs: object) -> None:

@@ -47,7 +47,7 @@ def agree(call: LossArguments | StatsArguments, options: LossOptions | StatsOpti
             f"this rank was called with {replicated}"
         )
     starts = list(accumulate(sizes, initial=0))
-    return Vocabulary(starts[-1], starts[group.rank()], max(sizes), group)
+    return Vocabulary(starts[-1], starts[group.rank()], sizes[group.rank()], max(sizes), group)
 
 
 def name_of(group: ProcessGroup | None) -> str | None:

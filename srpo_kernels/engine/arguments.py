@@ -15,8 +15,9 @@ from torch import Tensor
 class LossArguments(NamedTuple):
     """The tensors of a call of ``srpo_loss`` or ``fused_loss`` in its caller's shapes.
 
-    ``teacher_mask`` says which rows have a teacher; four are ``Normalizers``' fields, ``srpo_loss``'s alone; ``inputs``
-    are the objective's.
+    ``teacher_mask`` says which rows have a teacher, in whose place its likeliest tokens may be given;
+    ``support_ids`` are what rows without one were sampled from. Four are ``Normalizers``' fields, ``srpo_loss``'s
+    alone; ``inputs`` are the objective's.
     """
 
     hidden: Tensor
@@ -28,6 +29,9 @@ class LossArguments(NamedTuple):
     teacher_hidden: Tensor | None
     teacher_weight: Tensor | None
     teacher_bias: Tensor | None
+    teacher_topk_ids: Tensor | None
+    teacher_topk_log_probs: Tensor | None
+    support_ids: Tensor | None
     sequence_ids: Tensor | None
     token_count: Tensor | None
     dw_log_mean: Tensor | None

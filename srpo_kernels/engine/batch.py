@@ -8,6 +8,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from srpo_kernels.losses.sequences import Sequences
+from srpo_kernels.rows.contract import Support
 
 
 class Head(NamedTuple):
@@ -21,8 +22,8 @@ class Batch(NamedTuple):
     """N rows. Only ``hidden`` ``[N, H]`` and ``head`` carry gradient.
 
     ``inputs`` are the objective's, ``[N]`` by name; ``sequences`` is None where no sequence matters. ``teacher_rows``
-    ``[N]`` says where in ``teacher_hidden`` ``[M, H_t]`` a row's teacher state is; both are unused when no row has a
-    teacher.
+    ``[N]`` says where in ``teacher_hidden`` ``[M, H_t]``, or in ``teacher_support``, a row's teacher is; all are unused
+    when no row has a teacher. ``support_ids`` ``[N, K]``: the tokens that rows without one were sampled from.
     """
 
     hidden: Tensor
@@ -33,6 +34,8 @@ class Batch(NamedTuple):
     teacher_hidden: Tensor | None
     teacher_rows: Tensor
     teacher_head: Head
+    teacher_support: Support | None = None
+    support_ids: Tensor | None = None
 
 
 class Needs(NamedTuple):

@@ -8,36 +8,22 @@ their products with the first rows without one where the workspace holds both: f
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from srpo_kernels.engine import gemm
+from srpo_kernels.engine import columns, gemm
 from srpo_kernels.engine.batch import Batch, FusedResult, Head, Needs
+from srpo_kernels.engine.chunks import Computed, Part, join
+from srpo_kernels.engine.columns import Columns
 from srpo_kernels.engine.objectives import Evaluation, Objective, evaluate
 from srpo_kernels.engine.plan import Chunk, Plan, Segment
+from srpo_kernels.losses.divergence import over_support
 from srpo_kernels.losses.rows import SUPPORT, TEACHER, TEACHER_SUPPORT, NotComputed
-from srpo_kernels.rows.contract import Dlogits, RowGradients, RowSpec, Statistics
+from srpo_kernels.rows.contract import Dlogits, RowGradients, RowSpec, Statistics, Support
 from srpo_kernels.rows.dtypes import accumulation_dtype
 from srpo_kernels.rows.passes import Request, RowPasses
-
-
-class _Part(NamedTuple):
-    """Rows of a chunk that all have a teacher, or all have none: their logits, and what was reduced of them."""
-
-    rows: Tensor
-    taught: bool
-    request: Request
-    stats: Statistics
-
-
-class _Computed(NamedTuple):
-    """A chunk: its hidden states as an operand, the student's logits of all of it, and its parts that are not empty."""
-
-    operand: Tensor
-    logits: Tensor
-    parts: list[_Part]
+from srpo_kernels.rows.sums import bucket_entropy
 
 
 class FusedPass:
@@ -112,8 +98,10 @@ class FusedPass:
             self._accumulate_segment(segment, computed[-1], evaluation)
         return rows, evaluation
 
-    def _compute(self, chunk: Chunk, gradient: bool) -> _Computed:
+    def _compute(self, chunk: Chunk, gradient: bool) -> Computed:
         """Logits of a chunk at the front of the buffer, the teacher's behind the student's, and their statistics."""
+        if self.plan.columns and not len(chunk.taught):
+            return self._compute_columns(chunk.alone)
         rows = chunk.alone if not len(chunk.taught) else torch.cat(chunk)
         operand, logits = self._project(self.batch.hidden, rows, rows, self.batch.head, 0)
         taught, alone = logits.split([len(chunk.taught), len(chunk.alone)])
@@ -122,25 +110,47 @@ class FusedPass:
         stats = self.passes.statistics(*requests)
         present = [(own, kind) for kind, own, _ in kinds if len(own)]
         parts = [
-            _Part(own, kind, request, reduced)
+            Part(own, kind, request, reduced)
             for (own, kind), request, reduced in zip(present, requests, stats, strict=True)
         ]
-        return _Computed(operand, logits, parts)
+        return Computed(operand, logits, parts)
+
+    def _compute_columns(self, rows: Tensor) -> Computed:
+        batch, targets = self.batch, self.batch.target_ids[rows]
+        assert batch.support_ids is not None
+        hidden, support = batch.hidden[rows].to(self.dtype), batch.support_ids[rows]
+        own = columns.compute(hidden, batch.head, support, targets, self.spec.transform, self.passes.vocabulary)
+        request = Request(hidden, None, self.spec, targets)
+        return Computed(hidden, hidden, [Part(rows, False, request, own.statistics)], own)
 
     def _request(self, rows: Tensor, logits: Tensor, offset: int, gradient: bool, *, taught: bool) -> Request:
         names, gradients = self.objective.reads(taught)
-        spec, y = replace(self.spec, divergence=None, topk=0), None
+        spec, y, support = replace(self.spec, divergence=None, topk=0), None, None
         if any(name in _OF_TEACHER for name in names):
-            y = self._teacher_logits(rows, offset)
+            support = self._support(rows, taught=taught)
+            if support is None:
+                y = self._teacher_logits(rows, offset)
             spec = replace(
                 self.spec,
                 divergence=self.spec.divergence if "divergence" in names else None,
                 topk=self.spec.topk if "support_log_probs" in names else 0,
+                add_tail=self.spec.add_tail and taught,
             )
         wanted = gradients if gradient else frozenset()
-        return Request(logits, y, spec, self.batch.target_ids[rows], "entropy" in names, wanted)
+        return Request(logits, y, spec, self.batch.target_ids[rows], "entropy" in names, wanted, support)
 
-    def _evaluate(self, computed: list[_Computed], rows: Tensor, gradient: bool, active: bool) -> Evaluation:
+    def _support(self, rows: Tensor, *, taught: bool) -> Support | None:
+        """Tokens that are given: the teacher's likeliest, or those that a row was sampled from."""
+        batch = self.batch
+        if not taught:
+            return None if batch.support_ids is None else Support(batch.support_ids[rows])
+        if batch.teacher_support is None:
+            return None
+        at = batch.teacher_rows[rows]
+        ids, known = batch.teacher_support
+        return Support(ids[at], None if known is None else known[at])
+
+    def _evaluate(self, computed: list[Computed], rows: Tensor, gradient: bool, active: bool) -> Evaluation:
         # Rows with a teacher before those without, whatever the chunk.
         parts = sorted((part for chunk in computed for part in chunk.parts), key=lambda part: not part.taught)
         num_taught = sum(len(part.rows) for part in parts if part.taught)
@@ -148,7 +158,7 @@ class FusedPass:
         if num_taught:
             names |= self.objective.reads(taught=True)[0]
         statistics = {name: self._statistic(name, parts) for name in names}
-        self.log_probs[rows] = statistics["log_probs"]
+        self.log_probs[rows] = self._own_log_probs(statistics, rows, num_taught)
         return evaluate(
             self.objective,
             statistics,
@@ -159,9 +169,18 @@ class FusedPass:
             active=active,
         )
 
-    def _statistic(self, name: str, parts: list[_Part]) -> Tensor:
+    def _own_log_probs(self, statistics: dict[str, Tensor], rows: Tensor, num_taught: int) -> Tensor:
+        """Of each row, over the tokens that it was sampled from where these are given."""
+        log_probs = statistics["log_probs"]
+        if self.batch.support_ids is None or num_taught == len(rows):
+            return log_probs
+        contained = self.batch.inputs["target_in_support"][rows[num_taught:]]
+        support = statistics["support_log_probs"][num_taught:]
+        return torch.cat([log_probs[:num_taught], over_support(log_probs[num_taught:], support, contained)[0]])
+
+    def _statistic(self, name: str, parts: list[Part]) -> Tensor:
         """Of all parts; 0 in those that do not have it."""
-        values: list[Tensor | None] = [getattr(part.stats, name) for part in parts]
+        values = [self._value(part.stats, name) for part in parts]
         like = next((x for x in values if x is not None), self.log_probs[:0])
         present = [
             like.new_zeros(len(part.rows), *like.shape[1:]) if x is None else x
@@ -169,7 +188,12 @@ class FusedPass:
         ]
         return present[0] if len(present) == 1 else torch.cat([like[:0], *present])
 
-    def _accumulate_segment(self, segment: Segment, last: _Computed, evaluation: Evaluation) -> None:
+    def _value(self, stats: Statistics, name: str) -> Tensor | None:
+        """A statistic as an objective sees it: the passes keep the log-sum-exp as a column, in a wide dtype."""
+        values: Tensor | None = getattr(stats, name)
+        return values.squeeze(1).to(self.dtype) if values is not None and name == "logsumexp" else values
+
+    def _accumulate_segment(self, segment: Segment, last: Computed, evaluation: Evaluation) -> None:
         """Add the gradients of all chunks; the last one's logits are still in the buffer, the others' come again."""
         rescale = evaluation.rescale
         if rescale is not None and self.grad_rows is not None:
@@ -178,6 +202,11 @@ class FusedPass:
         ends = {True: taught, False: taught + alone}
         for i, chunk in reversed(list(enumerate(segment))):
             computed = last if i == len(segment) - 1 else self._compute(chunk, gradient=True)
+            if computed.columns is not None:
+                own = slice(ends[False] - len(chunk.alone), ends[False])
+                self._accumulate_columns(computed.columns, chunk.alone, evaluation.gradients.select(own))
+                ends[False] = own.start
+                continue
             dlogits = []
             for part in computed.parts:
                 start = ends[part.taught] - len(part.rows)
@@ -186,14 +215,33 @@ class FusedPass:
             self._accumulate(computed, dlogits, rescale)
             rescale = None
 
-    def _dlogits_(self, part: _Part, gradients: RowGradients) -> Dlogits:
+    def _accumulate_columns(self, own: Columns, rows: Tensor, gradients: RowGradients) -> None:
+        grad = columns.accumulate(
+            own,
+            gradients,
+            self.batch.target_ids[rows],
+            self.batch.head,
+            self.grad_head,
+            self.passes.vocabulary,
+            grad_hidden=self.needs.hidden,
+        )
+        if self.grad_rows is not None:
+            self.grad_rows[rows] = grad
+
+    def _dlogits_(self, part: Part, gradients: RowGradients) -> Dlogits:
         """Of the statistics whose gradients the buffer was left for; 0 of those that turned out to have none."""
         _, expected = self.objective.reads(part.taught)
-        own = {name: getattr(gradients, name) for name in expected}
-        own = {name: torch.zeros_like(getattr(part.stats, name)) if x is None else x for name, x in own.items()}
+        own: dict[str, Tensor | None] = {name: getattr(gradients, name) for name in expected}
+        for name in own:
+            if own[name] is None:
+                own[name] = torch.zeros_like(self._statistic(name, [part]))
         return self.passes.dlogits_(part.request, part.stats, RowGradients(**own), dtype=self.operand_dtype)
 
     def _teacher_entropies(self) -> Tensor:
+        if self.batch.teacher_support is not None:
+            known = self.batch.teacher_support.log_probs
+            assert known is not None
+            return bucket_entropy(known[self.batch.teacher_rows[self.plan.order.taught]])
         entropies = []
         spec = replace(self.spec, divergence=None, topk=0)
         for rows in (chunk.taught for segment in self.plan.segments for chunk in segment if len(chunk.taught)):
@@ -215,12 +263,12 @@ class FusedPass:
         gemm.project(operand, head.weight, head.bias, out=logits)
         return operand, logits
 
-    def _accumulate(self, computed: _Computed, dlogits: list[Dlogits], rescale: Tensor | None) -> None:
+    def _accumulate(self, computed: Computed, dlogits: list[Dlogits], rescale: Tensor | None) -> None:
         """Add a chunk's dX rows and its part of dW and db, what was there before times ``rescale``."""
         rows = [part.rows for part in computed.parts]
         places = [part.request.logits.data_ptr() for part in computed.parts]
         if len(rows) > 1 and places == [x.values.data_ptr() for x in dlogits]:
-            rows, dlogits = [torch.cat(rows)], [_join(computed.logits, dlogits)]
+            rows, dlogits = [torch.cat(rows)], [join(computed.logits, dlogits)]
         for own, part, operand in zip(rows, dlogits, computed.operand.split([len(x) for x in rows]), strict=True):
             values, factor = part
             self.grad_head.add_bias(part, rescale)
@@ -237,11 +285,3 @@ class FusedPass:
 
 # What takes the teacher's logits.
 _OF_TEACHER = frozenset({"divergence", *TEACHER, *SUPPORT, *TEACHER_SUPPORT})
-
-
-def _join(logits: Tensor, parts: list[Dlogits]) -> Dlogits:
-    """The dlogits of consecutive rows as one."""
-    if all(part.factor is None for part in parts):
-        return Dlogits(logits, None)
-    factors = [logits.new_ones(len(part.values), 1) if part.factor is None else part.factor for part in parts]
-    return Dlogits(logits, torch.cat(factors))

@@ -110,6 +110,19 @@ class HeadGradient:
             _addmm(dlogits.t(), hidden, out=self.weight.mul_(rescale))
         self._empty = False
 
+    def add_rows(self, ids: Tensor, dlogits: Tensor, hidden: Tensor) -> None:
+        """Add dlogits ``[n, K]`` of tokens ``ids`` ``[n, K]`` of n hidden states ``[n, H]``, and to db."""
+        if self.bias is not None:
+            self.bias.index_add_(0, ids.flatten(), dlogits.flatten())
+        if self.weight is None:
+            return
+        if self._empty:
+            self.weight.zero_()
+        self._empty = False
+        height = max(1, 2 * _SLAB_ELEMENTS // (ids.shape[1] * hidden.shape[1]))
+        for at, values, states in zip(ids.split(height), dlogits.split(height), hidden.split(height), strict=True):
+            self.weight.index_add_(0, at.flatten(), (values[:, :, None] * states[:, None]).flatten(0, 1))
+
     def add_bias(self, dlogits: Dlogits, rescale: Tensor | None = None) -> None:
         """Add the column sums of dlogits."""
         if self.bias is None:

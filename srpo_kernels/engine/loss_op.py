@@ -79,9 +79,10 @@ def _run(
     needs: Needs,
     passes: RowPasses,
 ) -> FusedResult:
-    topk = min(config.topk, passes.vocabulary.size)
-    add_tail = config.add_tail and topk < passes.vocabulary.size
-    spec = RowSpec(config.transform, config.divergence, config.alpha, topk, add_tail)
+    size, given = passes.vocabulary.size, call.teacher_topk_ids
+    topk = min(config.topk if given is None else given.shape[-1], size)
+    add_tail = config.add_tail and topk < size
+    spec = RowSpec(config.transform, config.divergence, config.alpha, topk, add_tail, config.topk_of)
     dtype = accumulation_dtype(call.hidden, call.weight)
     with workspace.borrowed(plan.buffer_rows, len(call.weight), dtype, call.hidden.device) as buffer:
         return FusedPass(batch, plan, objective, spec, needs, passes, buffer).run()
@@ -161,7 +162,8 @@ _operator = torch.library.custom_op(
     tags=ops.TAGS,
     schema=(
         "(Tensor hidden, Tensor weight, Tensor? bias, Tensor target_ids, Tensor? mask, Tensor? teacher_mask, "
-        "Tensor? teacher_hidden, Tensor? teacher_weight, Tensor? teacher_bias, Tensor? sequence_ids, "
+        "Tensor? teacher_hidden, Tensor? teacher_weight, Tensor? teacher_bias, Tensor? teacher_topk_ids, "
+        "Tensor? teacher_topk_log_probs, Tensor? support_ids, Tensor? sequence_ids, "
         "Tensor? token_count, Tensor? dw_log_mean, Tensor? sdpo_count, Tensor? sequence_count, Tensor[] inputs, "
         "str objective, str[] input_names, str config, bool whole_sequences, str backend, SymInt? workspace_bytes, "
         "str? vocab_parallel_group, str? sequence_parallel_group, "

@@ -99,7 +99,7 @@ class CustomObjective:
 
     def discover(self, inputs: Mapping[str, Tensor], like: Tensor) -> None:
         """Find out what the function reads, from the ``inputs`` ``[1]`` of one row; ``like`` has dtype and device."""
-        available = (*STUDENT, *TEACHER) if self._has_teacher else ("log_probs", "entropy")
+        available = (*STUDENT, *TEACHER) if self._has_teacher else ("log_probs", "entropy", "logsumexp")
         # Log-probs of an old policy, if that is what an input is, are near these.
         made_up = {name: like.new_full((1,), -1.0 if name.endswith("log_probs") else 0.5) for name in available}
         leaves = {name: x.requires_grad_() if name in STUDENT else x for name, x in made_up.items()}

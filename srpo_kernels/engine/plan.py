@@ -127,6 +127,8 @@ Segment = list[Chunk]
 class Plan:
     """How one call runs: its rows in segments, those that only metrics want in one of their own, and what that costs.
 
+    ``columns``: rows without a teacher have no logits but those of a few tokens, and cost no product.
+
     ``student_products`` and ``teacher_products`` count rows times products, in units of ``H * V`` multiply-adds: 3 per
     row without a teacher, 4 per row with one.
     """
@@ -136,11 +138,13 @@ class Plan:
     inactive: Segment
     student_products: int
     teacher_products: int
+    columns: bool = False
 
     @property
     def buffer_rows(self) -> int:
         """Rows of logits, of either model, that are alive at a time."""
-        return max((chunk.logits for segment in [*self.segments, self.inactive] for chunk in segment), default=0)
+        chunks = [chunk for segment in [*self.segments, self.inactive] for chunk in segment]
+        return max((2 * len(x.taught) if self.columns else x.logits for x in chunks), default=0)
 
     @property
     def rows(self) -> Tensor:
@@ -158,13 +162,17 @@ def make_plan(
     gradients: int,
     count_inactive: bool = False,
     teacher_first: bool = False,
+    teacher_logits: bool = True,
+    apart: bool = False,
+    columns: bool = False,
     joins: bool = False,
 ) -> Plan:
     """Lay out the chunks.
 
     ``alone_lengths`` are how many rows without a teacher each sequence has, where an objective sees them together;
     ``taught_lengths`` those with one, where it sees these with them. ``gradients`` is how many of dX and dW are
-    wanted. ``joins``: an objective takes part in exchanges, without a row too.
+    wanted. Without ``teacher_logits``, what is known of the teacher costs no product. ``apart``: no chunk has rows both
+    with a teacher and without. ``joins``: an objective takes part in exchanges, without a row too.
     """
     alone_rows, taught_rows = memory.capacity(1, workspace_bytes), memory.capacity(2, workspace_bytes)
     # Where nothing else is asked for, as many as both models' of a full chunk.
@@ -180,7 +188,7 @@ def make_plan(
             nobody = [0] * len(alone_lengths)
             alone = _whole_sequences(order, nobody, alone_lengths, alone_rows, taught_rows, alone_rows)
         # Few large products are faster than many small ones.
-        if segments and alone and len(alone[0]) == 1:
+        if segments and alone and len(alone[0]) == 1 and not apart:
             both = Chunk(segments[-1][0].taught, alone[0][0].alone)
             if both.logits <= together:
                 segments[-1:], alone = [[both]], alone[1:]
@@ -192,15 +200,18 @@ def make_plan(
         inactive = [Chunk(none, none)]
     again = [chunk for segment in segments for chunk in segment[:-1]] if gradients else []
     taught, twice = len(order.taught), sum(len(chunk.taught) for chunk in again)
+    alone_products = (
+        len(order.alone) * (1 + gradients)
+        + sum(len(chunk.alone) for chunk in again)
+        + len(order.inactive) * count_inactive
+    )
     return Plan(
         order,
         segments,
         inactive if count_inactive else [],
-        (len(order.alone) + taught) * (1 + gradients)
-        + twice
-        + sum(len(chunk.alone) for chunk in again)
-        + len(order.inactive) * count_inactive,
-        taught * (1 + teacher_first) + twice,
+        taught * (1 + gradients) + twice + alone_products * (not columns),
+        (taught * (1 + teacher_first) + twice) * teacher_logits,
+        columns,
     )
 
 

@@ -17,10 +17,10 @@ from srpo_kernels.engine.arguments import NORMALIZERS, LossArguments, LossOption
 from srpo_kernels.engine.backends import rows_of
 from srpo_kernels.engine.batch import Batch, Head, Needs
 from srpo_kernels.engine.plan import RowMemory
-from srpo_kernels.engine.row_values import check_row_values, check_teacher_rows, check_workspace
+from srpo_kernels.engine.row_values import check_row_values, check_support, check_teacher_rows, check_workspace
 from srpo_kernels.engine.stats import StatsCall
 from srpo_kernels.losses.sequences import Sequences
-from srpo_kernels.rows.contract import Divergence, LogitTransform, RowSpec
+from srpo_kernels.rows.contract import LOWEST, Divergence, LogitTransform, RowSpec, Support
 from srpo_kernels.rows.dtypes import accumulation_dtype
 from srpo_kernels.rows.mixture import has_mixture
 from srpo_kernels.rows.passes import RowPasses
@@ -59,18 +59,26 @@ def flatten(
         name: per_row(values.to(dtype) if values.is_floating_point() else values, shape)
         for name, values in zip(options.input_names, call.inputs, strict=True)
     }
+    teacher = call.teacher_hidden if call.teacher_topk_ids is None else call.teacher_topk_ids
     numbers = check_row_values(
         targets,
         valid,
         taught,
         vocabulary.size,
-        has_teacher=call.teacher_hidden is not None,
+        has_teacher=teacher is not None,
         has_advantages="advantages" in inputs or not needs_advantages,
         **{name: getattr(call, name) for name in NORMALIZERS},
     )
     teacher_rows = torch.arange(len(targets), device=targets.device)
-    if call.teacher_hidden is not None and call.teacher_mask is not None:
-        teacher_rows = _teacher_rows(call.teacher_hidden, call.teacher_mask, call.target_ids)
+    if teacher is not None and call.teacher_mask is not None:
+        teacher_rows = _teacher_rows(teacher, call.teacher_mask, call.target_ids)
+    support = None
+    if call.teacher_topk_ids is not None and call.teacher_topk_log_probs is not None:
+        support = _support(call.teacher_topk_ids, call.teacher_topk_log_probs.to(dtype))
+        check_support("teacher_topk_ids", support.ids[teacher_rows[valid & taught]], vocabulary.size)
+    support_ids = None if call.support_ids is None else flat_rows(call.support_ids).long()
+    if support_ids is not None:
+        check_support("support_ids", support_ids[valid & ~taught], vocabulary.size)
     sequences = None
     if by_sequence:
         name = options.sequence_parallel_group
@@ -85,6 +93,8 @@ def flatten(
         None if call.teacher_hidden is None else flat_rows(call.teacher_hidden),
         teacher_rows,
         _teacher_head(call),
+        support,
+        support_ids,
     )
     return FlatRows(valid, taught, sequences, numbers), batch, memory
 
@@ -182,6 +192,12 @@ def _teacher_head(call: LossArguments | StatsArguments) -> Head:
 def per_row(values: Tensor, shape: torch.Size) -> Tensor:
     """Values per sequence ``[B]``, ``[B, 1]`` or per row, flattened to one per row."""
     return (values if values.shape == shape else values.reshape(shape[0], 1).expand(shape)).reshape(-1)
+
+
+def _support(ids: Tensor, log_probs: Tensor) -> Support:
+    """A teacher's likeliest tokens, flattened; those that are not there have no probability."""
+    ids = flat_rows(ids).long()
+    return Support(ids, flat_rows(log_probs).clamp_min(LOWEST).masked_fill(ids < 0, LOWEST))
 
 
 def _teacher_rows(teacher_hidden: Tensor, teacher_mask: Tensor, target_ids: Tensor) -> Tensor:

@@ -50,6 +50,20 @@ def check_row_values(
     return numbers
 
 
+def check_support(name: str, ids: Tensor, vocab_size: int) -> None:
+    """Some tokens of rows ``[n, K]``: distinct ids of the vocabulary, negative ones for none. A host read."""
+    ordered = ids.sort(dim=1).values
+    twice = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)
+    outside, repeated = torch.stack([(ids >= vocab_size).any(), twice.any()]).tolist()
+    if outside:
+        raise ValueError(
+            f"{name} must be below {vocab_size}, and negative for none, got {int(ids.max())} in a valid row"
+        )
+    if repeated:
+        row = int(twice.any(1).nonzero()[0])
+        raise ValueError(f"{name} must be distinct in each row, got {ids[row].tolist()}")
+
+
 def warn_of_weights(weight_sum: float, count: int, config: SRPOConfig) -> None:
     """Say that the entropy weights of a whole batch, ``count`` rows, have another mean than 1: one host read."""
     mean = weight_sum / count

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from srpo_kernels.checks import refuse_name
 from srpo_kernels.distributed import sum_ranks
+from srpo_kernels.engine import columns
 from srpo_kernels.engine.arguments import LossArguments, LossOptions
 from srpo_kernels.engine.batch import Batch, Needs
 from srpo_kernels.engine.plan import Plan, make_plan, order_rows
@@ -38,6 +39,8 @@ def prepare_srpo(
         inputs["advantages"] = torch.zeros(len(rows.valid), dtype=dtype, device=rows.valid.device)
     if correction is not None and "old_log_probs" in inputs:
         inputs |= _rollout_inputs(inputs, rows, correction)
+    if batch.support_ids is not None:
+        inputs["target_in_support"] = (batch.support_ids == batch.target_ids[:, None]).any(1)
     inputs["factors"] = _factors(rows, call, config, inputs["advantages"])
     batch = batch._replace(inputs=inputs)
 
@@ -50,6 +53,8 @@ def prepare_srpo(
         len(order.taught),
         len(order.alone) + len(order.inactive),
         passes.vocabulary.size,
+        None if call.teacher_topk_ids is None else call.teacher_topk_ids.shape[-1],
+        batch.support_ids is not None,
     )
     plan = make_plan(
         order,
@@ -61,6 +66,9 @@ def prepare_srpo(
         gradients=int(needs.hidden) + int(needs.weight),
         count_inactive=config.count_inactive,
         teacher_first=objective.teacher_first,
+        teacher_logits=call.teacher_topk_ids is None,
+        apart=batch.support_ids is not None,
+        columns=batch.support_ids is not None and columns.cheaper(batch.support_ids.shape[1], passes.vocabulary.size),
         # A rank without a policy row takes part where sequences have others elsewhere.
         joins=rows.sequences is not None and rows.sequences.group is not None,
     )

@@ -19,17 +19,17 @@ from srpo_kernels.rows.dtypes import accumulation_dtype, wide_dtype
 class Statistics(NamedTuple):
     """What the operation returns: each in the shape of the rows, 0 in masked ones.
 
-    The first three carry gradient. Without a teacher there are the student's alone, and the others are empty.
+    The first four carry gradient. Without a teacher there are the student's alone, and the others are empty.
     """
 
     log_probs: Tensor
     entropy: Tensor
     divergence: Tensor
-    teacher_entropy: Tensor
     logsumexp: Tensor
+    teacher_entropy: Tensor
 
 
-_DIFFERENTIABLE = ("log_probs", "entropy", "divergence")
+_DIFFERENTIABLE = ("log_probs", "entropy", "divergence", "logsumexp")
 
 
 class _Upstream(NamedTuple):
@@ -38,6 +38,7 @@ class _Upstream(NamedTuple):
     log_probs: Tensor
     entropy: Tensor
     divergence: Tensor
+    logsumexp: Tensor
 
 
 _STUDENTS = ("log_probs", "entropy", "logsumexp")
@@ -86,8 +87,8 @@ def _gradients(*arguments: Any) -> tuple[Tensor, ...]:
     """dX, dW and db in the dtypes and shapes of hidden states, weight and bias."""
     upstream, call, options, needs = parse(arguments, _Upstream, StatsArguments, StatsOptions, Needs)
     if call.mask is not None:
-        upstream = [x.masked_fill(~call.mask, 0.0) if x.numel() else x for x in upstream]
-    grads = RowGradients(*map(torch.flatten, upstream))
+        upstream = _Upstream._make(x.masked_fill(~call.mask, 0.0) if x.numel() else x for x in upstream)
+    grads = RowGradients(*(x.flatten().to(upstream.log_probs.dtype) for x in upstream))
     if call.teacher_hidden is None:
         grads = grads._replace(divergence=None)
     with torch.autocast(call.hidden.device.type, enabled=False):

@@ -24,7 +24,7 @@ from srpo_kernels.losses.options import (
 )
 from srpo_kernels.losses.registry import POLICY_LOSSES, policy_loss_of
 from srpo_kernels.losses.rollout import RolloutCorrection
-from srpo_kernels.rows.contract import Divergence, LogitTransform
+from srpo_kernels.rows.contract import Divergence, LogitTransform, TopkOf
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,9 +64,10 @@ class SRPOConfig:
         alpha: the teacher's share in the mixture of ``"jsd"``; in those of the skewed divergences the share of the
             model whose own divergence from the mixture it is, so that one near 0 gives nearly ``"forward_kl"`` and
             ``"reverse_kl"``. Strictly between 0 and 1; the other two do not read it, but it must lie in [0, 1].
-        distillation_mode: what is compared: ``"full"``, the whole vocabulary; ``"topk"``, the student's
-            ``topk`` likeliest tokens; ``"sampled"``, the sampled token.
+        distillation_mode: what is compared: ``"full"``, the whole vocabulary; ``"topk"``, the ``topk`` likeliest
+            tokens of one model; ``"sampled"``, the sampled token.
         topk: the number of tokens that ``"topk"`` compares, at most all; >= 1.
+        topk_of: whose they are: ``"student"`` or ``"teacher"``.
         add_tail: ``"topk"`` keeps the remaining probability in one more bucket. False: it renormalises.
         distillation_is_clip: upper bound of rho as a detached weight of the divergence; > 0. None: not
             weighted by rho.
@@ -102,6 +103,7 @@ class SRPOConfig:
     alpha: float = 0.5
     distillation_mode: DistillationMode = "full"
     topk: int = 100
+    topk_of: TopkOf = "student"
     add_tail: bool = True
     distillation_is_clip: float | None = 2.0
     dw_beta: float = 1.0

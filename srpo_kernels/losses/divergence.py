@@ -52,6 +52,21 @@ def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
     return (log_p.exp() * (log_p - log_q)).sum(1)
 
 
+def over_support(log_probs: Tensor, support_log_probs: Tensor, contained: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probs ``[n]`` renormalised over the tokens of ``support_log_probs`` ``[n, K]``, and the entropy over these.
+
+    The row's own token belongs to them; ``contained`` says whether it is one of the K.
+    """
+    # Relative to the largest: where these tokens have hardly any probability, a log-prob is large.
+    largest = torch.maximum(support_log_probs.amax(1), log_probs).detach()
+    own, others = log_probs - largest, support_log_probs - largest[:, None]
+    mass = others.logsumexp(1)
+    mass = torch.where(contained, mass, torch.logaddexp(mass, own))
+    own, others = (own - mass).clamp_max(0.0), others - mass[:, None]
+    beside = torch.where(contained, 0.0, own.exp() * own)
+    return own, -(others.exp() * others).sum(1) - beside
+
+
 def sampled_divergence(log_probs: Tensor, teacher_log_probs: Tensor) -> Tensor:
     """``sg(log p_t - log q_t) * log p_t``: the score-function surrogate of reverse KL at the sampled token, ``[n]``."""
     return (log_probs.detach() - teacher_log_probs) * log_probs

@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 from srpo_kernels.checks import require_number
 from srpo_kernels.losses.log_ratio import KLType
 from srpo_kernels.losses.policy import POLICY_LOSSES
-from srpo_kernels.rows.contract import DIVERGENCES
+from srpo_kernels.rows.contract import DIVERGENCES, TopkOf
 from srpo_kernels.rows.mixture import has_mixture
 
 DistillationMode = Literal["full", "topk", "sampled"]
@@ -19,6 +19,7 @@ LOSS_TYPES = tuple(POLICY_LOSSES)
 KL_TYPES: tuple[KLType, ...] = get_args(KLType)
 DISTILLATION_MODES: tuple[DistillationMode, ...] = get_args(DistillationMode)
 REDUCTIONS: tuple[Reduction, ...] = get_args(Reduction)
+TOPK_OF: tuple[TopkOf, ...] = get_args(TopkOf)
 
 
 def require_option(name: str, value: Any) -> None:
@@ -79,6 +80,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "divergence": DIVERGENCES,
     "distillation_mode": DISTILLATION_MODES,
     "reduction": REDUCTIONS,
+    "topk_of": TOPK_OF,
 }
 RANGES: dict[str, _Range] = {
     "epsilon_low": _NON_NEGATIVE,

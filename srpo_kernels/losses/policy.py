@@ -30,6 +30,7 @@ def grpo(
     """``-min(min(rho, delta) A, clip(rho, 1 - epsilon_low, 1 + epsilon_high) A)``; at most ``-dual_clip A`` for A < 0.
 
     Source: DeepSeekMath (arXiv 2402.03300); two epsilons: arXiv 2503.14476; delta: 2505.07291; dual_clip: 1912.09729.
+    Elsewhere: TRL (`grpo`, `dapo`, `bnpo`, `dr_grpo`), verl (`vanilla`), Tinker (`ppo`).
     """
     return _clipped(rows.log_ratio.exp(), rows.advantages, epsilon_low, epsilon_high, delta, dual_clip)
 
@@ -37,7 +38,10 @@ def grpo(
 def gspo(
     rows: PolicyRows, *, epsilon_low: float, epsilon_high: float, delta: float | None, dual_clip: float | None
 ) -> TokenLoss:
-    """``grpo`` with one rho per sequence, the exponential of its mean log-ratio. Source: arXiv 2507.18071."""
+    """``grpo`` with one rho per sequence, the exponential of its mean log-ratio.
+
+    Source: GSPO (arXiv 2507.18071). Elsewhere: TRL (`importance_sampling_level="sequence"`).
+    """
     ratio = rows.sequence_mean(rows.log_ratio).exp()
     return _clipped(ratio, rows.advantages, epsilon_low, epsilon_high, delta, dual_clip)
 
@@ -47,7 +51,7 @@ def luspo(
 ) -> TokenLoss:
     """``gspo`` times the length of the sequence, whose mean over tokens would favour short ones.
 
-    Source: LUSPO (arXiv 2602.05261), for ``reduction="sequence"``.
+    For ``reduction="sequence"``. Source: LUSPO (arXiv 2602.05261). Elsewhere: TRL (`luspo`).
     """
     token = gspo(rows, epsilon_low=epsilon_low, epsilon_high=epsilon_high, delta=delta, dual_clip=dual_clip)
     return token._replace(loss=token.loss * rows.sequence_lengths())
@@ -58,7 +62,7 @@ def gspo_token(
 ) -> TokenLoss:
     """``gspo`` whose gradient reaches each token with its own advantage: ``rho = sg(rho_sequence) p / sg(p)``.
 
-    Source: arXiv 2507.18071, section 4.3; verl's ``gspo`` is this one.
+    Source: GSPO (arXiv 2507.18071), section 4.3. Elsewhere: verl (`gspo`).
     """
     own = rows.log_probs - rows.log_probs.detach()
     ratio = (rows.sequence_mean(rows.log_ratio).detach() + own).exp()
@@ -69,7 +73,7 @@ def gmpo(rows: PolicyRows, *, epsilon_low: float, epsilon_high: float) -> TokenL
     """``-A rho``, one rho per sequence: the geometric mean of ratios whose logarithm is clipped token by token.
 
     ``log rho`` stays above ``-epsilon_low`` where A < 0 and below ``epsilon_high`` where A > 0; 0.4 in the paper.
-    Source: GMPO (arXiv 2507.20673).
+    Source: GMPO (arXiv 2507.20673). Elsewhere: verl (`geo_mean`), TRL (experimental `gmpo`).
     """
     low = (rows.log_ratio < -epsilon_low) & (rows.advantages < 0)
     high = (rows.log_ratio > epsilon_high) & (rows.advantages > 0)
@@ -84,6 +88,7 @@ def vespo(
     """``-sg(phi(w)) A log_probs``, ``phi(w) = exp(lambda (1 - w)) w**k``, w the product of the sequence's ratios.
 
     k and lambda are the negative ones where A < 0; log w is in [log 1e-8, 20]. Source: VESPO (arXiv 2602.10693).
+    Elsewhere: TRL (`vespo`).
     """
     log_w = rows.sequence_sum(rows.log_ratio.detach()).clamp(*_VESPO_LOG_RATIOS)
     negative = rows.advantages < 0
@@ -93,7 +98,10 @@ def vespo(
 
 
 def cispo(rows: PolicyRows, *, epsilon_low: float, epsilon_high: float) -> TokenLoss:
-    """``-sg(clip(rho, 1 - epsilon_low, 1 + epsilon_high)) A log_probs``. Source: MiniMax-M1 (arXiv 2506.13585)."""
+    """``-sg(clip(rho, 1 - epsilon_low, 1 + epsilon_high)) A log_probs``.
+
+    Source: MiniMax-M1 (arXiv 2506.13585). Elsewhere: TRL (`cispo`, without the lower bound), verl (`cispo`), Tinker.
+    """
     ratio = rows.log_ratio.detach().exp()
     low, high = ratio < 1.0 - epsilon_low, ratio > 1.0 + epsilon_high
     loss = -ratio.clamp(1.0 - epsilon_low, 1.0 + epsilon_high) * rows.advantages * rows.log_probs
@@ -102,13 +110,19 @@ def cispo(rows: PolicyRows, *, epsilon_low: float, epsilon_high: float) -> Token
 
 
 def sapo(rows: PolicyRows, *, tau_positive: float = 1.0, tau_negative: float = 1.05) -> Tensor:
-    """``-A sigmoid(tau (rho - 1)) 4 / tau``, tau by the sign of A. Source: SAPO (arXiv 2511.20347)."""
+    """``-A sigmoid(tau (rho - 1)) 4 / tau``, tau by the sign of A.
+
+    Source: SAPO (arXiv 2511.20347). Elsewhere: TRL (`sapo`), verl (`sapo`).
+    """
     tau = torch.full_like(rows.log_ratio, tau_negative).masked_fill(rows.advantages > 0, tau_positive)
     return -rows.advantages * torch.sigmoid(tau * (rows.log_ratio.exp() - 1.0)) * 4.0 / tau
 
 
 def reinforce(rows: PolicyRows) -> Tensor:
-    """``-A log_probs``."""
+    """``-A log_probs``.
+
+    Source: Williams (1992). Elsewhere: verl (`gpg`).
+    """
     return -rows.advantages * rows.log_probs
 
 
@@ -116,7 +130,8 @@ def dppo_tv(rows: PolicyRows, *, epsilon_low: float, epsilon_high: float, ratio_
     """``-sg(min(rho, ratio_max)) A log_probs``, 0 where the token's probability has moved too far already.
 
     That is more than ``epsilon_high`` up where A > 0, more than ``epsilon_low`` down where A < 0: total variation
-    between the token and all others. Source: DPPO (arXiv 2602.04879), Binary-TV.
+    between the token and all others. Source: DPPO (arXiv 2602.04879), Binary-TV. Elsewhere: verl (`dppo_tv`), prime-rl
+    (its default, with a penalty).
     """
     moved = rows.log_probs.detach().exp() - rows.old_log_probs.exp()
     return _in_trust_region(rows, moved < -epsilon_low, moved > epsilon_high, ratio_max)
@@ -125,7 +140,7 @@ def dppo_tv(rows: PolicyRows, *, epsilon_low: float, epsilon_high: float, ratio_
 def dppo_kl(rows: PolicyRows, *, epsilon_low: float, epsilon_high: float, ratio_max: float = 20.0) -> TokenLoss:
     """``dppo_tv`` with ``KL(old || current)`` between the token and all others in place of the total variation.
 
-    Source: DPPO (arXiv 2602.04879), Binary-KL.
+    Source: DPPO (arXiv 2602.04879), Binary-KL. Elsewhere: verl (`dppo_kl`).
     """
     new, old = rows.log_probs.detach(), rows.old_log_probs
     other_new, other_old = (-torch.expm1(x.clamp_max(0.0)) for x in (new, old))
@@ -137,7 +152,7 @@ def dppo_kl(rows: PolicyRows, *, epsilon_low: float, epsilon_high: float, ratio_
 def ipo(rows: PolicyRows, *, threshold: float = 0.1, penalty: float = 1e-3) -> TokenLoss:
     """``-rho A`` where the token's probability has moved by ``threshold`` at most, ``+ penalty (log rho)**2``.
 
-    Source: prime-rl's loss of that name.
+    Source: prime-rl. Elsewhere: prime-rl (`ipo`).
     """
     moved = rows.log_probs.detach().exp() - rows.old_log_probs.exp()
     low, high = moved < -threshold, moved > threshold
@@ -147,7 +162,10 @@ def ipo(rows: PolicyRows, *, threshold: float = 0.1, penalty: float = 1e-3) -> T
 
 
 def dro(rows: PolicyRows, *, beta: float = 0.1) -> Tensor:
-    """``-A log_probs + beta / 2 (log rho)**2``. Source: Direct Reward Optimization (arXiv 2405.19107), per token."""
+    """``-A log_probs + beta / 2 (log rho)**2``.
+
+    Source: Direct Reward Optimization (arXiv 2405.19107), per token. Elsewhere: verl (`dro`), Tinker (`dro`).
+    """
     return 0.5 * beta * rows.log_ratio.square() - rows.advantages * rows.log_probs
 
 
@@ -159,7 +177,7 @@ def clip_cov(
 
     A token's covariance is ``(A - mean A) (log_probs - mean log_probs)``, means over the rows of the call. The tokens
     of the band that no ratio clips are sorted by it, and taken at equal distances; the paper draws them at random.
-    Source: Clip-Cov (arXiv 2505.22617).
+    Source: Clip-Cov (arXiv 2505.22617). Elsewhere: verl (`clip_cov`).
     """
     token = _clipped(rows.log_ratio.exp(), rows.advantages, epsilon_low, epsilon_high, None, None)
     covariance = _covariance(rows)
@@ -177,7 +195,7 @@ def clip_cov(
 def kl_cov(rows: PolicyRows, *, share: float = 2e-4, coefficient: float = 1.0) -> Tensor:
     """``-rho A``, ``+ coefficient |log rho|`` at the ``share`` of all tokens (one at least) of largest covariance.
 
-    The covariance is ``clip_cov``'s. Source: KL-Cov (arXiv 2505.22617).
+    The covariance is ``clip_cov``'s. Source: KL-Cov (arXiv 2505.22617). Elsewhere: verl (`kl_cov`).
     """
     covariance = _covariance(rows)
     chosen = covariance.topk(min(max(int(share * len(covariance)), 1), len(covariance))).indices

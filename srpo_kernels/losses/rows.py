@@ -10,7 +10,7 @@ from torch import Tensor
 from srpo_kernels.losses.sequences import Sequences
 
 # Of the student, with gradient, and of the teacher, without: what a row has to say.
-STUDENT = ("log_probs", "entropy", "divergence")
+STUDENT = ("log_probs", "entropy", "divergence", "logsumexp")
 TEACHER = ("teacher_entropy", "teacher_log_probs")
 # Those of the student's likeliest tokens, ``[n, K]``, and of the rest: for the loss of distillation_mode="topk".
 SUPPORT = ("support_log_probs", "log_tail")
@@ -32,8 +32,9 @@ class NotComputed(Exception):
 class ObjectiveRows:
     """n rows of a batch, in any order: their statistics and inputs as attributes, ``[n]`` each.
 
-    ``log_probs``, ``entropy`` and ``divergence`` carry gradient; ``teacher_entropy`` and ``teacher_log_probs`` do not;
-    all in nats. In rows without a teacher the last three are 0; ``has_teacher`` ``[n]``, bool, says which have one.
+    ``log_probs``, ``entropy``, ``divergence`` and ``logsumexp``, of the transformed logits, carry gradient;
+    ``teacher_entropy`` and ``teacher_log_probs`` do not; all in nats. In rows without a teacher its own and the
+    divergence are 0; ``has_teacher`` ``[n]``, bool, says which have one.
     The inputs have the names that ``fused_loss`` was given them by. With ``whole_sequences`` all rows of a sequence are
     here, and ``sequences`` ``[n]`` int64 numbers them from 0 to ``num_sequences - 1``.
     """

@@ -7,19 +7,17 @@ row passes spread over the vocabulary. Source: SRPO (arXiv 2604.02288), sections
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from srpo_kernels.checks import refuse_name
 from srpo_kernels.losses.config import SRPOConfig
-from srpo_kernels.losses.divergence import sampled_divergence, support_divergence
-from srpo_kernels.losses.log_ratio import clipped_is_weights, ref_kl
-from srpo_kernels.losses.registry import PolicyRows, policy_loss_of
+from srpo_kernels.losses.divergence import over_support, sampled_divergence, support_divergence
 from srpo_kernels.losses.rollout import RolloutWeights, rollout_weights, without_off_policy_rows
 from srpo_kernels.losses.rows import ObjectiveRows
 from srpo_kernels.losses.sequences import Sequences
+from srpo_kernels.losses.terms import distillation_weights, policy_terms
 from srpo_kernels.rows.contract import RowGradients
 
 METRICS = (
@@ -50,58 +48,6 @@ METRICS = (
 _MAX_LOG_WEIGHT_SPREAD = 60.0
 
 
-class PolicyTerms(NamedTuple):
-    """The policy branch of n rows: the loss (differentiable) and what a log wants to know, ``[n]`` each."""
-
-    loss: Tensor
-    clip_low: Tensor
-    clip_high: Tensor
-    dual_clip: Tensor
-    approx_kl: Tensor
-    ref_kl: Tensor
-
-
-def policy_terms(
-    log_probs: Tensor,
-    advantages: Tensor,
-    config: SRPOConfig,
-    *,
-    old_log_probs: Tensor | None = None,
-    ref_log_probs: Tensor | None = None,
-    is_weights: Tensor | None = None,
-    entropy: Tensor | None = None,
-    sequences: Sequences | None = None,
-) -> PolicyTerms:
-    """Token losses of the policy branch: the policy loss, times is_weights, plus KL, minus entropy.
-
-    All are ``[n]``. Differentiable in ``log_probs`` and ``entropy`` (None when ``entropy_coef`` is 0).
-    """
-    rows = PolicyRows.of(log_probs, old_log_probs, advantages, sequences, config.log_ratio_clamp)
-    log_ratio = rows.log_ratio.detach()
-    approx_kl = torch.expm1(log_ratio) - log_ratio
-    loss, *clips = policy_loss_of(config.loss_type)(rows, config.policy_options())
-    nowhere = torch.zeros_like(log_ratio, dtype=torch.bool)
-    clip_low, clip_high, dual_clip = (nowhere if clip is None else clip for clip in clips)
-    if is_weights is not None:
-        loss = loss * is_weights
-    kl = torch.zeros_like(approx_kl)
-    if ref_log_probs is not None:
-        kl = ref_kl(log_probs, ref_log_probs, rows.log_ratio, config.kl_type, config.log_ratio_clamp)
-        if config.kl_coef != 0.0:
-            loss = loss + config.kl_coef * kl
-    if entropy is not None:
-        loss = loss - config.entropy_coef * entropy
-    return PolicyTerms(loss, clip_low, clip_high, dual_clip, approx_kl, kl.detach())
-
-
-def distillation_weights(
-    log_probs: Tensor, old_log_probs: Tensor | None, is_weights: Tensor | None, config: SRPOConfig
-) -> Tensor:
-    """``kappa * is_weights``, detached, ``[n]``: the corrections of a divergence, but for the entropy's."""
-    kappa = clipped_is_weights(log_probs, old_log_probs, config.distillation_is_clip)
-    return kappa if is_weights is None else kappa * is_weights
-
-
 def log_mean_exp(values: Tensor) -> Tensor:
     """Log of the mean of the exponentials of a non-empty vector."""
     return values.logsumexp(0) - math.log(len(values))
@@ -120,18 +66,28 @@ class SRPOObjective:
         num_taught: the rows with a teacher of the whole call.
         num_policy: the valid rows without one, those that are left out among them.
         vocab_size: bounds an entropy.
+        given_topk: how many tokens of the teacher are given in its place, None for none.
+        has_support: the policy is the one over the tokens that a row was sampled from.
     """
 
     name = "srpo_loss"
 
     def __init__(
-        self, config: SRPOConfig, log_mean: Tensor | None, num_taught: int, num_policy: int, vocab_size: int
+        self,
+        config: SRPOConfig,
+        log_mean: Tensor | None,
+        num_taught: int,
+        num_policy: int,
+        vocab_size: int,
+        given_topk: int | None = None,
+        has_support: bool = False,
     ) -> None:
         self.config, self.log_mean, self._num_taught = config, log_mean, num_taught
         spread = config.dw_beta * math.log(vocab_size)
         self.teacher_first = bool(num_taught) and log_mean is None and spread > _MAX_LOG_WEIGHT_SPREAD
-        self._has_tail = config.add_tail and config.topk < vocab_size
+        self._has_tail = config.add_tail and (config.topk if given_topk is None else given_topk) < vocab_size
         self.whole_sequences = config.whole_sequences
+        self._has_support = has_support
         self._reference: Tensor | float = -0.5 * spread
         self._entropies: list[Tensor] = []
         self.metrics: dict[str, Tensor | float] = dict.fromkeys(METRICS, 0.0)
@@ -141,6 +97,8 @@ class SRPOObjective:
         """The statistics that rows with a teacher, or without one, need, and those that carry gradient."""
         if not taught:
             names = {"log_probs", "entropy"} if self.config.entropy_coef != 0.0 else {"log_probs"}
+            if self._has_support:
+                names = {"log_probs", "support_log_probs"}
             return frozenset(names), frozenset(names)
         match self.config.distillation_mode:
             case "full":
@@ -178,8 +136,12 @@ class SRPOObjective:
 
     def _policy(self, rows: ObjectiveRows, start: int) -> Tensor:
         config, inputs = self.config, rows.select_inputs(slice(start, None))
-        log_probs = rows.log_probs[start:]
-        entropy = rows.entropy[start:] if config.entropy_coef != 0.0 else None
+        log_probs, entropy = rows.log_probs[start:], None
+        if self._has_support:
+            log_probs, entropy = over_support(log_probs, rows.support_log_probs[start:], inputs["target_in_support"])
+        elif config.entropy_coef != 0.0:
+            entropy = rows.entropy[start:]
+        entropy = entropy if config.entropy_coef != 0.0 else None
         sequences = rows.whole_sequences.select(slice(start, None)) if self.whole_sequences else None
         terms = policy_terms(
             log_probs,

@@ -18,6 +18,8 @@ from torch import Tensor
 from srpo_kernels.rows.mixture import Mixture, MixtureDivergence, has_mixture, mixture_of
 
 Divergence = Literal["forward_kl", "reverse_kl", MixtureDivergence]
+# Whose likeliest tokens a top-k is.
+TopkOf = Literal["student", "teacher"]
 DIVERGENCES: tuple[Divergence, ...] = get_args(Divergence)
 
 # Stands for minus infinity: 0 * LOWEST is 0. A logit below it counts as this much, in every pass and for both models:
@@ -58,7 +60,7 @@ _IDENTITY = LogitTransform()
 class RowSpec:
     """What is computed of a row, beside its target's log-prob; the transform is the same for student and teacher.
 
-    ``divergence`` None: none, with a teacher too. ``topk`` > 0: the log-probs of the student's likeliest tokens.
+    ``divergence`` None: none, with a teacher too. ``topk`` > 0: the log-probs of the likeliest tokens of ``topk_of``.
     """
 
     transform: LogitTransform = _IDENTITY
@@ -66,6 +68,7 @@ class RowSpec:
     alpha: float = 0.5
     topk: int = 0
     add_tail: bool = False
+    topk_of: TopkOf = "student"
 
     @property
     def mixture(self) -> Mixture | None:
@@ -76,6 +79,16 @@ class RowSpec:
     def divergence_slope(self) -> float:
         """What dD/dz has in front of ``p (r - center)``, with r as in ``Coefficients``."""
         return 1.0 if self.mixture is None else self.mixture.slope
+
+
+class Support(NamedTuple):
+    """Tokens of rows, ``ids`` int64 ``[n, K]``, and the teacher's ``log_probs`` there, None where nobody teaches.
+
+    A negative id is none.
+    """
+
+    ids: Tensor
+    log_probs: Tensor | None = None
 
 
 class Holds(Enum):
@@ -154,6 +167,7 @@ class RowGradients(NamedTuple):
     log_probs: Tensor | None = None
     entropy: Tensor | None = None
     divergence: Tensor | None = None
+    logsumexp: Tensor | None = None
     support_log_probs: Tensor | None = None
     log_tail: Tensor | None = None
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from srpo_kernels.checks import refuse_name
 from srpo_kernels.rows.contract import (
     LOWEST,
     Coefficients,
@@ -19,8 +20,10 @@ from srpo_kernels.rows.contract import (
     RowSpec,
     Scratch,
     Statistics,
+    Support,
 )
 from srpo_kernels.rows.sums import (
+    given_statistics,
     merge,
     pack,
     pair_statistics,
@@ -33,7 +36,7 @@ from srpo_kernels.rows.sums import (
 from srpo_kernels.rows.vocabulary import Vocabulary
 
 # That a gradient may be of any statistics: the logits stay as they are.
-ANY = frozenset({"log_probs", "entropy", "divergence", "support_log_probs", "log_tail"})
+ANY = frozenset(RowGradients._fields)
 
 # What is computed in rounds: it yields its part of what all shards exchange, is sent what they all have, and returns.
 _Rounds = Generator[Tensor, Tensor, Statistics]
@@ -43,7 +46,7 @@ class Request(NamedTuple):
     """Rows whose statistics are wanted: both models' logits ``[n, V_r]``, and target ids of the whole vocabulary.
 
     ``entropy`` adds the student's; the teacher's is always there. ``gradient`` names the statistics whose gradients
-    ``dlogits_`` may be given.
+    ``dlogits_`` may be given. ``support`` are tokens whose log-probs are wanted, the teacher's too if it knows them.
     """
 
     logits: Tensor
@@ -52,6 +55,7 @@ class Request(NamedTuple):
     target_ids: Tensor
     entropy: bool = False
     gradient: frozenset[str] = ANY
+    support: Support | None = None
 
 
 class RowPasses:
@@ -85,7 +89,14 @@ class RowPasses:
         return [stats for stats in results if stats is not None]
 
     def _rounds(self, request: Request) -> _Rounds:
-        z, y, spec, target_ids, entropy, gradient = request
+        z, y, spec, target_ids, entropy, gradient, support = request
+        if support is not None:
+            student = yield from self._at(z, spec, target_ids, support.ids, entropy=entropy)
+            return (
+                student
+                if support.log_probs is None
+                else student.with_teacher(given_statistics(support.log_probs, spec))
+            )
         if self.vocabulary.group is None:
             whole = self.rows.whole_rows(z, y, spec, target_ids=target_ids, entropy=entropy, gradient=gradient)
             if whole is not None:
@@ -96,9 +107,17 @@ class RowPasses:
             (sums,) = yield from self._sums(z, None, spec, target_ids)
             return row_statistics(sums, self.rows.slope(spec.transform), entropy=entropy)
         if spec.topk:
-            student = yield from self._topk(z, spec, target_ids, entropy=entropy)
-            assert student.support_ids is not None
-            teacher = yield from self._at(y, spec, target_ids, student.support_ids, entropy=True)
+            match spec.topk_of:
+                case "student":
+                    student = yield from self._topk(z, spec, target_ids, entropy=entropy)
+                    assert student.support_ids is not None
+                    teacher = yield from self._at(y, spec, target_ids, student.support_ids, entropy=True)
+                case "teacher":
+                    teacher = yield from self._topk(y, spec, target_ids, entropy=True)
+                    assert teacher.support_ids is not None
+                    student = yield from self._at(z, spec, target_ids, teacher.support_ids, entropy=entropy)
+                case unknown:
+                    refuse_name("topk_of", unknown)
             return student.with_teacher(teacher)
         if spec.divergence is None and self.vocabulary.group is None:
             # Each model alone, where it is cheaper.
@@ -125,7 +144,7 @@ class RowPasses:
         return merge(unpack((yield pack(own))), self.rows.slope(spec.transform))
 
     def _topk(self, logits: Tensor, spec: RowSpec, target_ids: Tensor, *, entropy: bool) -> _Rounds:
-        """The student's likeliest tokens, out of those of every shard that may belong to them."""
+        """A model's likeliest tokens, out of those of every shard that may belong to them."""
         own = logits.topk(min(spec.topk, logits.shape[1]), dim=1).indices
         if self.vocabulary.group is None:
             return (yield from self._at(logits, spec, target_ids, own, entropy=entropy))
@@ -169,9 +188,10 @@ class RowPasses:
 def coefficients(stats: Statistics, gradients: RowGradients, spec: RowSpec, target_ids: Tensor) -> Coefficients:
     """What the upstream gradients of a row's statistics are for its logits.
 
-    With g at ids and ``total = sum(g)``, dz at an id is ``g_k - total p_k``, from the log-prob: exactly 0 for the one
-    token of a row that has no other. Elsewhere it is ``-total p_v``, or with a tail ``(g_tail - total tail) p_v /
-    tail``: ``p_v / tail`` is the softmax of the tail alone, and is there where ``p_v`` has underflown.
+    With g at ids and ``total = sum(g)``, less the log-sum-exp's gradient, dz at an id is ``g_k - total p_k``, from the
+    log-prob: exactly 0 for the one token of a row that has no other. Elsewhere it is ``-total p_v``, or with a tail
+    ``(g_tail - total tail) p_v / tail``: ``p_v / tail`` is the softmax of the tail alone, and is there where ``p_v``
+    has underflown.
     """
     log_sum, ids = stats.logsumexp, target_ids[:, None]
     log_probs, grads = stats.log_probs[:, None], gradients.log_probs
@@ -192,6 +212,9 @@ def coefficients(stats: Statistics, gradients: RowGradients, spec: RowSpec, targ
     else:
         grads = grads[:, None]
     total = grads.sum(1)
+    if gradients.logsumexp is not None:
+        # p_v is the log-sum-exp's gradient, and what a log-prob's takes away everywhere.
+        total = total - gradients.logsumexp
     outside = -total
     if gradients.log_tail is not None:
         if gradients.entropy is not None:

@@ -104,6 +104,27 @@ def with_mixture_sums(stats: Statistics, sums: Tensor) -> Statistics:
     return stats._replace(divergence=divergence.squeeze(1).clamp_min(0.0), center=center.to(stats.logsumexp.dtype))
 
 
+def given_statistics(log_probs: Tensor, spec: RowSpec) -> Statistics:
+    """What the log-probs of a teacher's likeliest tokens say of it: its entropy is at least that of their buckets."""
+    rest = (1.0 - log_probs.exp().sum(1)).clamp_min(torch.finfo(log_probs.dtype).tiny)
+    nothing = log_probs.new_zeros(len(log_probs))
+    column = nothing.to(wide_dtype(log_probs.device))[:, None]
+    return Statistics(
+        nothing,
+        column,
+        bucket_entropy(log_probs),
+        support_log_probs=log_probs,
+        tail_logsumexp=column + rest.log()[:, None] if spec.add_tail else None,
+    )
+
+
+def bucket_entropy(log_probs: Tensor) -> Tensor:
+    """Of tokens ``[..., K]`` and one bucket for all others, in nats: what their row's entropy is at least."""
+    p = log_probs.exp()
+    rest = (1.0 - p.sum(-1)).clamp_min(0.0)
+    return -(torch.xlogy(rest, rest) + (p * log_probs).sum(-1)).clamp_max(0.0)
+
+
 def support_statistics(
     complement: ModelSums, units: Tensor, ids: Tensor, spec: RowSpec, slope: float, *, entropy: bool
 ) -> Statistics:

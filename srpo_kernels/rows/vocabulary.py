@@ -15,20 +15,21 @@ from srpo_kernels.rows.sums import merge, pack, unpack
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """``size`` ids, of which this process's head has those from ``first_id`` on; ``group`` has the other shards.
+    """``size`` ids, of which this process's head has ``own_size`` from ``first_id`` on; ``group`` has other shards.
 
     ``largest`` is the size of the largest shard: what all ranks lay their chunks out by.
     """
 
     size: int
     first_id: int
+    own_size: int
     largest: int
     group: ProcessGroup | None
 
     @classmethod
     def whole(cls, size: int) -> Vocabulary:
         """All of it in one process."""
-        return cls(size, 0, size, None)
+        return cls(size, 0, size, size, None)
 
     def gather(self, values: list[Tensor]) -> list[Tensor]:
         """Every shard's ``values`` in rank order, ``[shards, *shape]`` each: one exchange."""

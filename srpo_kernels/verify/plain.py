@@ -7,8 +7,8 @@ from torch import Tensor
 
 from srpo_kernels import SRPOConfig
 from srpo_kernels_reference.distillation import divergence, entropy_weights, weight_log_mean
+from srpo_kernels_reference.layout import per_row
 from srpo_kernels_reference.logits import head_logits, log_prob_entropy, project_wide, working_dtype
-from srpo_kernels_reference.objective import per_row
 from srpo_kernels_reference.policy import policy_loss
 
 

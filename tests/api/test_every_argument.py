@@ -31,6 +31,14 @@ METRIC = torch.tensor(1.0)
 EVERY_TERM = sk.SRPOConfig(kl_coef=0.1, entropy_coef=0.1, rollout_correction=sk.RolloutCorrection.tis())
 
 
+TOKENS = {name: x for name, x in LOSS.items() if name not in ("teacher_hidden", "teacher_weight", "teacher_bias")} | {
+    "teacher_topk_ids": torch.zeros(4, 6, 1, dtype=torch.int64),
+    "teacher_topk_log_probs": -torch.ones(4, 6, 1),
+    "support_ids": torch.zeros(4, 6, 1, dtype=torch.int64),
+    "config": sk.SRPOConfig(distillation_mode="topk", topk_of="teacher"),
+}
+
+
 class Function(NamedTuple):
     """A public function, and a call that it takes."""
 
@@ -54,6 +62,7 @@ FUNCTIONS = {
     "srpo_loss": Function(
         sk.srpo_loss, LOSS | {"normalizers": NORMALIZERS, "config": EVERY_TERM, "rollout_log_probs": -torch.ones(4, 6)}
     ),
+    "srpo_loss, some tokens": Function(sk.srpo_loss, TOKENS),
     "srpo_loss, packed": Function(sk.srpo_loss, PACKED | {"config": sk.SRPOConfig(loss_type="gspo")}),
     "token_stats": Function(sk.token_stats, STATS),
     "teacher_stats": Function(sk.teacher_stats, TEACHER),
@@ -231,7 +240,7 @@ KINDS: dict[str, dict[str, Bad]] = (
     | dict.fromkeys(("delta", "dual_clip", "distillation_is_clip"), NUMBERS)
     | dict.fromkeys(("world_size", "accumulation_steps", "topk"), COUNT)
     | dict.fromkeys(("backend", "engine", "divergence", "scale", "loss_type", "kl_type"), CHOICE)
-    | dict.fromkeys(("distillation_mode", "reduction"), CHOICE)
+    | dict.fromkeys(("distillation_mode", "reduction", "topk_of"), CHOICE)
     | dict.fromkeys(("vocab_parallel_group", "sequence_parallel_group", "group"), GROUP)
     | dict.fromkeys(("normalizers", "generator", "module", "function"), OBJECT)
     | dict.fromkeys(("add_tail", "count_inactive", "whole_sequences"), FLAG)
@@ -272,7 +281,14 @@ def test_no_argument_is_left_out() -> None:
     }
     rows = {"ObjectiveRows", "PolicyRows"}
     # One takes no argument, one is a dict, the others have tests of their own.
-    elsewhere = {"release_workspace", "RolloutCorrection", "summarize_metrics", "register_policy_loss", "POLICY_LOSSES"}
+    elsewhere = {
+        "release_workspace",
+        "RolloutCorrection",
+        "topk_entropy",
+        "summarize_metrics",
+        "register_policy_loss",
+        "POLICY_LOSSES",
+    }
     assert public == set(sk.__all__) - results - rows - elsewhere
     for name, (function, _) in FUNCTIONS.items():
         alike = [call for other, (_, call) in FUNCTIONS.items() if other.split(",")[0] == name.split(",")[0]]

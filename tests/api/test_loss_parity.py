@@ -54,6 +54,8 @@ EACH_OPTION: list[dict[str, Any]] = [
     {"distillation_mode": "topk", "topk": 3, "add_tail": False},
     {"distillation_mode": "topk", "topk": 3, "divergence": "reverse_kl"},
     {"distillation_mode": "topk", "topk": 33, "divergence": "forward_kl"},
+    {"distillation_mode": "topk", "topk": 3, "topk_of": "teacher"},
+    {"distillation_mode": "topk", "topk": 3, "topk_of": "teacher", "add_tail": False, "divergence": "forward_kl"},
     {"distillation_mode": "sampled"},
     {"distillation_is_clip": None},
     {"dw_beta": 0.0},

@@ -129,7 +129,7 @@ def test_groups_of_shards_beside_data_parallelism() -> None:
 
 def test_a_shard_takes_the_memory_of_whole_rows_for_more_of_them() -> None:
     weight = torch.empty(16, 8, device="meta")
-    shard = RowMemory.of(weight, torch.float32, RowPasses(torch_rows, Vocabulary(64, 16, 16, None)))
+    shard = RowMemory.of(weight, torch.float32, RowPasses(torch_rows, Vocabulary(64, 16, 16, 16, None)))
     whole = RowMemory.of(weight, torch.float32, RowPasses(torch_rows, Vocabulary.whole(16)))
     assert shard.capacity(2, None) == 4 * whole.capacity(2, None)
 

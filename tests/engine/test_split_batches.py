@@ -30,7 +30,7 @@ CONFIGS = [
 ROW_CONFIGS = [
     SRPOConfig(loss_type=loss_type, reduction=reduction, max_length=9 if reduction == "constant" else None)
     for loss_type in LOSS_TYPES
-    if not POLICY_LOSSES[loss_type].whole_sequences
+    if not (POLICY_LOSSES[loss_type].whole_sequences or POLICY_LOSSES[loss_type].whole_batch)
     for reduction in ("token", "constant")
 ]
 

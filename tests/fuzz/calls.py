@@ -13,8 +13,8 @@ from torch import Tensor
 import reference
 import srpo_kernels as sk
 from reference import distillation, policy
+from reference.layout import per_row, teacher_rows
 from reference.logits import head_logits, teacher_head
-from reference.objective import per_row, teacher_rows
 from reference.rollout import correct
 from tests.comparison import Results
 from tests.fuzz.case import Case
@@ -98,6 +98,8 @@ def _library_normalizers(case: Case, inputs: Inputs) -> sk.Normalizers:
         head = teacher_head(*(inputs[name] for name in ("weight", "bias", "teacher_weight", "teacher_bias")))
         options = {"backend": case.keywords["backend"]} | transform_of(case.config)
         entropy = sk.teacher_stats(inputs["teacher_hidden"], head[0], teacher_bias=head[1], **options).entropy
+    elif inputs.get("teacher_topk_log_probs") is not None:
+        entropy = sk.topk_entropy(inputs["teacher_topk_log_probs"])
     mask = torch.ones_like(rows, dtype=torch.bool) if inputs["mask"] is None else inputs["mask"]
     own = sk.Normalizers.from_batch(mask, inputs["sdpo_mask"], entropy, case.config.dw_beta, inputs.get("sequence_ids"))
     return own.merge(_other_batch(case, own)) if case.other_batch is not None and case.other_batch[0] else own
@@ -128,9 +130,15 @@ def _oracle_normalizers(case: Case, inputs: Inputs) -> OracleNormalizers:
     routed = torch.zeros_like(valid) if inputs["sdpo_mask"] is None else per_row(inputs["sdpo_mask"], rows)
     log_sums, count = [inputs["hidden"].new_tensor(log_mean + math.log(distilled), dtype=torch.float64)], distilled
     if (valid & routed).any():
-        head = teacher_head(*(inputs[name] for name in ("weight", "bias", "teacher_weight", "teacher_bias")))
-        states = teacher_rows(inputs["teacher_hidden"], routed, valid & routed)
-        entropy = reference.logits.entropy(head_logits(states, *head, **transform_of(case.config))).detach()
+        if inputs["teacher_hidden"] is None:
+            names = ("teacher_topk_log_probs", "teacher_topk_ids")
+            entropy = distillation.bucket_entropy(
+                *(teacher_rows(inputs[name], routed, valid & routed) for name in names)
+            )
+        else:
+            head = teacher_head(*(inputs[name] for name in ("weight", "bias", "teacher_weight", "teacher_bias")))
+            states = teacher_rows(inputs["teacher_hidden"], routed, valid & routed)
+            entropy = reference.logits.entropy(head_logits(states, *head, **transform_of(case.config))).detach()
         log_sums.append(torch.logsumexp(-case.config.dw_beta * entropy.double(), 0))
         count += len(entropy)
     # How sequences are counted is checked by the cases whose normalizers are this very batch's.

@@ -18,7 +18,15 @@ from srpo_kernels.rows.contract import DIVERGENCES
 from srpo_kernels.rows.mixture import has_mixture
 from tests.fuzz.case import Case, Draw
 from tests.fuzz.models import Inputs, ModelShape, draw_model, to_dtypes
-from tests.strategies import CORRECTIONS, MODEL_TENSORS, random_loss_options, transform_of, workspace_floor
+from tests.strategies import (
+    CORRECTIONS,
+    MODEL_TENSORS,
+    random_loss_options,
+    random_support,
+    transform_of,
+    with_given_topk,
+    workspace_floor,
+)
 
 # How often each operation is drawn.
 _OPERATIONS = {
@@ -75,6 +83,7 @@ def draw_config(draw: Draw) -> SRPOConfig:
         alpha=one_of("alpha", 0.5, 0.5, 0.1, 0.9, 1e-3, 0.999, 1e-6, 1 - 1e-6),
         distillation_mode=one_of("distillation_mode", "full", *DISTILLATION_MODES),
         topk=one_of("topk", 1, 2, 5, 20, 100, 1000),
+        topk_of=one_of("topk_of", "student", "teacher"),
         add_tail=one_of("add_tail", True, False),
         distillation_is_clip=one_of("distillation_is_clip", 2.0, 1.1, 50.0, None),
         dw_beta=one_of("dw_beta", 1.0, 0.0, 0.3, 2.0, 5.0, 20.0),
@@ -132,6 +141,16 @@ def _loss_case(draw: Draw, seed: int, backend: str) -> Case:
     if distills and draw.one_of("routed_teacher", False, True):
         routed = inputs["sdpo_mask"]
         inputs["teacher_hidden"] = inputs["teacher_hidden"][routed if routed.ndim == 1 else routed.any(1)]
+    by_teacher = distills and config.distillation_mode == "topk" and config.topk_of == "teacher"
+    if by_teacher and draw.one_of("given", False, True):
+        given = with_given_topk(to_dtypes(inputs, dict.fromkeys(MODEL_TENSORS, torch.float64)), config, config.topk)
+        row_dtype = torch.promote_types(model.accumulation_dtype, torch.float32)
+        given["teacher_topk_log_probs"] = given["teacher_topk_log_probs"].to(row_dtype)
+        inputs |= {name: value for name, value in given.items() if name.startswith("teacher_")}
+    support = draw.one_of("support", None, None, None, 1, 5, 1000)
+    if support is not None:
+        allowed = inputs["target_ids"].clamp(0, model.vocab_size - 1)
+        inputs["support_ids"] = random_support(allowed, model.vocab_size, support, seed)
     other = None
     kind = draw.one_of("normalizers", None, None, "own", "merged")
     if kind is not None:
@@ -239,7 +258,7 @@ def _stats_case(draw: Draw, seed: int, backend: str) -> Case:
     one_dtype = len({x.dtype for name, x in inputs.items() if x is not None and name in MODEL_TENSORS}) == 1
     if backend == "triton" and not leaves and one_dtype and not (teacher and has_mixture(config.divergence)):
         keywords["engine"] = draw.one_of("engine", "rows", "tile")
-    upstream = draw.normal(3, *rows) * (draw.uniform(3, *rows) < 0.7)
+    upstream = draw.normal(4, *rows) * (draw.uniform(4, *rows) < 0.7)
     return Case(
         seed, operation, draw.options, inputs, config, leaves, upstream,
         model.exact_products, None, keywords, draw.one_of("lanes", 16, 64, 1024),

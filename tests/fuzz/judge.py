@@ -26,7 +26,10 @@ _NEAR_OVERFLOW = 2.0**-8
 _HUGE_LOGITS = 1e9
 # What is never of the other sign, in exact arithmetic or in plain torch's log-softmax.
 _SIGNS = {"log_probs": -1.0, "entropy": 1.0, "teacher_entropy": 1.0, "divergence": 1.0}
-_FLOATING_ROWS = ("old_log_probs", "ref_log_probs", "log_probs", "teacher_log_probs", "entropy")
+_FLOATING_ROWS = (
+    "old_log_probs", "ref_log_probs", "rollout_log_probs", "log_probs", "teacher_log_probs", "teacher_topk_log_probs",
+    "entropy",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -164,10 +164,12 @@ def _ban(draw: Draw, inputs: Inputs, softcap: float | None, mode: str | None) ->
     return {} if softcap is not None else dict.fromkeys(biases, banned)
 
 
-def _logits(model: ModelShape) -> Tensor:
+def _logits(model: ModelShape, of: str = "student") -> Tensor:
     wide = to_dtypes(model.inputs, dict.fromkeys(MODEL_TENSORS, torch.float64))
-    rows = wide["hidden"].flatten(0, -2)
-    return head_logits(rows, wide["weight"], wide["bias"], **transform_of(model.config))
+    states, head = ("hidden", "") if of == "student" else ("teacher_hidden", "teacher_")
+    head = head if wide[f"{head}weight"] is not None else ""
+    rows = wide[states].flatten(0, -2)
+    return head_logits(rows, wide[f"{head}weight"], wide[f"{head}bias"], **transform_of(model.config))
 
 
 def _targets(draw: Draw, model: ModelShape, bans: dict[str, Tensor]) -> Tensor:
@@ -188,11 +190,11 @@ def _targets(draw: Draw, model: ModelShape, bans: dict[str, Tensor]) -> Tensor:
 
 
 def _tied(model: ModelShape, bans: dict[str, Tensor]) -> bool:
-    """Whether rounding may change which ids are the student's top-k: either choice is right, and they differ."""
+    """Whether rounding may change which ids are the top-k: either choice is right, and they differ."""
     k = model.config.topk
     if k >= model.vocab_size:
         return False
-    top = _logits(model).topk(k + 1, dim=-1).values
+    top = _logits(model, model.config.topk_of).topk(k + 1, dim=-1).values
     # What both models ban has no part in any divergence, whichever of it is taken.
     matters = torch.ones(len(top), dtype=torch.bool)
     if "bias" in bans:

@@ -30,6 +30,7 @@ GRPO_OPTIONS: dict[str, dict[str, Any]] = {
     "dr_grpo": {"loss_type": "dr_grpo", "gradient_accumulation_steps": 2},
     "cispo": {"loss_type": "cispo", "epsilon_high": 1.01, "num_iterations": 2},
     "sapo": {"loss_type": "sapo", "num_iterations": 2},
+    "vespo": {"loss_type": "vespo", "num_iterations": 2, "vespo_k_pos": 1.5},
     "temperatures of sapo": {"loss_type": "sapo", "sapo_temperature_pos": 2.0, "sapo_temperature_neg": 0.5},
     "luspo": {"loss_type": "luspo", "importance_sampling_level": "sequence", "num_iterations": 2},
     "gspo": {"loss_type": "grpo", "importance_sampling_level": "sequence", "num_iterations": 2},

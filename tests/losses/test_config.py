@@ -51,6 +51,7 @@ def test_defaults_are_the_papers() -> None:
         "alpha": 0.5,
         "distillation_mode": "full",
         "topk": 100,
+        "topk_of": "student",
         "add_tail": True,
         "distillation_is_clip": 2.0,
         "dw_beta": 1.0,

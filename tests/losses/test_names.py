@@ -14,7 +14,7 @@ from torch import Tensor
 import reference
 from srpo_kernels import SRPOConfig, group_advantages, policy_loss, srpo_loss, token_stats
 from srpo_kernels.losses import options
-from srpo_kernels.losses.options import DISTILLATION_MODES, KL_TYPES, LOSS_TYPES, REDUCTIONS
+from srpo_kernels.losses.options import DISTILLATION_MODES, KL_TYPES, LOSS_TYPES, REDUCTIONS, TOPK_OF
 from srpo_kernels.losses.registry import POLICY_LOSSES
 from srpo_kernels.rollout.routing import ADVANTAGE_SCALES
 from srpo_kernels.rows.contract import DIVERGENCES
@@ -27,9 +27,10 @@ NAMES = {
     "divergence": DIVERGENCES,
     "distillation_mode": DISTILLATION_MODES,
     "reduction": REDUCTIONS,
+    "topk_of": TOPK_OF,
 }
 # Combined with which modes a divergence means something.
-MODES = {"divergence": ("full", "topk")}
+MODES = {"divergence": ("full", "topk"), "topk_of": ("topk",)}
 
 LIBRARY: list[Any] = ["torch", "triton", "reference"]
 

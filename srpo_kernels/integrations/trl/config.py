@@ -21,17 +21,27 @@ _LOSSES: dict[str, tuple[str, str]] = {
     "cispo": ("cispo", "token"),
     "sapo": ("sapo", "sequence"),
     "luspo": ("luspo", "sequence"),
+    "vespo": ("vespo", "token"),
+}
+# The options of a policy loss's own, by TRL's names.
+_LOSS_OPTIONS = {
+    "sapo": {"tau_positive": "sapo_temperature_pos", "tau_negative": "sapo_temperature_neg"},
+    "vespo": {
+        "k_positive": "vespo_k_pos",
+        "lambda_positive": "vespo_lambda_pos",
+        "k_negative": "vespo_k_neg",
+        "lambda_negative": "vespo_lambda_neg",
+    },
 }
 _REFUSED_LOSSES = {
     "bnpo": "it divides by the tokens of a micro-batch; 'dapo' divides by those of the optimizer batch",
-    "vespo": "its weights are not in srpo_loss",
 }
 # Options of TRL that need something the fused loss does not have: the one value that is accepted, and why.
 _FIXED: dict[str, tuple[Any, str]] = {
     "use_liger_kernel": (False, "it replaces the model's forward, where the loss is computed"),
     "top_entropy_quantile": (1.0, "a mask of high-entropy tokens needs every entropy before the loss"),
     "use_adaptive_entropy": (False, "the controller needs the entropy of every token"),
-    "off_policy_mask_threshold": (None, "the mask needs every log-prob before the loss"),
+    "off_policy_mask_threshold": (None, "the trainer does not hand the rollout's log-probs to the loss"),
     "torch_compile": (False, "it is not tested"),
     "parallelism_config": (None, "the loss needs the whole LM head and whole sequences on a device"),
 }
@@ -60,37 +70,9 @@ class SRPOTrainerConfig(GRPOConfig):
     """`GRPOConfig` and the options of SRPO's distillation branch, with the paper's hyperparameters.
 
     Defaults that differ from `GRPOConfig`'s, after SRPO (arXiv 2604.02288): ``learning_rate=5e-6``,
-    ``epsilon_high=0.28``, ``scale_rewards="none"``, and ``use_bias_correction_kl=False``, since the KL term is
-    plain k3. The paper's batch is ``questions_per_batch=32``. ``loss_type`` keeps TRL's names; its default
-    ``"dapo"`` is the paper's shared token denominator.
-
-    Args:
-        method: ``"srpo"`` distils failed completions that have a correct sibling and gives all others the policy
-            loss; ``"grpo"`` is the policy loss alone; ``"sdpo"`` distils every completion that has a correct
-            sibling, and nothing else. Without distillation its options have no effect.
-        questions_per_batch: prompts per optimizer step over all processes; sets ``gradient_accumulation_steps``.
-            None: that is given.
-        success_threshold: the least reward of a correct completion.
-        success_reward: the name of the reward function, as it is logged, whose reward that is. None: the sum that TRL
-            forms with ``reward_weights``, where with several functions a wrong completion of a good format may pass.
-        distillation_alpha: in [0, 1]: 0 is the forward KL, 1 the reverse KL, anything between a JSD.
-        distillation_mode: ``"full"`` (whole vocabulary), ``"topk"`` or ``"sampled"``.
-        distillation_topk: the number of tokens that ``"topk"`` compares.
-        distillation_add_tail: ``"topk"`` keeps the remaining probability in one more bucket.
-        distillation_is_clip: upper bound of the importance weight of the divergence. None: no weight.
-        dw_beta: strength of the entropy-aware weight, per nat. 0: every weight is 1.
-        dual_clip: bound of the policy loss where the advantage is negative. None: no bound.
-        teacher_model_kind: ``"ema"``, a moving average of the trained parameters, or ``"live"``, the current ones.
-        teacher_update_rate: how far the average goes towards the model at each optimizer step.
-        teacher_template: the teacher's prompt, with the fields ``{prompt}`` (of a conversation: its last user
-            message) and ``{solution}`` (a correct sibling's completion, as text). Other braces are doubled. A
-            completion is never shown that is truncated, has no text, or has no token in the loss.
-        remove_thinking_from_solution: the solution is shown without ``<think>...</think>``.
-        max_teacher_length: tokens of the teacher's prompt and the longest completion of the group that it may teach;
-            at most the model's positions. None: these, where the model's config has them.
-        shorten_solution: a solution that is too long for ``max_teacher_length`` is shown without its beginning. False:
-            it is not shown. Where a group has no solution to show, its failed completions get the policy loss.
-        workspace_bytes: bound of the logits that are alive at a time. None: chosen by the library.
+    ``epsilon_high=0.28``, ``scale_rewards="none"``, and ``use_bias_correction_kl=False``, the plain k3. The paper's
+    batch is ``questions_per_batch=32``. ``loss_type`` keeps TRL's names; its default ``"dapo"`` is the paper's shared
+    token denominator.
 
     Raises:
         ValueError: a bad value, or an option of `GRPOConfig` that the fused loss does not have; both name the option.
@@ -164,9 +146,10 @@ class SRPOTrainerConfig(GRPOConfig):
             "reduction": reduction,
             "max_length": self.max_completion_length if reduction == "constant" else None,
         }
-        if loss_type == "sapo":
-            temperatures = self.sapo_temperature_pos, self.sapo_temperature_neg
-            options["loss_options"] = dict(zip(("tau_positive", "tau_negative"), temperatures, strict=True))
+        own = _LOSS_OPTIONS.get(loss_type, {})
+        options["loss_options"] = {ours: getattr(self, theirs) for ours, theirs in own.items()}
+        if self.beta != 0.0 and self.use_bias_correction_kl:
+            options["kl_type"] = "k3_weighted"
         return sk.SRPOConfig.from_alpha(self.distillation_alpha, **options)
 
     def _accumulation_steps(self, questions: int) -> int:
@@ -229,9 +212,15 @@ class SRPOTrainerConfig(GRPOConfig):
                 f"beta must be 0 with loss_type='luspo', got {self.beta!r}: TRL sums the KL over a sequence, srpo_loss "
                 "takes its mean"
             )
-        if self.beta != 0.0 and self.use_bias_correction_kl:
+        if self.beta != 0.0 and self.use_bias_correction_kl and self.importance_sampling_level == "sequence":
             raise ValueError(
-                "use_bias_correction_kl must be False with beta != 0, got True: srpo_loss has the plain k3"
+                "use_bias_correction_kl must be False with importance_sampling_level='sequence', got True: TRL weights "
+                "the KL by the sequence's ratio, srpo_loss by the token's"
+            )
+        if loss_type == "vespo" and self.use_vllm and self.vllm_importance_sampling_correction:
+            raise ValueError(
+                "vllm_importance_sampling_correction must be False with loss_type='vespo', got True: TRL adds it to "
+                "the log-ratio of the sequence, srpo_loss multiplies the loss by it"
             )
         if self.entropy_coef != 0.0 and reduction != "token":
             raise ValueError(

@@ -1,0 +1,110 @@
+"""Checks of a loss's teacher: hidden states and a head, or its likeliest tokens."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from srpo_kernels.api.validation import check_head
+from srpo_kernels.checks import BOOL, FLOATING, INTEGER, require_shape, require_tensor
+from srpo_kernels.losses.config import SRPOConfig
+
+
+def check_teacher(
+    teacher_hidden: object,
+    teacher_weight: object,
+    teacher_bias: object,
+    weight: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    mask_name: str = "sdpo_mask",
+) -> None:
+    """The teacher of a loss: no part of it without the mask of its rows, no head without its hidden states."""
+    for name, value in (("teacher_hidden", teacher_hidden), ("teacher_weight", teacher_weight)):
+        if value is not None and mask is None:
+            raise ValueError(f"{name} needs {mask_name}, which says what rows it teaches; got {mask_name}=None")
+    _check_teacher_head(teacher_hidden, teacher_weight, teacher_bias, weight, bias)
+
+
+def check_fused_teacher(teacher_hidden: object, teacher_mask: object, target_ids: Tensor, config: SRPOConfig) -> None:
+    """The rows that have a teacher, and the divergence from it, which is that of the whole vocabulary."""
+    rows = target_ids.shape
+    if teacher_mask is not None:
+        if teacher_hidden is None:
+            raise ValueError("teacher_mask needs teacher_hidden, got None")
+        teacher_mask = require_tensor("teacher_mask", teacher_mask, BOOL, target_ids.device)
+        require_shape("teacher_mask", teacher_mask, [rows[:1], rows], "[B], or the shape of target_ids")
+    if teacher_hidden is not None and config.distillation_mode != "full":
+        raise ValueError(
+            "config.distillation_mode must be 'full' where fused_loss has a teacher: its divergence is that of the "
+            f"whole vocabulary, got {config.distillation_mode!r}"
+        )
+
+
+def check_stats_teacher(
+    teacher_hidden: object,
+    teacher_weight: object,
+    teacher_bias: object,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+) -> None:
+    """The teacher of ``token_stats``: a state for every row of ``hidden``."""
+    _check_teacher_head(teacher_hidden, teacher_weight, teacher_bias, weight, bias)
+    if isinstance(teacher_hidden, Tensor):
+        rows = hidden.shape[:-1]
+        require_shape(
+            "teacher_hidden",
+            teacher_hidden,
+            [rows + teacher_hidden.shape[-1:]],
+            "the rows of hidden, and H_t",
+        )
+
+
+def check_teacher_topk(
+    ids: object, log_probs: object, teacher_hidden: object, target_ids: Tensor, mask: Tensor | None, config: SRPOConfig
+) -> None:
+    """The likeliest tokens of a teacher, in place of its hidden states."""
+    if (ids is None) != (log_probs is None):
+        given, other = ("ids", "log_probs") if log_probs is None else ("log_probs", "ids")
+        raise ValueError(f"teacher_topk_{given} needs teacher_topk_{other}, got None")
+    if ids is None:
+        return
+    if mask is None:
+        raise ValueError("teacher_topk_ids needs sdpo_mask, which says what rows it teaches; got sdpo_mask=None")
+    if teacher_hidden is not None:
+        raise ValueError("teacher_topk_ids is in place of teacher_hidden: give one of them")
+    if config.distillation_mode != "topk" or config.topk_of != "teacher":
+        raise ValueError(
+            "teacher_topk_ids needs distillation_mode='topk' and topk_of='teacher', "
+            f"got {config.distillation_mode!r} and {config.topk_of!r}"
+        )
+    ids = require_tensor("teacher_topk_ids", ids, INTEGER, target_ids.device)
+    log_probs = require_tensor("teacher_topk_log_probs", log_probs, FLOATING, target_ids.device)
+    if ids.ndim != target_ids.ndim + 1 or not ids.shape[-1]:
+        raise ValueError(
+            f"teacher_topk_ids must have target_ids' dimensions and one of K >= 1 ids, got {list(ids.shape)} for "
+            f"target_ids {list(target_ids.shape)}"
+        )
+    require_shape("teacher_topk_log_probs", log_probs, [ids.shape], "the shape of teacher_topk_ids")
+
+
+def _check_teacher_head(
+    teacher_hidden: object, teacher_weight: object, teacher_bias: object, weight: Tensor, bias: Tensor | None
+) -> None:
+    if teacher_weight is None and teacher_bias is not None:
+        raise ValueError("teacher_bias needs teacher_weight: without it the teacher uses weight and bias")
+    if teacher_hidden is None:
+        if teacher_weight is not None:
+            raise ValueError("teacher_weight needs teacher_hidden, got None")
+        return
+    if teacher_weight is None:
+        check_head(teacher_hidden, weight, bias, ("teacher_hidden", "weight (for want of teacher_weight)", "bias"))
+    else:
+        check_head(teacher_hidden, teacher_weight, teacher_bias, ("teacher_hidden", "teacher_weight", "teacher_bias"))
+        teacher_weight = require_tensor("teacher_weight", teacher_weight, FLOATING, weight.device)
+        if len(teacher_weight) != len(weight):
+            raise ValueError(
+                f"teacher_weight and weight must have one vocabulary, got {list(teacher_weight.shape)} "
+                f"and {list(weight.shape)}"
+            )
+    require_tensor("teacher_hidden", teacher_hidden, FLOATING, weight.device)
