@@ -19,7 +19,10 @@ ROOT = Path(__file__).parents[2]
 LOSS = '''
 
 def topr(rows: PolicyRows, *, ceiling: float = 1.0) -> Tensor:
-    """``-A log_probs`` where A > 0, else times the detached rho, at most ``ceiling``."""
+    """``-A log_probs`` where A > 0, else times the detached rho, at most ``ceiling``.
+
+    Source: TOPR (arXiv 2503.14286). Elsewhere: nobody.
+    """
     weight = rows.log_ratio.detach().exp().clamp(max=ceiling)
     return -rows.advantages * torch.where(rows.advantages > 0, 1.0, weight) * rows.log_probs
 
@@ -57,7 +60,7 @@ RECIPES: dict[str, tuple[str, Edits]] = {
     "A policy loss": (
         "topr",
         {
-            LIBRARY_FILE: lambda text: text.replace('"vespo",', '"topr", "vespo",') + LOSS,
+            LIBRARY_FILE: lambda text: text.replace('"vespo",', '"topr", "vespo",', 1) + LOSS,
             ORACLE_FILE: lambda text: (
                 text.replace(
                     "    if config.loss_type not in CLIPPED", BRANCH + "    if config.loss_type not in CLIPPED"
