@@ -162,7 +162,10 @@ def kl_estimate(
     if kl_type == "k3_bounded":
         return k3.clamp(max=10)
     if kl_type == "k3_weighted":
-        return log_ratio(log_probs, old_log_probs, clamp).exp() * k3
+        # The product of two exponentials: half of what one may have.
+        clamp = min(LARGEST_LOG_RATIO / 2, LARGEST_LOG_RATIO if clamp is None else clamp)
+        clamped = log_ratio(log_probs, ref_log_probs, clamp)
+        return log_ratio(log_probs, old_log_probs, clamp).exp() * (torch.expm1(-clamped) + clamped)
     raise ValueError(f"kl_type: unknown, {kl_type!r}")
 
 

@@ -27,8 +27,8 @@ _EAGER = Buffers(4, 12)
 
 
 def policy_losses(log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, config: sk.SRPOConfig) -> Tensor:
-    """Token losses of the policy branch."""
-    sequences = torch.arange(len(log_probs), device=log_probs.device)[:, None].expand_as(log_probs)
+    """Token losses of the policy branch; of no loss of whole sequences."""
+    sequences = torch.zeros(log_probs.shape, dtype=torch.int64, device=log_probs.device)
     return policy_loss(log_probs, old_log_probs, advantages, config, sequences)
 
 

@@ -28,7 +28,8 @@ def ref_kl(log_probs: Tensor, ref_log_probs: Tensor, log_ratio: Tensor, kl_type:
 
     k1, k2, and k3 of a bounded log-ratio: http://joschu.net/blog/kl-approx.html. A plus has the value of the one and
     the gradient of k2, as in verl; ``"k3_bounded"`` is verl's ``"low_var_kl"``, at most 10; ``"k3_weighted"`` is
-    ``rho * k3``, unbiased for samples of the old policy: DeepSeek-V3.2 (arXiv 2512.02556), section 3.1.
+    ``rho * k3``, unbiased for samples of the old policy: DeepSeek-V3.2 (arXiv 2512.02556), section 3.1; no log-ratio in
+    it is beyond 40.
     """
     difference = ref_log_probs - log_probs
     k2 = 0.5 * difference.square()
@@ -48,7 +49,10 @@ def ref_kl(log_probs: Tensor, ref_log_probs: Tensor, log_ratio: Tensor, kl_type:
         case "k3_bounded":
             return k3.clamp(max=_LARGEST_BOUNDED_KL)
         case "k3_weighted":
-            return log_ratio.exp() * k3
+            # The product of two exponentials.
+            half = 0.5 * LARGEST_LOG_RATIO
+            kept = kept.clamp(-half, half)
+            return log_ratio.clamp(-half, half).exp() * (torch.expm1(kept) - kept)
         case unknown:
             refuse_name("kl_type", unknown)
 

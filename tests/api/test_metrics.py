@@ -29,6 +29,10 @@ def test_summaries_are_means() -> None:
         "dw_weight_sum": 4.0,
         "dw_weight_sq_sum": 5.0,
         "divergence_sum": 1.0,
+        "rollout_tokens": 8.0,
+        "rollout_weight_sum": 6.0,
+        "rollout_clipped_count": 1.0,
+        "rollout_dropped_count": 2.0,
         "nonfinite_rows": 3.0,
     }
     assert tuple(totals) == METRICS
@@ -49,6 +53,9 @@ def test_summaries_are_means() -> None:
             "srpo/divergence": 0.25,
             "srpo/dw_weight_mean": 1.0,
             "srpo/dw_weight_std": 0.5,
+            "srpo/rollout_weight": 0.75,
+            "srpo/rollout_clipped_fraction": 0.125,
+            "srpo/rollout_dropped_fraction": 0.25,
             "srpo/nonfinite_rows": 3.0,
         }
     )

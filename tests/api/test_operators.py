@@ -94,7 +94,7 @@ def test_opcheck_of_the_statistics(divergence: str, case: tuple[Inputs, tuple[st
     torch.library.opcheck(OPERATORS.token_stats, arguments)
     with torch.no_grad():
         statistics = OPERATORS.token_stats(*arguments)
-    upstream = [torch.randn_like(x) for x in statistics[:3]]
+    upstream = [torch.randn_like(x) for x in statistics[:4]]
     detached = [x.detach() if isinstance(x, Tensor) else x for x in arguments]
     torch.library.opcheck(OPERATORS.token_stats_backward, (*upstream, *detached))
 
@@ -108,8 +108,8 @@ def test_the_schemas_have_the_fields_in_their_order() -> None:
     stats_call = StatsArguments._fields + StatsOptions._fields + needs
     assert names(OPERATORS.token_stats) == stats_call
     backward = names(OPERATORS.token_stats_backward)
-    assert backward[3:] == stats_call
-    assert backward[:3] == tuple(f"grad_{name}" for name in Statistics._fields[:3])
+    assert backward[4:] == stats_call
+    assert backward[:4] == tuple(f"grad_{name}" for name in Statistics._fields[:4])
     # Inductor binds arguments by name.
     assert len(set(backward)) == len(backward)
 

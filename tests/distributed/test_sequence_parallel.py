@@ -22,7 +22,11 @@ pytestmark = needs_gloo
 
 # All-gathers of a call with both gradients, and all-reduces.
 WIRE = {
-    **{name: (SRPOConfig(loss_type=name), (0, 0)) for name in LOSS_TYPES if not POLICY_LOSSES[name].whole_sequences},
+    **{
+        name: (SRPOConfig(loss_type=name), (0, 0))
+        for name in LOSS_TYPES
+        if not (POLICY_LOSSES[name].whole_sequences or POLICY_LOSSES[name].whole_batch)
+    },
     "constant": (SRPOConfig(reduction="constant", max_length=9), (0, 0)),
     "sequence": (SRPOConfig(reduction="sequence"), (3, 0)),
     # Two of ids, one of what moves, the sums and their gradient; luspo's lengths.
