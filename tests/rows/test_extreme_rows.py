@@ -130,7 +130,9 @@ def test_a_reference_that_is_far_away(kl_type: str, backend: str) -> None:
         actual, exact = run_loss(srpo_loss, inputs, config=config, backend=backend), exact_loss(inputs, config)
         for name, value in exact.items():
             assert actual[name].isfinite().all(), name
-            torch.testing.assert_close(actual[name].double(), value, rtol=2e-5, atol=1e-5, msg=name)
+            # One row may be far larger than the others, whose gradients it is added to.
+            atol = 1e-5 + 1e-6 * float(value.abs().max())
+            torch.testing.assert_close(actual[name].double(), value, rtol=2e-5, atol=atol, msg=name)
 
 
 @each_backend
