@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from srpo_kernels.checks import refuse_name
-from srpo_kernels.rows.contract import ModelSums, RowSpec, Statistics
+from srpo_kernels.rows.contract import LOWEST, ModelSums, RowSpec, Statistics
 from srpo_kernels.rows.dtypes import wide_dtype
 from srpo_kernels.rows.mixture import has_mixture
 
@@ -136,6 +136,7 @@ def support_statistics(
     pairs = zip(complement[:5], support_sums(units, slope)[:5], strict=True)
     (sums,) = merge([ModelSums(*map(torch.stack, pairs))], slope)
     stats = row_statistics(sums._replace(target=complement.target), slope, entropy=entropy)
-    log_probs = slope * (units - sums.maximum[:, None]) - sums.total.log()[:, None]
+    # A token that is excluded, or is none, stays where a factor before it is no infinity.
+    log_probs = (slope * (units - sums.maximum[:, None]) - sums.total.log()[:, None]).clamp_min(LOWEST)
     tail_logsumexp = logsumexp(complement, slope) if spec.add_tail else None
     return stats._replace(support_ids=ids, support_log_probs=log_probs, tail_logsumexp=tail_logsumexp)
