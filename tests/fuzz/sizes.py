@@ -123,8 +123,11 @@ def _largest_coefficient(case: Case, config: SRPOConfig, exact: dict[str, Any]) 
     kappa = config.distillation_is_clip if case.inputs["old_log_probs"] is not None else 1.0
     distilled = weight * (kappa or 1.0) if weight else 0.0
     if config.distillation_mode == "sampled":
-        # It multiplies two log-probs.
-        distilled *= (1.0 + largest(finite(exact["log_probs"]))) ** 2
+        # It multiplies two log-probs, the teacher's among them.
+        student, slope = largest(finite(exact["log_probs"])), config.logit_scale / config.temperature
+        known = case.inputs["teacher_hidden"] is not None
+        teacher = 2.0 * slope * largest_logit(case, "teacher_") if known else 0.0
+        distilled *= (1.0 + student) * (1.0 + max(student, teacher))
     penalty = config.kl_coef * _steepest_kl(case, exact) + abs(config.entropy_coef)
     ratio = 1.0
     if len(case.inputs["weight"]) == 1 and case.inputs["old_log_probs"] is not None:
