@@ -57,6 +57,36 @@ def divergence(log_p: Tensor, log_q: Tensor, kind: str, alpha: float = 0.5) -> T
     raise ValueError(f"divergence: unknown, {kind!r}")
 
 
+def entries(log_p: Tensor, log_q: Tensor, kind: str, alpha: Tensor) -> Tensor:
+    """Each token's share of a divergence, ``[n, V]``: a sum over one token is its share. ``alpha`` is ``[n]``.
+
+    A jsd with alpha 0 is forward_kl here, one with alpha 1 reverse_kl.
+    """
+    log_p, log_q, shares = log_p[..., None], log_q[..., None], torch.empty_like(log_p)
+    for a in alpha.unique():
+        name = {0.0: "forward_kl", 1.0: "reverse_kl"}.get(a.item(), kind) if kind == "jsd" else kind
+        rows = alpha == a
+        shares = torch.where(rows[:, None], divergence(log_p, log_q, name, a.item()), shares)
+    return shares
+
+
+def configured_divergence(
+    log_p: Tensor, log_q: Tensor, config: Any, alpha: Tensor | None, clip: Tensor | None
+) -> Tensor:
+    """``Σ_v min(f_v, clip)``, f the config's divergence, with the rows' own ``alpha`` and ``clip`` ``[n]`` if given.
+
+    The clip is OPSD's (arXiv 2601.18734).
+    """
+    bound = getattr(config, "divergence_clip", None)
+    if alpha is None and clip is None and bound is None:
+        return divergence(log_p, log_q, config.divergence, config.alpha)
+    constant = torch.ones(len(log_p), dtype=log_p.dtype, device=log_p.device)
+    alpha = constant * config.alpha if alpha is None else alpha
+    clip = constant * (math.inf if bound is None else bound) if clip is None else clip
+    shares = entries(log_p, log_q, config.divergence, alpha)
+    return torch.where(shares < clip[:, None], shares, clip[:, None]).sum(-1)
+
+
 def top_k_buckets(
     student_logits: Tensor, teacher_logits: Tensor, k: int, add_tail: bool, of: str = "student"
 ) -> tuple[Tensor, Tensor]:
@@ -111,9 +141,17 @@ def sampled_loss(log_probs: Tensor, teacher_log_probs: Tensor) -> Tensor:
 
 
 def distillation_loss(
-    student_logits: Tensor, teacher_logits: Tensor, target_ids: Tensor, config: Any
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    target_ids: Tensor,
+    config: Any,
+    alpha: Tensor | None = None,
+    clip: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Token loss and divergence of ``config.distillation_mode``, both ``[n]``; only ``sampled`` differs."""
+    """Token loss and divergence of ``config.distillation_mode``, both ``[n]``; only ``sampled`` differs.
+
+    ``alpha`` and ``clip`` ``[n]`` are the rows' own.
+    """
     if config.distillation_mode == "sampled":
         log_p = select_log_probs(student_logits, target_ids[:, None])[:, 0]
         log_q = select_log_probs(teacher_logits, target_ids[:, None])[:, 0]
@@ -125,17 +163,22 @@ def distillation_loss(
         log_p, log_q = student_logits.log_softmax(-1), teacher_logits.log_softmax(-1)
     else:
         raise ValueError(f"distillation_mode: unknown, {config.distillation_mode!r}")
-    value = divergence(log_p, log_q, config.divergence, config.alpha)
+    value = configured_divergence(log_p, log_q, config, alpha, clip)
     return value, value
 
 
 def given_distillation_loss(
-    student_logits: Tensor, ids: Tensor, teacher_log_probs: Tensor, config: Any
+    student_logits: Tensor,
+    ids: Tensor,
+    teacher_log_probs: Tensor,
+    config: Any,
+    alpha: Tensor | None = None,
+    clip: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The same of ``topk`` where the teacher's log-probs at its likeliest tokens are all that is known of it."""
     log_p = buckets(student_logits, ids, config.add_tail)
     log_q = given_buckets(teacher_log_probs, ids, config.add_tail, student_logits.shape[-1])
-    value = divergence(log_p, log_q, config.divergence, config.alpha)
+    value = configured_divergence(log_p, log_q, config, alpha, clip)
     return value, value
 
 

@@ -90,6 +90,8 @@ def distillation_branch(
     target_ids: Tensor,
     old_log_probs: Tensor | None,
     is_weights: Tensor | None,
+    alpha: Tensor | None,
+    clip: Tensor | None,
     normalizers: Any,
     config: Any,
 ) -> Branch:
@@ -101,10 +103,14 @@ def distillation_branch(
     if topk is not None:
         ids, teacher_log_probs = topk
         teacher_entropy = distillation.bucket_entropy(teacher_log_probs, ids)
-        token_losses, divergences = distillation.given_distillation_loss(logits, ids, teacher_log_probs, config)
+        token_losses, divergences = distillation.given_distillation_loss(
+            logits, ids, teacher_log_probs, config, alpha, clip
+        )
     elif teacher_logits is not None:
         teacher_entropy = entropy(teacher_logits)
-        token_losses, divergences = distillation.distillation_loss(logits, teacher_logits, target_ids, config)
+        token_losses, divergences = distillation.distillation_loss(
+            logits, teacher_logits, target_ids, config, alpha, clip
+        )
     else:
         raise ValueError("teacher_hidden: distillation rows need it, got None")
     if normalizers is None:
@@ -149,6 +155,8 @@ def srpo_loss(
     teacher_bias: Tensor | None = None,
     teacher_topk_ids: Tensor | None = None,
     teacher_topk_log_probs: Tensor | None = None,
+    divergence_alpha: Tensor | None = None,
+    divergence_clip: Tensor | None = None,
     old_log_probs: Tensor | None = None,
     ref_log_probs: Tensor | None = None,
     is_weights: Tensor | None = None,
@@ -231,6 +239,8 @@ def srpo_loss(
         target_ids[sdpo_rows],
         select(old_log_probs, sdpo_rows),
         select(is_weights, sdpo_rows),
+        select(divergence_alpha, sdpo_rows),
+        select(divergence_clip, sdpo_rows),
         normalizers,
         config,
     )

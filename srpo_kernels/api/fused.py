@@ -34,6 +34,8 @@ def fused_loss(
     teacher_mask: Tensor | None = None,
     bias: Tensor | None = None,
     teacher_bias: Tensor | None = None,
+    divergence_alpha: Tensor | None = None,
+    divergence_clip: Tensor | None = None,
     sequence_ids: Tensor | None = None,
     whole_sequences: bool = False,
     vocab_parallel_group: ProcessGroup | None = None,
@@ -45,12 +47,12 @@ def fused_loss(
     """A loss of your own from the last hidden states and the LM head, at the price of ours: without ``[N, V]`` logits.
 
     ``loss = sum over valid rows of objective(row)``. The objective is a function on vectors: ``rows.log_probs``,
-    ``rows.entropy``, ``rows.divergence`` and ``rows.logsumexp`` ``[n]`` carry gradient, ``rows.teacher_entropy`` and
-    ``rows.teacher_log_probs`` do not, the ``inputs`` are there by their names, and it returns the losses ``[n]``. It is
-    called for one chunk of rows after another, and autograd through it gives what the engine spreads over the
-    vocabulary: 3 matmuls per row, 4 per row with a teacher of which something is read. Statistics that it does not read
-    are not computed; to see which those are, it is first called on one row with made-up ones. Divide by a count of
-    tokens yourself, of the whole optimizer batch, so that micro-batches add up.
+    ``rows.entropy``, ``rows.divergence``, ``rows.forward_kl``, ``rows.reverse_kl`` and ``rows.logsumexp`` ``[n]`` carry
+    gradient, ``rows.teacher_entropy`` and ``rows.teacher_log_probs`` do not, the ``inputs`` are there by their names,
+    and it returns the losses ``[n]``. It is called for one chunk of rows after another, and autograd through it gives
+    what the engine spreads over the vocabulary: 3 matmuls per row, 4 per row with a teacher of which something is read.
+    Statistics that it does not read are not computed; to see which those are, it is first called on one row with
+    made-up ones. Divide by a count of tokens yourself, of the whole optimizer batch, so that micro-batches add up.
 
     A row's loss must not depend on other rows: chunks are cut anywhere, and nothing can tell. With ``whole_sequences``
     it may depend on those of its sequence: ``rows.sequence_mean`` and ``rows.sequence_sum`` take values over it, on
@@ -73,13 +75,17 @@ def fused_loss(
             the others what is read of one is 0. None: all, where ``teacher_hidden`` is given.
         bias: ``[V]``; carries gradient.
         teacher_bias: ``[V]``, detached.
+        divergence_alpha: ``[B]``, ``[B, 1]`` or ``target_ids``' shape, floating: each row's own ``config.alpha``; with
+            ``divergence="jsd"`` 0 makes a row's divergence forward_kl and 1 reverse_kl. None: ``config.alpha``.
+        divergence_clip: likewise, in place of ``config.divergence_clip``; > 0, infinite for no bound.
         sequence_ids: ``[N]``, integers: the sequence of a packed row, for ``whole_sequences``.
         whole_sequences: each call of the objective has all valid rows of a sequence. Rows of a sequence that does not
             fit the workspace are computed twice.
         vocab_parallel_group: the process group that holds the LM head in shards, as in ``srpo_loss``.
         sequence_parallel_group: the process group whose ranks have other rows of the same sequences, for
             ``whole_sequences``; as in ``srpo_loss``.
-        config: its logit transform, ``divergence`` and ``alpha`` are read, and by a named policy loss its options.
+        config: its logit transform, ``divergence``, ``alpha`` and ``divergence_clip`` are read, and by a named policy
+            loss its options.
         backend: ``"auto"``, ``"torch"`` or ``"triton"``.
         workspace_bytes: bound of the logits that are alive at a time, of both models together.
 
@@ -111,10 +117,13 @@ def fused_loss(
         if teacher_hidden is not None and teacher_mask is None:
             teacher_mask = torch.ones_like(target_ids, dtype=torch.bool)
         teacher.check_teacher(teacher_hidden, teacher_weight, teacher_bias, weight, bias, teacher_mask, "teacher_mask")
+        teacher.check_own_divergences(divergence_alpha, divergence_clip, target_ids, config, teacher_mask)
         dtype = accumulation_dtype(hidden, weight)
         backend = backends.resolve_backend(backend, hidden.device, dtype)
         validation.check_workspace(workspace_bytes)
 
+    own = {"divergence_alpha": divergence_alpha, "divergence_clip": divergence_clip}
+    inputs = {**inputs, **{name: values for name, values in own.items() if values is not None}}
     call = LossArguments(
         hidden=hidden,
         weight=weight,

@@ -32,6 +32,8 @@ def srpo_loss(
     teacher_bias: Tensor | None = None,
     teacher_topk_ids: Tensor | None = None,
     teacher_topk_log_probs: Tensor | None = None,
+    divergence_alpha: Tensor | None = None,
+    divergence_clip: Tensor | None = None,
     old_log_probs: Tensor | None = None,
     ref_log_probs: Tensor | None = None,
     is_weights: Tensor | None = None,
@@ -76,6 +78,9 @@ def srpo_loss(
             ``distillation_mode="topk"`` with ``topk_of="teacher"``, K stands for ``topk``. Distinct in a row, negative
             where there are fewer. A row then costs 3 matmuls, and the entropy that weights it is ``topk_entropy``'s.
         teacher_topk_log_probs: the shape of ``teacher_topk_ids``: the teacher's log-probs (nats) there. Detached.
+        divergence_alpha: ``[B]``, ``[B, 1]`` or ``target_ids``' shape, floating: each row's own ``config.alpha``; with
+            ``divergence="jsd"`` 0 makes a row's divergence forward_kl and 1 reverse_kl. None: ``config.alpha``.
+        divergence_clip: likewise, in place of ``config.divergence_clip``; > 0, infinite for no bound.
         old_log_probs: ``target_ids``' shape: the sampling policy's log-probs (nats). None: the current ones.
         ref_log_probs: ``target_ids``' shape; required when ``kl_coef`` is not 0.
         is_weights: ``[B]``, ``[B, 1]`` or ``target_ids``' shape: a ready correction for a mismatched rollout engine, on
@@ -143,6 +148,7 @@ def srpo_loss(
         teacher.check_teacher_topk(
             teacher_topk_ids, teacher_topk_log_probs, teacher_hidden, target_ids, sdpo_mask, config
         )
+        teacher.check_own_divergences(divergence_alpha, divergence_clip, target_ids, config, sdpo_mask)
         dtype = accumulation_dtype(hidden, weight)
         backend = backends.resolve_backend(backend, hidden.device, dtype)
         validation.check_workspace(workspace_bytes)
@@ -153,6 +159,8 @@ def srpo_loss(
         "ref_log_probs": ref_log_probs,
         "is_weights": is_weights,
         "rollout_log_probs": rollout_log_probs,
+        "divergence_alpha": divergence_alpha,
+        "divergence_clip": divergence_clip,
     }
     given = {name: values for name, values in inputs.items() if values is not None}
     call = LossArguments(

@@ -7,6 +7,7 @@ from torch import Tensor
 from srpo_kernels.api.validation import check_head
 from srpo_kernels.checks import BOOL, FLOATING, INTEGER, require_shape, require_tensor
 from srpo_kernels.losses.config import SRPOConfig
+from srpo_kernels.rows.mixture import has_mixture
 
 
 def check_teacher(
@@ -37,6 +38,28 @@ def check_fused_teacher(teacher_hidden: object, teacher_mask: object, target_ids
         raise ValueError(
             "config.distillation_mode must be 'full' where fused_loss has a teacher: its divergence is that of the "
             f"whole vocabulary, got {config.distillation_mode!r}"
+        )
+
+
+def check_own_divergences(
+    divergence_alpha: object, divergence_clip: object, target_ids: Tensor, config: SRPOConfig, mask: Tensor | None
+) -> None:
+    """Numbers of the divergence by row, which the config's divergence must read."""
+    rows = target_ids.shape
+    for name, value in (("divergence_alpha", divergence_alpha), ("divergence_clip", divergence_clip)):
+        if value is None:
+            continue
+        value = require_tensor(name, value, FLOATING, target_ids.device)
+        shapes = [rows[:1], rows] if target_ids.ndim == 1 else [rows[:1], rows, (rows[0], 1)]
+        require_shape(name, value, shapes, "[B], or the shape of target_ids")
+        if mask is None:
+            raise ValueError(f"{name} needs a teacher, of whose divergence it is a number")
+        if config.distillation_mode == "sampled":
+            raise ValueError(f"{name} must be None with distillation_mode='sampled', which has one token alone")
+    if divergence_alpha is not None and not has_mixture(config.divergence):
+        raise ValueError(
+            "divergence_alpha needs a config.divergence from a mixture: 'jsd' is forward_kl where it is 0 and "
+            f"reverse_kl where it is 1; got {config.divergence!r}"
         )
 
 

@@ -22,6 +22,7 @@ from srpo_kernels.losses.divergence import over_support
 from srpo_kernels.losses.rows import SUPPORT, TEACHER, TEACHER_SUPPORT, NotComputed
 from srpo_kernels.rows.contract import Dlogits, RowGradients, RowSpec, Statistics, Support
 from srpo_kernels.rows.dtypes import accumulation_dtype
+from srpo_kernels.rows.mixture import KLS
 from srpo_kernels.rows.passes import Request, RowPasses
 from srpo_kernels.rows.sums import bucket_entropy
 
@@ -133,11 +134,17 @@ class FusedPass:
             spec = replace(
                 self.spec,
                 divergence=self.spec.divergence if "divergence" in names else None,
+                kls=frozenset(name for name in KLS if name in names),
                 topk=self.spec.topk if "support_log_probs" in names else 0,
                 add_tail=self.spec.add_tail and taught,
             )
+            spec = spec.of_rows(rows, *(self._of_row(name, rows) for name in ("divergence_alpha", "divergence_clip")))
         wanted = gradients if gradient else frozenset()
         return Request(logits, y, spec, self.batch.target_ids[rows], "entropy" in names, wanted, support)
+
+    def _of_row(self, name: str, rows: Tensor) -> Tensor | None:
+        values = self.batch.inputs.get(name)
+        return None if values is None else values[rows]
 
     def _support(self, rows: Tensor, *, taught: bool) -> Support | None:
         """Tokens that are given: the teacher's likeliest, or those that a row was sampled from."""
@@ -284,4 +291,4 @@ class FusedPass:
 
 
 # What takes the teacher's logits.
-_OF_TEACHER = frozenset({"divergence", *TEACHER, *SUPPORT, *TEACHER_SUPPORT})
+_OF_TEACHER = frozenset({"divergence", "forward_kl", "reverse_kl", *TEACHER, *SUPPORT, *TEACHER_SUPPORT})

@@ -82,7 +82,9 @@ def _run(
     size, given = passes.vocabulary.size, call.teacher_topk_ids
     topk = min(config.topk if given is None else given.shape[-1], size)
     add_tail = config.add_tail and topk < size
-    spec = RowSpec(config.transform, config.divergence, config.alpha, topk, add_tail, config.topk_of)
+    spec = RowSpec(
+        config.transform, config.divergence, config.alpha, topk, add_tail, config.topk_of, config.divergence_clip
+    )
     dtype = accumulation_dtype(call.hidden, call.weight)
     with workspace.borrowed(plan.buffer_rows, len(call.weight), dtype, call.hidden.device) as buffer:
         return FusedPass(batch, plan, objective, spec, needs, passes, buffer).run()

@@ -17,12 +17,19 @@ from srpo_kernels.engine.arguments import NORMALIZERS, LossArguments, LossOption
 from srpo_kernels.engine.backends import rows_of
 from srpo_kernels.engine.batch import Batch, Head, Needs
 from srpo_kernels.engine.plan import RowMemory
-from srpo_kernels.engine.row_values import check_row_values, check_support, check_teacher_rows, check_workspace
+from srpo_kernels.engine.row_values import (
+    check_own_divergences,
+    check_row_values,
+    check_support,
+    check_teacher_rows,
+    check_workspace,
+)
 from srpo_kernels.engine.stats import StatsCall
+from srpo_kernels.losses.config import SRPOConfig
 from srpo_kernels.losses.sequences import Sequences
-from srpo_kernels.rows.contract import LOWEST, Divergence, LogitTransform, RowSpec, Support
+from srpo_kernels.rows.contract import LOWEST, LogitTransform, RowSpec, Support
 from srpo_kernels.rows.dtypes import accumulation_dtype
-from srpo_kernels.rows.mixture import has_mixture
+from srpo_kernels.rows.mixture import Divergence, has_mixture
 from srpo_kernels.rows.passes import RowPasses
 from srpo_kernels.rows.vocabulary import Vocabulary
 
@@ -69,6 +76,9 @@ def flatten(
         has_advantages="advantages" in inputs or not needs_advantages,
         **{name: getattr(call, name) for name in NORMALIZERS},
     )
+    config = SRPOConfig.decode(options.config)
+    own = inputs.get("divergence_alpha"), inputs.get("divergence_clip")
+    check_own_divergences(*own, valid & taught, config.divergence)
     teacher_rows = torch.arange(len(targets), device=targets.device)
     if teacher is not None and call.teacher_mask is not None:
         teacher_rows = _teacher_rows(teacher, call.teacher_mask, call.target_ids)

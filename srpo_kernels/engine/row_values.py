@@ -64,6 +64,25 @@ def check_support(name: str, ids: Tensor, vocab_size: int) -> None:
         raise ValueError(f"{name} must be distinct in each row, got {ids[row].tolist()}")
 
 
+def check_own_divergences(alpha: Tensor | None, clip: Tensor | None, rows: Tensor, divergence: str) -> None:
+    """Each row's own numbers of a divergence, where ``rows`` ``[N]`` is true: a host read where there are some."""
+    ends = divergence == "jsd"
+    checks: list[tuple[str, Tensor, Tensor, str]] = []
+    if alpha is not None:
+        inside = (alpha >= 0) & (alpha <= 1) if ends else (alpha > 0) & (alpha < 1)
+        expected = "in [0, 1]" if ends else f"strictly between 0 and 1 with divergence={divergence!r}"
+        checks.append(("divergence_alpha", alpha, inside, expected))
+    if clip is not None:
+        checks.append(("divergence_clip", clip, clip > 0, "> 0, infinite for no bound,"))
+    wrong = [(rows & ~inside).any() for _, _, inside, _ in checks]
+    for (name, values, inside, expected), bad in zip(checks, torch.stack(wrong).tolist() if wrong else (), strict=True):
+        if bad:
+            row = int((rows & ~inside).nonzero()[0])
+            raise ValueError(
+                f"{name} must be {expected} in every row to distill, got {float(values[row])} at row {row}"
+            )
+
+
 def warn_of_weights(weight_sum: float, count: int, config: SRPOConfig) -> None:
     """Say that the entropy weights of a whole batch, ``count`` rows, have another mean than 1: one host read."""
     mean = weight_sum / count

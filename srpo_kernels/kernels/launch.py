@@ -103,6 +103,20 @@ def on_device(tensor: Tensor) -> AbstractContextManager[object]:
     return torch.get_device_module(tensor.device).device(tensor.device)  # type: ignore[no-any-return]
 
 
+def gradient_terms(
+    mixture: Mixture | None, *, forward_kl: bool = False, reverse_kl: bool = False, entries: bool = False
+) -> dict[str, bool]:
+    """Which terms of divergences a gradient has."""
+    terms = mixture_terms(mixture)
+    return {
+        "FORWARD_KL": forward_kl,
+        "REVERSE_KL": reverse_kl,
+        "STUDENT_KL": terms["STUDENT_KL"],
+        "OVERLAP": terms["OVERLAP"],
+        "ENTRIES": entries,
+    }
+
+
 def mixture_terms(mixture: Mixture | None) -> dict[str, bool]:
     """Which terms of a mixture the divergence and its gradient have: compile-time values, the same for any alpha."""
     return {

@@ -12,7 +12,9 @@ import torch
 import triton
 from torch import Tensor
 
+from srpo_kernels.kernels.gradient import entry_numbers, gradient_numbers, mixture_shares
 from srpo_kernels.kernels.launch import mixture_terms, on_device, row_launch, vendor_of
+from srpo_kernels.kernels.row_entries import row_entries_kernel
 from srpo_kernels.kernels.row_grad import row_grad_kernel
 from srpo_kernels.kernels.row_mixture import row_mixture_kernel
 from srpo_kernels.kernels.row_stats import row_stats_kernel
@@ -27,8 +29,6 @@ from srpo_kernels.rows.contract import (
     Scratch,
     Statistics,
 )
-from srpo_kernels.rows.dtypes import wide_dtype
-from srpo_kernels.rows.mixture import Mixture
 from srpo_kernels.rows.sums import unpack
 
 
@@ -95,12 +95,14 @@ def _within(ids: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
     return nearest, nearest == ids
 
 
-def mixture_sums(logits: Tensor, teacher_logits: Tensor, stats: Statistics, spec: RowSpec, *, first: bool) -> Tensor:
+def divergence_sums(logits: Tensor, teacher_logits: Tensor, stats: Statistics, spec: RowSpec, *, first: bool) -> Tensor:
     """The kernel's are in bits, and off by what the log-sum-exps lack in fp32: both are put right here."""
     transform, vendor, mixture = Transform.of(spec.transform), vendor_of(logits.device), spec.mixture
-    assert stats.teacher_logsumexp is not None and mixture is not None
+    assert stats.teacher_logsumexp is not None
+    if mixture is None:
+        return _entry_sums(logits, teacher_logits, stats, spec)
     student, teacher = (Base2.of(x, logits.dtype) for x in (stats.logsumexp, stats.teacher_logsumexp))
-    shares, wanted = _shares(student, teacher, mixture), mixture_terms(mixture)
+    shares, wanted = mixture_shares(student, teacher, mixture), mixture_terms(mixture)
     launch = row_launch(2, vendor)
     out = logits.new_empty(len(logits), sum(wanted.values()))
     if len(logits):
@@ -139,6 +141,34 @@ def mixture_sums(logits: Tensor, teacher_logits: Tensor, stats: Statistics, spec
     return torch.cat([center, mixture.divergence(*kls)], dim=1)
 
 
+def _entry_sums(logits: Tensor, teacher_logits: Tensor, stats: Statistics, spec: RowSpec) -> Tensor:
+    transform, vendor, launch = (
+        Transform.of(spec.transform),
+        vendor_of(logits.device),
+        row_launch(2, vendor_of(logits.device)),
+    )
+    out = logits.new_empty(len(logits), 2)
+    if len(logits):
+        with on_device(logits):
+            row_entries_kernel[(len(logits),)](
+                logits,
+                teacher_logits,
+                entry_numbers(stats, spec, logits.dtype),
+                out,
+                logits.stride(0),
+                teacher_logits.stride(0),
+                logits.shape[1],
+                transform.inner,
+                transform.slope2,
+                SOFTCAP=transform.softcap,
+                LANES=launch.lanes,
+                VENDOR=vendor,
+                num_warps=launch.num_warps,
+                num_stages=launch.num_stages,
+            )
+    return out
+
+
 def whole_rows(
     logits: Tensor,
     teacher_logits: Tensor | None,
@@ -161,55 +191,16 @@ def dlogits_(
     dtype: torch.dtype,
 ) -> Dlogits:
     """Write over the logits, or into a new buffer of ``dtype``."""
-    ids, at_ids, outside, log_sum, by_log, by_divergence = coefficients
-    by_p_at_ids = torch.zeros_like(outside)
-    if by_log is not None:
-        assert stats.entropy is not None
-        by_p_at_ids = by_log * stats.entropy
-    if by_divergence is not None and spec.divergence == "forward_kl":
-        by_p_at_ids = by_p_at_ids + by_divergence
-    if log_sum is stats.tail_logsumexp:
-        # If the tail is excluded tokens, it has no probability, and a log-sum-exp that fp32 is too coarse for.
-        log_sum = log_sum.where(log_sum >= 0.5 * LOWEST * slope(spec.transform), stats.logsumexp)
+    ids, at_ids = coefficients.ids, coefficients.at_ids
     if not ids.shape[1]:
         # A kernel has one id at least: that of another slice.
-        ids, at_ids = torch.full_like(outside, -1, dtype=torch.int64)[:, None], torch.zeros_like(outside)[:, None]
-    z, y = logits, None if by_divergence is None else teacher_logits
+        ids, at_ids = (
+            torch.full_like(coefficients.outside, -1, dtype=torch.int64)[:, None],
+            at_ids.new_zeros(len(ids), 1),
+        )
+    z, y = logits, teacher_logits if coefficients.compares else None
     transform, vendor = Transform.of(spec.transform), vendor_of(z.device)
-    mixture = None if y is None else spec.mixture
-    wanted = mixture_terms(mixture)
-    divergence = "none" if y is None else spec.divergence if mixture is None else "mixture"
-    center, teacher_logsumexp = stats.center, stats.teacher_logsumexp
-    nothing = torch.zeros_like(outside)
-    by_log = nothing if by_log is None else by_log
-    by_divergence = nothing if by_divergence is None else by_divergence
-    student = Base2.of(log_sum, z.dtype)
-    teacher = student if y is None or teacher_logsumexp is None else Base2.of(teacher_logsumexp, z.dtype)
-    # What the log-sum-exps lack in fp32 scales a row's probabilities and shifts its log-ratios.
-    by_log, by_divergence = by_log[:, None] * math.log(2.0), by_divergence[:, None]
-    missing, extra, by_overlap = by_log * student.low, nothing[:, None].expand(-1, 2), None
-    if divergence == "forward_kl":
-        by_divergence = by_divergence * (teacher.correction / student.correction)
-    elif divergence == "reverse_kl" and center is not None and teacher_logsumexp is not None:
-        # Each model's units less their log-sum-exp, the teacher's less the mean of the log-ratio as well: of a row that
-        # has one token alone both are exactly 0 there.
-        by_divergence = by_divergence * transform.slope
-        origins = torch.cat([log_sum, teacher_logsumexp - center], dim=1) / transform.slope
-        extra = origins.to(z.dtype)
-        low = origins - extra
-        missing = missing + by_divergence * (low[:, :1] - low[:, 1:]).to(z.dtype)
-    elif mixture is not None and center is not None:
-        extra = _shares(student, teacher, mixture).to(z.dtype)
-        missing = missing + by_divergence * center.to(z.dtype)
-        if wanted["OVERLAP"]:
-            by_overlap = by_divergence * mixture.ratio * teacher.correction
-        if wanted["STUDENT_KL"]:
-            by_divergence = by_divergence * math.log(2.0)
-            missing = missing + by_divergence * student.low
-    by_p, by_p_at_ids = (outside + by_p_at_ids)[:, None] - missing, by_p_at_ids[:, None] - missing
-    scale = spec.transform.scale * student.correction
-    terms = [x * scale for x in (by_p, by_log, by_divergence, by_p_at_ids)]
-    numbers = [student.high, teacher.high, *terms, extra, *([] if by_overlap is None else [by_overlap * scale])]
+    terms, numbers = gradient_numbers(stats, coefficients, spec)
     out = z
     if dtype != z.dtype:
         out = torch.empty_strided(z.shape, z.stride(), dtype=dtype, device=z.device)
@@ -222,7 +213,7 @@ def dlogits_(
                 out,
                 ids.contiguous(),
                 (at_ids * spec.transform.scale).contiguous(),
-                torch.cat(numbers, dim=1),
+                numbers,
                 z.stride(0),
                 (z if y is None else y).stride(0),
                 out.stride(0),
@@ -230,9 +221,7 @@ def dlogits_(
                 ids.shape[1],
                 transform.inner,
                 transform.slope2,
-                DIVERGENCE=divergence,
-                STUDENT_KL=wanted["STUDENT_KL"],
-                OVERLAP=wanted["OVERLAP"],
+                **terms,
                 SOFTCAP=transform.softcap,
                 LANES=launch.lanes,
                 BLOCK_IDS=triton.next_power_of_2(ids.shape[1]),
@@ -241,9 +230,3 @@ def dlogits_(
                 num_stages=launch.num_stages,
             )
     return Dlogits(out, None)
-
-
-def _shares(student: Base2, teacher: Base2, mixture: Mixture) -> Tensor:
-    """The models' shares in the mixture, ``[n, 2]`` and wide, for probabilities as the kernels see them."""
-    missing = torch.cat([student.low, teacher.low], dim=1).to(wide_dtype(student.low.device))
-    return torch.exp2(-missing) * missing.new_tensor([mixture.student_share, mixture.teacher_share])

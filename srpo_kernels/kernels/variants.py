@@ -10,13 +10,21 @@ import torch
 from triton import JITFunction
 from triton.backends.compiler import GPUTarget
 
-from srpo_kernels.kernels.launch import MERGE_WARPS, RowLaunch, Vendor, mixture_terms, row_launch, tile_launch
+from srpo_kernels.kernels.launch import (
+    MERGE_WARPS,
+    RowLaunch,
+    Vendor,
+    gradient_terms,
+    mixture_terms,
+    row_launch,
+    tile_launch,
+)
 from srpo_kernels.kernels.primitives import VECTOR
+from srpo_kernels.kernels.row_entries import row_entries_kernel
 from srpo_kernels.kernels.row_grad import row_grad_kernel
 from srpo_kernels.kernels.row_mixture import row_mixture_kernel
 from srpo_kernels.kernels.row_stats import row_stats_kernel
 from srpo_kernels.kernels.tile_stats import merge_tiles_kernel, tile_stats_kernel
-from srpo_kernels.rows.contract import DIVERGENCES, Divergence, RowSpec
 from srpo_kernels.rows.mixture import MIXTURE_DIVERGENCES, MixtureDivergence, mixture_of
 
 # Compiled in is which terms a mixture has, the same for any alpha.
@@ -58,10 +66,11 @@ def variants(target: GPUTarget) -> Iterator[Variant]:
             yield _row_stats(models, softcap, vendor)
         for mixed in MIXTURE_DIVERGENCES:
             yield _row_mixture(mixed, softcap, vendor)
-        for divergence, half in product((None, *DIVERGENCES), (False, True)):
-            yield _row_grad(divergence, softcap, half, 1, vendor)
+        yield _row_entries(softcap, vendor)
+        for (label, terms), half in product(_gradients(), (False, True)):
+            yield _row_grad(label, terms, softcap, half, 1, vendor)
         for half in (False, True):
-            yield _row_grad(None, softcap, half, _ID_BLOCKS[1], vendor)
+            yield _row_grad(*_gradients()[0], softcap, half, _ID_BLOCKS[1], vendor)
         for models, dtype, bias in product((1, 2), _DTYPES, (False, True)):
             yield _tile_stats(models, dtype, softcap, bias, vendor, capability)
 
@@ -94,13 +103,41 @@ def _row_mixture(divergence: MixtureDivergence, softcap: bool, vendor: Vendor) -
     )
 
 
-def _row_grad(divergence: Divergence | None, softcap: bool, half: bool, id_block: int, vendor: Vendor) -> Variant:
-    models = 1 if divergence is None else 2
-    mixture = RowSpec(divergence=divergence, alpha=_ALPHA).mixture
-    terms = mixture_terms(mixture)
+def _row_entries(softcap: bool, vendor: Vendor) -> Variant:
+    return _row_variant(
+        "row_entries",
+        _label("any divergence", softcap=softcap),
+        row_entries_kernel,
+        {"z_ptr": "*fp32", "y_ptr": "*fp32", "numbers_ptr": "*fp32", "sums_ptr": "*fp32"},
+        {"SOFTCAP": softcap, "VENDOR": vendor},
+        row_launch(2, vendor),
+        8,
+    )
+
+
+def _gradients() -> list[tuple[str, dict[str, bool]]]:
+    """The terms of a gradient: of none, one or several divergences."""
+    mixed = {name: mixture_of(name, _ALPHA) for name in MIXTURE_DIVERGENCES}
+    return [
+        ("log-prob and entropy", gradient_terms(None)),
+        ("forward_kl", gradient_terms(None, forward_kl=True)),
+        ("reverse_kl", gradient_terms(None, reverse_kl=True)),
+        *((name, gradient_terms(mixture)) for name, mixture in mixed.items()),
+        ("entries", gradient_terms(None, entries=True)),
+        ("both KLs", gradient_terms(None, forward_kl=True, reverse_kl=True)),
+        *(
+            (f"both KLs, {name}", gradient_terms(mixture, forward_kl=True, reverse_kl=True))
+            for name, mixture in mixed.items()
+        ),
+        ("both KLs, entries", gradient_terms(None, forward_kl=True, reverse_kl=True, entries=True)),
+    ]
+
+
+def _row_grad(label: str, terms: dict[str, bool], softcap: bool, half: bool, id_block: int, vendor: Vendor) -> Variant:
+    models = 2 if any(terms.values()) else 1
     return _row_variant(
         "row_grad",
-        _label(divergence or "log-prob and entropy", softcap=softcap, top_k=id_block > 1, into_bf16=half),
+        _label(label, softcap=softcap, top_k=id_block > 1, into_bf16=half),
         row_grad_kernel,
         {
             "z_ptr": "*fp32",
@@ -111,9 +148,7 @@ def _row_grad(divergence: Divergence | None, softcap: bool, half: bool, id_block
             "coefficients_ptr": "*fp32",
         },
         {
-            "DIVERGENCE": divergence or "none" if mixture is None else "mixture",
-            "STUDENT_KL": terms["STUDENT_KL"],
-            "OVERLAP": terms["OVERLAP"],
+            **terms,
             "SOFTCAP": softcap,
             "BLOCK_IDS": id_block,
             "VENDOR": vendor,

@@ -24,7 +24,8 @@ from srpo_kernels.losses.options import (
 )
 from srpo_kernels.losses.registry import POLICY_LOSSES, policy_loss_of
 from srpo_kernels.losses.rollout import RolloutCorrection
-from srpo_kernels.rows.contract import Divergence, LogitTransform, TopkOf
+from srpo_kernels.rows.contract import LogitTransform, TopkOf
+from srpo_kernels.rows.mixture import Divergence
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +65,8 @@ class SRPOConfig:
         alpha: the teacher's share in the mixture of ``"jsd"``; in those of the skewed divergences the share of the
             model whose own divergence from the mixture it is, so that one near 0 gives nearly ``"forward_kl"`` and
             ``"reverse_kl"``. Strictly between 0 and 1; the other two do not read it, but it must lie in [0, 1].
+        divergence_clip: upper bound of each token's share of the divergence (nats): ``q log(q / p)`` of forward_kl, and
+            so on, as in OPSD (arXiv 2601.18734); > 0. A token beyond it has no gradient of its own. None: no bound.
         distillation_mode: what is compared: ``"full"``, the whole vocabulary; ``"topk"``, the ``topk`` likeliest
             tokens of one model; ``"sampled"``, the sampled token.
         topk: the number of tokens that ``"topk"`` compares, at most all; >= 1.
@@ -101,6 +104,7 @@ class SRPOConfig:
     entropy_coef: float = 0.0
     divergence: Divergence = "jsd"
     alpha: float = 0.5
+    divergence_clip: float | None = None
     distillation_mode: DistillationMode = "full"
     topk: int = 100
     topk_of: TopkOf = "student"
@@ -198,6 +202,11 @@ class SRPOConfig:
 
     def _refuse_contradictions(self) -> None:
         require_mixture(self.divergence, self.alpha)
+        if self.divergence_clip is not None and self.distillation_mode == "sampled":
+            raise ValueError(
+                "divergence_clip must be None with distillation_mode='sampled', which has one token alone, "
+                f"got {self.divergence_clip!r}"
+            )
         require_transform(self.temperature, self.logit_scale, self.softcap)
         if (self.max_length is not None) != (self.reduction == "constant"):
             raise ValueError(

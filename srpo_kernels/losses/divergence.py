@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
-from srpo_kernels.checks import refuse_name
-from srpo_kernels.rows.contract import Divergence
-from srpo_kernels.rows.mixture import has_mixture, mixture_of
+from srpo_kernels.rows.entries import EntryDivergence
+from srpo_kernels.rows.mixture import Divergence
 
 
 def support_divergence(
@@ -18,38 +15,27 @@ def support_divergence(
     log_p_tail: Tensor | None,
     log_q_tail: Tensor | None,
     divergence: Divergence,
-    alpha: float,
+    alpha: Tensor | float,
+    clip: Tensor | float | None = None,
     *,
     renormalize: bool,
 ) -> Tensor:
     """The divergence over K log-probs ``[n, K]`` and, with tails ``[n]``, one more bucket; ``[n]``.
 
-    ``renormalize``: both models over the K. Differentiable in ``log_p`` and ``log_p_tail``.
+    ``renormalize``: both models over the K. ``alpha`` and ``clip`` as in ``EntryDivergence``. Differentiable in
+    ``log_p`` and ``log_p_tail``.
     """
     if log_p_tail is not None and log_q_tail is not None:
         log_p = torch.cat([log_p, log_p_tail[:, None]], dim=1)
         log_q = torch.cat([log_q, log_q_tail[:, None]], dim=1)
     elif renormalize:
         log_p, log_q = log_p.log_softmax(1), log_q.log_softmax(1)
-    if has_mixture(divergence):
-        mixture = mixture_of(divergence, alpha)
-        log_other, log_own = (log_p, log_q) if mixture.alpha_of == "teacher" else (log_q, log_p)
-        log_m = torch.logaddexp(log_other + math.log1p(-alpha), log_own + math.log(alpha))
-        return mixture.divergence(
-            _kl(log_p, log_m) if mixture.student_weight else None,
-            _kl(log_q, log_m) if mixture.teacher_weight else None,
-        )
-    match divergence:
-        case "forward_kl":
-            return _kl(log_q, log_p)
-        case "reverse_kl":
-            return _kl(log_p, log_q)
-        case unknown:
-            refuse_name("divergence", unknown)
-
-
-def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
-    return (log_p.exp() * (log_p - log_q)).sum(1)
+    own = EntryDivergence.of(divergence, alpha, clip, log_p)
+    log_shares = [share.log().to(log_p) for share in (own.student_share, own.teacher_share)]
+    log_m = torch.logaddexp(log_p + log_shares[0], log_q + log_shares[1])
+    by_student, by_teacher, bound = own.student_weight.to(log_p), own.teacher_weight.to(log_p), own.clip.to(log_p)
+    entries = by_student * log_p.exp() * (log_p - log_m) + by_teacher * log_q.exp() * (log_q - log_m)
+    return torch.minimum(entries, bound).sum(1)
 
 
 def over_support(log_probs: Tensor, support_log_probs: Tensor, contained: Tensor) -> tuple[Tensor, Tensor]:

@@ -97,5 +97,6 @@ OPTIONAL_RANGES: dict[str, _Range] = {
     "dual_clip": ("> 1", lambda value: value > 1),
     "log_ratio_clamp": _POSITIVE,
     "distillation_is_clip": _POSITIVE,
+    "divergence_clip": _POSITIVE,
     "softcap": _POSITIVE,
 }

@@ -10,13 +10,13 @@ from torch import Tensor
 from srpo_kernels.losses.sequences import Sequences
 
 # Of the student, with gradient, and of the teacher, without: what a row has to say.
-STUDENT = ("log_probs", "entropy", "divergence", "logsumexp")
+STUDENT = ("log_probs", "entropy", "divergence", "forward_kl", "reverse_kl", "logsumexp")
 TEACHER = ("teacher_entropy", "teacher_log_probs")
 # Those of the student's likeliest tokens, ``[n, K]``, and of the rest: for the loss of distillation_mode="topk".
 SUPPORT = ("support_log_probs", "log_tail")
 TEACHER_SUPPORT = ("teacher_support_log_probs", "teacher_log_tail")
 # What rows without a teacher have nothing to say of.
-OF_TEACHER = frozenset({"divergence", *TEACHER})
+OF_TEACHER = frozenset({"divergence", "forward_kl", "reverse_kl", *TEACHER})
 DIFFERENTIABLE = (*STUDENT, *SUPPORT)
 STATISTICS = (*STUDENT, *TEACHER, *SUPPORT, *TEACHER_SUPPORT)
 
@@ -32,9 +32,9 @@ class NotComputed(Exception):
 class ObjectiveRows:
     """n rows of a batch, in any order: their statistics and inputs as attributes, ``[n]`` each.
 
-    ``log_probs``, ``entropy``, ``divergence`` and ``logsumexp``, of the transformed logits, carry gradient;
-    ``teacher_entropy`` and ``teacher_log_probs`` do not; all in nats. In rows without a teacher its own and the
-    divergence are 0; ``has_teacher`` ``[n]``, bool, says which have one.
+    ``log_probs``, ``entropy``, ``divergence``, ``forward_kl``, ``reverse_kl`` and ``logsumexp``, of the transformed
+    logits, carry gradient; ``teacher_entropy`` and ``teacher_log_probs`` do not; all in nats. In rows without a teacher
+    its own and the divergences are 0; ``has_teacher`` ``[n]``, bool, says which have one.
     The inputs have the names that ``fused_loss`` was given them by. With ``whole_sequences`` all rows of a sequence are
     here, and ``sequences`` ``[n]`` int64 numbers them from 0 to ``num_sequences - 1``.
     """
@@ -114,4 +114,6 @@ class ObjectiveRows:
 
 
 # Names that no input can have.
-RESERVED = frozenset({*STATISTICS, "num_taught", "active", "read", *vars(ObjectiveRows)})
+RESERVED = frozenset(
+    {*STATISTICS, "divergence_alpha", "divergence_clip", "num_taught", "active", "read", *vars(ObjectiveRows)}
+)

@@ -170,7 +170,7 @@ class SRPOObjective:
     def _distillation(self, rows: ObjectiveRows, taught: int) -> tuple[Tensor, Tensor | None]:
         config, inputs = self.config, rows.select_inputs(slice(taught))
         log_probs, entropy = rows.log_probs[:taught], rows.teacher_entropy[:taught]
-        token_loss, divergence = self._divergence(rows, taught)
+        token_loss, divergence = self._divergence(rows, taught, inputs)
         rescale = self._normalize(entropy)
         weights = torch.exp(-config.dw_beta * entropy - (self._reference if self.log_mean is None else self.log_mean))
         is_weights = self._is_weights(log_probs, inputs)
@@ -208,7 +208,7 @@ class SRPOObjective:
         self._add("rollout_dropped_count", (weights == 0).sum())
         return weights if given is None else weights * given
 
-    def _divergence(self, rows: ObjectiveRows, taught: int) -> tuple[Tensor, Tensor]:
+    def _divergence(self, rows: ObjectiveRows, taught: int, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """The token loss of distillation before any weight, and what a log should show of it."""
         config = self.config
         match config.distillation_mode:
@@ -225,7 +225,8 @@ class SRPOObjective:
                     rows.log_tail[:taught] if self._has_tail else None,
                     rows.teacher_log_tail[:taught] if self._has_tail else None,
                     config.divergence,
-                    config.alpha,
+                    inputs.get("divergence_alpha", config.alpha),
+                    inputs.get("divergence_clip", config.divergence_clip),
                     renormalize=not config.add_tail,
                 )
                 return divergence, divergence

@@ -8,16 +8,16 @@ and turns the buffer into the gradient of the logits. ``torch_rows`` does so on 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any, Literal, NamedTuple, Protocol, get_args
 
 import torch
 from torch import Tensor
 
-from srpo_kernels.rows.mixture import Mixture, MixtureDivergence, has_mixture, mixture_of
+from srpo_kernels.rows.entries import EntryDivergence
+from srpo_kernels.rows.mixture import KL, Divergence, Mixture, has_mixture, mixture_of
 
-Divergence = Literal["forward_kl", "reverse_kl", MixtureDivergence]
 # Whose likeliest tokens a top-k is.
 TopkOf = Literal["student", "teacher"]
 DIVERGENCES: tuple[Divergence, ...] = get_args(Divergence)
@@ -60,7 +60,9 @@ _IDENTITY = LogitTransform()
 class RowSpec:
     """What is computed of a row, beside its target's log-prob; the transform is the same for student and teacher.
 
-    ``divergence`` None: none, with a teacher too. ``topk`` > 0: the log-probs of the likeliest tokens of ``topk_of``.
+    ``divergence`` None: none, with a teacher too; ``clip`` bounds its entries; ``entries`` is that of given rows, in
+    the place of ``alpha`` and ``clip``: see ``of_rows``. ``kls`` are wanted beside it. ``topk`` > 0: log-probs of the
+    likeliest tokens of ``topk_of``.
     """
 
     transform: LogitTransform = _IDENTITY
@@ -69,16 +71,40 @@ class RowSpec:
     topk: int = 0
     add_tail: bool = False
     topk_of: TopkOf = "student"
+    clip: float | None = None
+    kls: frozenset[KL] = frozenset()
+    entries: EntryDivergence | None = None
+
+    def of_rows(self, rows: Tensor, alpha: Tensor | None = None, clip: Tensor | None = None) -> RowSpec:
+        """For n ``rows`` that may have an ``alpha`` and a ``clip`` ``[n]`` of their own."""
+        if self.divergence is None or (alpha is None and clip is None and self.clip is None):
+            return self
+        own = self.alpha if alpha is None else alpha, self.clip if clip is None else clip
+        return replace(self, entries=EntryDivergence.of(self.divergence, *own, rows))
 
     @property
     def mixture(self) -> Mixture | None:
-        """What the divergence compares with, where that is a mixture of both models."""
-        return mixture_of(self.divergence, self.alpha) if has_mixture(self.divergence) else None
+        """What the divergence compares with, where that is one mixture of both models for all rows."""
+        if self.entries is not None or not has_mixture(self.divergence):
+            return None
+        return mixture_of(self.divergence, self.alpha)
 
     @property
-    def divergence_slope(self) -> float:
-        """What dD/dz has in front of ``p (r - center)``, with r as in ``Coefficients``."""
-        return 1.0 if self.mixture is None else self.mixture.slope
+    def kl(self) -> KL | None:
+        """Which KL the divergence is, None where it takes a second look at the logits."""
+        if self.entries is not None or self.divergence is None or has_mixture(self.divergence):
+            return None
+        return self.divergence
+
+    @property
+    def all_kls(self) -> frozenset[KL]:
+        """The KLs that are wanted, as the divergence or beside it."""
+        return self.kls if self.kl is None else self.kls | {self.kl}
+
+    @property
+    def compares(self) -> bool:
+        """Whether both models' logits are wanted side by side."""
+        return self.divergence is not None or bool(self.kls)
 
 
 class Support(NamedTuple):
@@ -98,6 +124,8 @@ class Holds(Enum):
     PROBABILITIES = "probabilities"
     LOG2_PROBABILITIES = "log2 of probabilities"
     DIVERGENCE_GRADIENT = "the divergence's gradient up to a factor"
+    # In the teacher's buffer.
+    DIVERGENCE_GRADIENT_AND_LOG2 = "the divergence's gradient up to a factor, beside log2 of probabilities"
     NOTHING = "nothing of use"
 
 
@@ -106,9 +134,9 @@ class Statistics(NamedTuple):
 
     ``log_probs`` ``[n]`` are the target's; ``logsumexp`` ``[n, 1]`` is in the device's widest dtype, since it is as
     large as a logit; ``entropy`` ``[n]``; ``support_ids`` and ``support_log_probs`` ``[n, K]``; ``tail_logsumexp``
-    ``[n, 1]`` is the log-sum-exp outside the support, as wide. ``divergence`` ``[n]``; ``center`` ``[n, 1]``, wide
-    too, is what its gradient subtracts from r (see ``Coefficients``): ``E_p[r]``, the divergence itself for reverse_kl;
-    0 for forward_kl.
+    ``[n, 1]`` is the log-sum-exp outside the support, as wide. ``divergence``, ``forward_kl`` and ``reverse_kl``
+    ``[n]``; ``mean_log_ratio`` and ``center`` ``[n, 1]``, wide too, are what the gradients of reverse_kl and of a
+    divergence that is no KL take away (see ``Coefficients``).
     """
 
     log_probs: Tensor
@@ -124,6 +152,9 @@ class Statistics(NamedTuple):
     teacher_tail_logsumexp: Tensor | None = None
     divergence: Tensor | None = None
     center: Tensor | None = None
+    forward_kl: Tensor | None = None
+    reverse_kl: Tensor | None = None
+    mean_log_ratio: Tensor | None = None
     holds: Holds = Holds.LOGITS
 
     @property
@@ -170,6 +201,8 @@ class RowGradients(NamedTuple):
     logsumexp: Tensor | None = None
     support_log_probs: Tensor | None = None
     log_tail: Tensor | None = None
+    forward_kl: Tensor | None = None
+    reverse_kl: Tensor | None = None
 
     def select(self, rows: Tensor | slice) -> RowGradients:
         """The gradients of some rows."""
@@ -184,11 +217,11 @@ class RowGradients(NamedTuple):
 class Coefficients(NamedTuple):
     """The gradient of the logits as numbers per row, before the slope of the logit transform.
 
-    ``dz_v = (at_ids_k if v = ids_k else outside p_v) + by_log p_v (log p_v + H) + by_divergence p_v (r_v - center)``,
-    where r is the log-ratio to the teacher for reverse_kl, and ``Mixture``'s for a divergence from a mixture; for
-    forward_kl the last term is ``by_divergence (p_v - q_v)``. The softmax beside ``outside`` is relative to
-    ``logsumexp`` ``[n, 1]``: that of the row, or of the tokens outside a support. ``ids`` and ``at_ids`` are
-    ``[n, K]``, the others ``[n]``; None is 0.
+    ``dz_v = (at_ids_k if v = ids_k else outside p_v) + by_log p_v (log p_v + H)
+    + by_forward_kl (p_v - q_v) + by_reverse_kl p_v (r_v - mean_log_ratio) + by_divergence d_v``, with r the log-ratio
+    to the teacher; d is the gradient of a divergence that is no KL, of one from a mixture up to ``Mixture.slope``. The
+    softmax beside ``outside`` is relative to ``logsumexp`` ``[n, 1]``: that of the row, or of the tokens outside a
+    support. ``ids`` and ``at_ids`` are ``[n, K]``, the others ``[n]``; None is 0.
     """
 
     ids: Tensor
@@ -196,7 +229,18 @@ class Coefficients(NamedTuple):
     outside: Tensor
     logsumexp: Tensor
     by_log: Tensor | None
+    by_forward_kl: Tensor | None
+    by_reverse_kl: Tensor | None
     by_divergence: Tensor | None
+
+    @property
+    def compares(self) -> bool:
+        """Whether a term reads the teacher's logits."""
+        return any(x is not None for x in self[5:])
+
+    def select(self, rows: slice) -> Coefficients:
+        """Those of some rows."""
+        return Coefficients._make(None if x is None else x[rows] for x in self)
 
 
 class Dlogits(NamedTuple):
@@ -261,10 +305,10 @@ class Rows(Protocol):
     ) -> tuple[ModelSums, Tensor]:
         """The sums of the slice without the support ``[n, K]``, and the support's units, LOWEST in other slices."""
 
-    def mixture_sums(
+    def divergence_sums(
         self, logits: Tensor, teacher_logits: Tensor, stats: Statistics, spec: RowSpec, *, first: bool
     ) -> Tensor:
-        """The slice's part of ``E_p[r]`` and of the divergence from a mixture, ``[n, 2]`` in nats: parts add up.
+        """The slice's part of ``center`` and of a divergence that is no KL, ``[n, 2]`` in nats: parts add up.
 
         ``first`` is true for one of the slices, which adds what belongs to the row as a whole.
         """

@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     from typing_extensions import TypeIs
 
 MixtureDivergence = Literal["jsd", "skew_forward_kl", "skew_reverse_kl"]
+KL = Literal["forward_kl", "reverse_kl"]
+Divergence = Literal[KL, MixtureDivergence]
+KLS: tuple[KL, ...] = get_args(KL)
 MIXTURE_DIVERGENCES: tuple[MixtureDivergence, ...] = get_args(MixtureDivergence)
 
 
@@ -22,8 +25,8 @@ class Mixture(NamedTuple):
     ``dD/dz_v = slope p_v (r_v - E_p[r])`` with ``r_v = log(p_v / m_v) + ratio q_v / m_v``; without a ``student_weight``
     r is ``q_v / m_v`` alone.
 
-    By ``p_v`` the sum is differentiated to ``student_weight log(p_v / m_v) + c q_v / m_v`` and a constant, with
-    ``c = student_weight teacher_share - teacher_weight student_share``; the softmax takes the constant away.
+    By ``p_v`` the sum is differentiated to ``student_weight log(p_v / m_v) + c q_v / m_v`` with
+    ``c = student_weight teacher_share - teacher_weight student_share``.
     """
 
     alpha: float

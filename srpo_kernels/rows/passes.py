@@ -31,7 +31,7 @@ from srpo_kernels.rows.sums import (
     support_statistics,
     support_sums,
     unpack,
-    with_mixture_sums,
+    with_divergence_sums,
 )
 from srpo_kernels.rows.vocabulary import Vocabulary
 
@@ -119,19 +119,19 @@ class RowPasses:
                 case unknown:
                     refuse_name("topk_of", unknown)
             return student.with_teacher(teacher)
-        if spec.divergence is None and self.vocabulary.group is None:
+        if not spec.compares and self.vocabulary.group is None:
             # Each model alone, where it is cheaper.
             student = yield from self._rounds(request._replace(teacher_logits=None))
             teacher = yield from self._rounds(Request(y, None, spec, target_ids, entropy=True, gradient=frozenset()))
             return student.with_teacher(teacher)
         student_sums, teacher_sums = yield from self._sums(z, y, spec, target_ids)
         stats = pair_statistics(student_sums, teacher_sums, spec, self.rows.slope(spec.transform), entropy=entropy)
-        if spec.mixture is None:
+        if spec.mixture is None and spec.entries is None:
             return stats
-        mixture_sums = self.rows.mixture_sums(z, y, stats, spec, first=self.vocabulary.first_id == 0)
+        own = self.rows.divergence_sums(z, y, stats, spec, first=self.vocabulary.first_id == 0)
         if self.vocabulary.group is not None:
-            mixture_sums = (yield mixture_sums).sum(0)
-        return with_mixture_sums(stats, mixture_sums)
+            own = (yield own).sum(0)
+        return with_divergence_sums(stats, own, spec)
 
     def _sums(
         self, logits: Tensor, teacher_logits: Tensor | None, spec: RowSpec, target_ids: Tensor
@@ -223,12 +223,21 @@ def coefficients(stats: Statistics, gradients: RowGradients, spec: RowSpec, targ
         log_sum = stats.tail_logsumexp
         total = total + gradients.log_tail
         outside = gradients.log_tail - total * stats.log_tail.exp()
-    by_divergence = None if gradients.divergence is None else gradients.divergence * spec.divergence_slope
+    kls = {"forward_kl": gradients.forward_kl, "reverse_kl": gradients.reverse_kl}
+    by_divergence = gradients.divergence
+    if by_divergence is not None and spec.kl is not None:
+        beside = kls[spec.kl]
+        kls[spec.kl] = by_divergence if beside is None else beside + by_divergence
+        by_divergence = None
+    elif by_divergence is not None and spec.mixture is not None:
+        by_divergence = by_divergence * spec.mixture.slope
     return Coefficients(
         ids,
         grads - total[:, None] * log_probs.exp(),
         outside,
         log_sum,
         None if gradients.entropy is None else -gradients.entropy,
+        kls["forward_kl"],
+        kls["reverse_kl"],
         by_divergence,
     )

@@ -13,7 +13,6 @@ from torch import Tensor
 from srpo_kernels.checks import refuse_name
 from srpo_kernels.rows.contract import LOWEST, ModelSums, RowSpec, Statistics
 from srpo_kernels.rows.dtypes import wide_dtype
-from srpo_kernels.rows.mixture import has_mixture
 
 # From a part's sums of one or both models, and the slope, to the whole row's.
 Combine = Callable[[list[ModelSums], float], list[ModelSums]]
@@ -73,35 +72,44 @@ def row_statistics(sums: ModelSums, slope: float, *, entropy: bool) -> Statistic
 def pair_statistics(
     student: ModelSums, teacher: ModelSums, spec: RowSpec, slope: float, *, entropy: bool
 ) -> Statistics:
-    """What both models' sums say; a divergence from a mixture takes a look of its own at the logits and is left out."""
+    """What both models' sums say; a divergence that is no KL takes a look of its own at the logits and is left out."""
     stats = row_statistics(student, slope, entropy=entropy)
     stats = stats.with_teacher(row_statistics(teacher, slope, entropy=True))
-    if spec.divergence is None or has_mixture(spec.divergence):
+    if not spec.all_kls:
         return stats
     assert student.anchor is not None
     # The logarithm of the ratio, not the difference of logarithms: of models that are nearly equal it is nearly 0.
     log_totals = (student.total / teacher.total).log()
-    match spec.divergence:
+    # Rounding can take a KL below 0; the mean log-ratio, which a gradient subtracts, stays as it is.
+    if "forward_kl" in spec.all_kls:
+        forward_kl = log_totals - slope * teacher.gap / teacher.total
+        stats = stats._replace(forward_kl=forward_kl.clamp_min(0.0))
+    if "reverse_kl" in spec.all_kls:
+        own = student.gap / student.total
+        reverse_kl = slope * ((teacher.maximum - student.anchor) + own) - log_totals
+        wide = stats.logsumexp.dtype
+        mean_gap = slope * (student.maximum.to(wide) - student.anchor.to(wide) + own.to(wide))
+        mean_log_ratio = mean_gap[:, None] - (stats.logsumexp - logsumexp(teacher, slope))
+        stats = stats._replace(reverse_kl=reverse_kl.clamp_min(0.0), mean_log_ratio=mean_log_ratio)
+    match spec.kl:
+        case None:
+            return stats
         case "forward_kl":
-            divergence = log_totals - slope * teacher.gap / teacher.total
-            center = torch.zeros_like(stats.logsumexp)
+            return stats._replace(divergence=stats.forward_kl)
         case "reverse_kl":
-            own = student.gap / student.total
-            divergence = slope * ((teacher.maximum - student.anchor) + own) - log_totals
-            wide = stats.logsumexp.dtype
-            mean_gap = slope * (student.maximum.to(wide) - student.anchor.to(wide) + own.to(wide))
-            center = mean_gap[:, None] - (stats.logsumexp - logsumexp(teacher, slope))
+            return stats._replace(divergence=stats.reverse_kl)
         case unknown:
             refuse_name("divergence", unknown)
-    # Rounding can take it below 0; the center, which a gradient subtracts, stays as it is.
-    return stats._replace(divergence=divergence.clamp_min(0.0), center=center)
 
 
-def with_mixture_sums(stats: Statistics, sums: Tensor) -> Statistics:
-    """These with the divergence from a mixture, of its sums ``[n, 2]``."""
+def with_divergence_sums(stats: Statistics, sums: Tensor, spec: RowSpec) -> Statistics:
+    """These with a divergence that is no KL, of its sums ``[n, 2]``."""
     center, divergence = sums.split(1, dim=1)
-    # Rounding can take it below 0.
-    return stats._replace(divergence=divergence.squeeze(1).clamp_min(0.0), center=center.to(stats.logsumexp.dtype))
+    # Rounding can take it below 0; one whose entries are bounded from above may be there by itself.
+    divergence = divergence.squeeze(1)
+    least = torch.zeros_like(divergence) if spec.entries is None else spec.entries.least.to(divergence)
+    divergence = torch.maximum(divergence, least)
+    return stats._replace(divergence=divergence, center=center.to(stats.logsumexp.dtype))
 
 
 def given_statistics(log_probs: Tensor, spec: RowSpec) -> Statistics:

@@ -12,10 +12,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from srpo_kernels.checks import refuse_name
 from srpo_kernels.rows.contract import LOWEST, LogitTransform, RowSpec, Scratch
 from srpo_kernels.rows.dtypes import wide_dtype
-from srpo_kernels.rows.mixture import has_mixture
 
 NATS = math.log(2.0)
 # What one thread works on at a time, over all buffers of a pass: 8 MiB of fp32, a current core's share of the L3 cache.
@@ -26,7 +24,7 @@ _ELEMENTS_CPU = 1 << 24
 # Accelerators want few large launches instead.
 _ELEMENTS_ACCELERATOR = 1 << 25
 # The most blocks that one pass allocates, and how many buffers it then works on.
-_SCRATCH_BLOCKS = 5
+_SCRATCH_BLOCKS = 6
 _MOST_BUFFERS = _SCRATCH_BLOCKS + 2
 # Up to here the maximum in bits is rounded, an offset that the sum of a row has as well: of a token that has all of the
 # probability, the log-prob is then a rounding in place of 0, which a teacher's log-prob may multiply. Beyond, it is 0.
@@ -146,18 +144,8 @@ def argmax(z: Tensor) -> Tensor:
 
 def nats_of_gradient(spec: RowSpec) -> float:
     """What the divergence's own term counts in: bits where it has a logarithm, else 1."""
-    logarithm = spec.divergence != "forward_kl" if spec.mixture is None else bool(spec.mixture.student_weight)
+    logarithm = spec.kl != "forward_kl" if spec.mixture is None else bool(spec.mixture.student_weight)
     return NATS if logarithm else 1.0
-
-
-def divergence_gradient(weighted: Tensor, p: Tensor, q: Tensor, center: Tensor, spec: RowSpec, out: Tensor) -> None:
-    """dD/dz up to constants; ``weighted`` is p r, as ``nats_of_gradient`` counts it."""
-    if spec.divergence == "forward_kl":
-        torch.sub(p, q, out=out)
-    elif spec.divergence == "reverse_kl" or has_mixture(spec.divergence):
-        torch.addcmul(weighted, p, center, value=-1.0, out=out)
-    else:
-        refuse_name("divergence", spec.divergence)
 
 
 def inside(ids: Tensor, z: Tensor) -> Tensor:

@@ -11,15 +11,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from srpo_kernels.checks import refuse_name
 from srpo_kernels.rows.contract import Coefficients, Dlogits, Holds, LogitTransform, RowSpec, Statistics
-from srpo_kernels.rows.mixture import has_mixture, mixture_of
 from srpo_kernels.rows.torch_blocks import (
     NATS,
     bits_at,
     bits_per_unit,
     blocks,
-    divergence_gradient,
     dot,
     floor_,
     inside,
@@ -31,10 +28,11 @@ from srpo_kernels.rows.torch_blocks import (
     to_bits_,
     to_units_,
 )
+from srpo_kernels.rows.torch_entries import entries, entry_numbers
 from srpo_kernels.rows.torch_mixture import mix, mixture_block, to_mixture_ratio
-from srpo_kernels.rows.torch_sums import mixture_sums, sums, support_sums
+from srpo_kernels.rows.torch_sums import divergence_sums, sums, support_sums
 
-__all__ = ["dlogits_", "mixture_sums", "scratch", "slope", "sums", "support_sums", "whole_rows"]
+__all__ = ["divergence_sums", "dlogits_", "scratch", "slope", "sums", "support_sums", "whole_rows"]
 
 
 def slope(transform: LogitTransform) -> float:
@@ -51,15 +49,18 @@ def whole_rows(
     entropy: bool,
     gradient: frozenset[str],
 ) -> Statistics | None:
-    """Where the gradient is of the log-probs and the entropy of one model, or of the divergence alone."""
+    """Where the gradient is of one model's log-probs and entropy, or also of a divergence that is all rows'."""
     if teacher_logits is None:
         # The transform's derivative wants the tanh: a probability is too far from it.
         if spec.topk or spec.transform.softcap is not None or not gradient <= {"log_probs", "entropy"}:
             return None
         return _one_model(logits, spec.transform, target_ids, entropy or "entropy" in gradient)
-    if spec.divergence is None or not gradient <= {"divergence"}:
+    if spec.divergence is None or spec.entries is not None or spec.kls:
         return None
-    return _two_models(logits, teacher_logits, spec, target_ids, entropy, bool(gradient))
+    beside = bool(gradient - {"divergence"})
+    if beside and (spec.transform.softcap is not None or not gradient <= {"divergence", "log_probs", "entropy"}):
+        return None
+    return _two_models(logits, teacher_logits, spec, target_ids, entropy or beside, bool(gradient), beside)
 
 
 def _one_model(logits: Tensor, transform: LogitTransform, target_ids: Tensor, entropy: bool) -> Statistics:
@@ -82,14 +83,22 @@ def _one_model(logits: Tensor, transform: LogitTransform, target_ids: Tensor, en
 
 
 def _two_models(
-    logits: Tensor, teacher_logits: Tensor, spec: RowSpec, target_ids: Tensor, entropy: bool, gradient: bool
+    logits: Tensor,
+    teacher_logits: Tensor,
+    spec: RowSpec,
+    target_ids: Tensor,
+    entropy: bool,
+    gradient: bool,
+    beside: bool,
 ) -> Statistics:
-    """Leave, with ``gradient``, dD/dlogits up to a factor."""
-    transform = spec.transform
-    capped, mixed = gradient and transform.softcap is not None, spec.mixture is not None
+    """Leave, with ``gradient``, dD/dlogits up to a factor, and ``beside`` it log2 of the student's probabilities."""
+    transform, mixture = spec.transform, spec.mixture
+    capped, mixed = gradient and transform.softcap is not None, mixture is not None
     # Without entropy, a mixture needs the student's probabilities alone and takes them in place.
     in_place = mixed and not entropy
     holds = Holds.DIVERGENCE_GRADIENT if gradient else Holds.NOTHING
+    if beside:
+        holds = Holds.DIVERGENCE_GRADIENT_AND_LOG2
     parts = []
     for rows, (q, work, *more) in blocks(logits, 3 - in_place + capped, buffers=2):
         z, y, ids = logits[rows], teacher_logits[rows], target_ids[rows, None]
@@ -112,25 +121,29 @@ def _two_models(
         teacher_log_probs = (teacher_bits - teacher_log_sum).mul_(NATS).clamp_max_(0.0)
         teacher_entropy = teacher_log_sum - dot(q, y, out=work)
 
-        # The logarithm of the ratio, not the difference of logarithms: of models that are nearly equal it is nearly 0.
-        log_totals = (total / teacher_total).log2_()
-        if has_mixture(spec.divergence):
-            mixture = mixture_of(spec.divergence, spec.alpha)
+        if mixture is not None:
+            # What work ends up with is p r.
             center, *kls = mixture_block(p, q, mixture, work=work, out=y)
-            divergence, spare = mixture.divergence(*kls), work
-        elif spec.divergence == "forward_kl":
-            log_ratio, spare = z.sub_(y).sub_(log_totals), y
-            center, divergence = torch.zeros_like(log_probs), -dot(q, log_ratio, out=spare)
-        elif spec.divergence == "reverse_kl":
-            log_ratio, spare = z.sub_(y).sub_(log_totals), y
-            center = divergence = dot(p, log_ratio, out=spare)
+            divergence = mixture.divergence(*kls)
+            if beside:
+                torch.sub(z, log_sum, out=y)
+            if gradient:
+                torch.addcmul(work, p, center, value=-1.0, out=z)
         else:
-            refuse_name("divergence", spec.divergence)
-        if gradient:
-            # The spare buffer holds p r.
-            divergence_gradient(spare, p, q, center, spec, out=z)
-            if slope is not None:
-                z.mul_(slope)
+            # The logarithm of the ratio, not the difference of logarithms: of nearly equal models it is nearly 0.
+            log_ratio = torch.sub(z, y, out=y).sub_((total / teacher_total).log2_())
+            if beside:
+                torch.sub(z, log_sum, out=work)
+            if spec.kl == "forward_kl":
+                center, divergence = torch.zeros_like(log_probs), -dot(q, log_ratio, out=z)
+                torch.sub(p, q, out=z)
+            else:
+                center = divergence = dot(p, log_ratio, out=z)
+                z.addcmul_(p, center, value=-1.0)
+            if beside:
+                y.copy_(work)
+        if slope is not None:
+            z.mul_(slope)
         parts.append(
             Statistics(
                 log_probs.squeeze(1),
@@ -140,7 +153,6 @@ def _two_models(
                 teacher_logsumexp=logsumexp(teacher_shift, teacher_log_sum, transform),
                 teacher_entropy=teacher_entropy.squeeze(1).clamp_min(0.0) * NATS,
                 divergence=divergence.squeeze(1).clamp_min(0.0) * NATS,
-                center=center.to(shift) * nats_of_gradient(spec),
                 holds=holds,
             )
         )
@@ -157,8 +169,9 @@ def dlogits_(
     dtype: torch.dtype,
 ) -> Dlogits:
     """Work in place on what is in both buffers."""
-    ids, at_ids, outside, _, by_log, by_divergence = coefficients
-    constant = spec.transform.constant_slope
+    ids, at_ids, outside, _, by_log = coefficients[:5]
+    # A buffer holds one divergence's, whichever it is.
+    constant, by_divergence = spec.transform.constant_slope, next((x for x in coefficients[5:] if x is not None), None)
     match stats.holds:
         case Holds.LOGITS:
             _from_logits_(logits, teacher_logits, stats, coefficients, spec)
@@ -169,10 +182,13 @@ def dlogits_(
             return _dlogits(logits, outside[:, None] * constant, dtype)
         case Holds.LOG2_PROBABILITIES if by_divergence is None:
             for rows, (p,) in blocks(logits, 1, buffers=1):
-                z = logits[rows]
-                torch.exp2(z, out=p)
-                _to_entropy_gradient_(z, p, stats, by_log, rows)
-                z.add_(p.mul_(outside[rows, None]).scatter_(1, ids[rows], at_ids[rows]))
+                _add_up_(logits[rows], p, stats, coefficients, rows)
+            return _dlogits(logits, torch.full_like(outside, constant)[:, None], dtype)
+        case Holds.DIVERGENCE_GRADIENT_AND_LOG2 if by_divergence is not None and teacher_logits is not None:
+            for rows, (p,) in blocks(logits, 1, buffers=2):
+                bits = teacher_logits[rows]
+                _add_up_(bits, p, stats, coefficients, rows)
+                torch.addcmul(bits, logits[rows], by_divergence[rows, None] * nats_of_gradient(spec), out=logits[rows])
             return _dlogits(logits, torch.full_like(outside, constant)[:, None], dtype)
         case Holds.DIVERGENCE_GRADIENT if by_divergence is not None and not ids.shape[1]:
             return _dlogits(logits, by_divergence[:, None] * (constant * nats_of_gradient(spec)), dtype)
@@ -185,28 +201,35 @@ def dlogits_(
 def _from_logits_(
     logits: Tensor, teacher_logits: Tensor | None, stats: Statistics, coefficients: Coefficients, spec: RowSpec
 ) -> None:
-    ids, at_ids, outside, log_sum, by_log, by_divergence = coefficients
-    transform, taught = spec.transform, teacher_logits is not None and by_divergence is not None
-    capped = transform.softcap is not None
-    for rows, (p, *work) in blocks(logits, 1 + capped + 2 * taught, buffers=1 + taught):
+    ids, at_ids, outside, log_sum, by_log = coefficients[:5]
+    transform, capped = spec.transform, spec.transform.softcap is not None
+    taught = teacher_logits is not None and coefficients.compares
+    extra = 0 if not taught else 3 if spec.entries is None else 4
+    for rows, (p, *work) in blocks(logits, 1 + capped + extra, buffers=1 + taught):
         z, slope = logits[rows], work.pop() if capped else None
         to_units_(z, transform, slope)
-        own = stats.select(rows)
+        own, of_teacher = stats.select(rows), None
         if teacher_logits is not None and taught:
             y = teacher_logits[rows]
             to_units_(y, transform)
-            if spec.divergence == "reverse_kl":
-                _to_log_ratio_(y, z, own, spec, p)
+            of_teacher = _divergence_gradients(z, y, own, coefficients.select(rows), spec, rows, p, work)
         normalize_(z, log_sum[rows], spec)
         torch.exp2(z, out=p)
         _to_entropy_gradient_(z, p, stats, by_log, rows)
-        if teacher_logits is not None and by_divergence is not None:
-            gradient = _divergence_gradient(p, y, own, spec, *work)
-            z.addcmul_(gradient, by_divergence[rows, None], value=nats_of_gradient(spec))
+        if of_teacher is not None:
+            z.add_(of_teacher)
         p.mul_(outside[rows, None])
         row, k = inside(ids[rows], z).nonzero(as_tuple=True)
         p[row, ids[rows][row, k]] = at_ids[rows][row, k]
         z.add_(p).mul_(transform.scale if slope is None else slope)
+
+
+def _add_up_(bits: Tensor, p: Tensor, stats: Statistics, coefficients: Coefficients, rows: slice) -> None:
+    """Turn log-probabilities in bits into the gradient of log-probs and entropy; ``p`` takes the probabilities."""
+    ids, at_ids, outside, _, by_log = coefficients[:5]
+    torch.exp2(bits, out=p)
+    _to_entropy_gradient_(bits, p, stats, by_log, rows)
+    bits.add_(p.mul_(outside[rows, None]).scatter_(1, ids[rows], at_ids[rows]))
 
 
 def _to_entropy_gradient_(bits: Tensor, p: Tensor, stats: Statistics, by_log: Tensor | None, rows: slice) -> None:
@@ -217,32 +240,61 @@ def _to_entropy_gradient_(bits: Tensor, p: Tensor, stats: Statistics, by_log: Te
         bits.add_(stats.entropy[rows, None] / NATS).mul_(p).mul_(NATS * by_log[rows, None])
 
 
-def _to_log_ratio_(y: Tensor, z: Tensor, stats: Statistics, spec: RowSpec, work: Tensor) -> None:
-    """Turn the teacher's units into the log-ratio less its mean, in bits.
+def _divergence_gradients(
+    z: Tensor,
+    y: Tensor,
+    stats: Statistics,
+    coefficients: Coefficients,
+    spec: RowSpec,
+    rows: slice,
+    p: Tensor,
+    work: list[Tensor],
+) -> Tensor:
+    """The gradients of all divergences of a block of rows, from both models' units; ``y`` is consumed."""
+    assert stats.teacher_logsumexp is not None
+    total, q, more, *_ = work
+    _to_probabilities(z, stats.logsumexp, spec, out=p)
+    total.zero_()
+    if coefficients.by_reverse_kl is not None:
+        _log_ratio(y, z, stats, spec, work=more, out=q)
+        total.addcmul_(q.mul_(p), coefficients.by_reverse_kl[:, None], value=NATS)
+    if coefficients.by_forward_kl is not None or spec.mixture is not None:
+        _to_probabilities(y, stats.teacher_logsumexp, spec, out=q)
+    if coefficients.by_forward_kl is not None:
+        total.addcmul_(torch.sub(p, q, out=more), coefficients.by_forward_kl[:, None])
+    if coefficients.by_divergence is None:
+        return total
+    assert stats.center is not None
+    by = coefficients.by_divergence[:, None]
+    if spec.mixture is not None:
+        nats = nats_of_gradient(spec)
+        to_mixture_ratio(p, q, spec.mixture, mix(p, q, spec.mixture, out=more), out=y)
+        y.sub_((stats.center / nats).to(p.dtype)).mul_(p)
+        return total.addcmul_(y, by, value=nats)
+    _, gradient = entries(p.copy_(z), y, stats, spec, entry_numbers(spec, rows, z.dtype), work[1:])
+    total.addcmul_(gradient, by)
+    _to_probabilities(z, stats.logsumexp, spec, out=p)
+    return total.addcmul_(p, by * stats.center.to(p.dtype), value=-1.0)
+
+
+def _to_probabilities(units: Tensor, logsumexp: Tensor, spec: RowSpec, out: Tensor) -> None:
+    normalize_(out.copy_(units), logsumexp, spec)
+    out.exp2_()
+
+
+def _log_ratio(y: Tensor, z: Tensor, stats: Statistics, spec: RowSpec, work: Tensor, out: Tensor) -> None:
+    """The log-ratio less its mean, in bits, of both models' units.
 
     Each model's units less their log-sum-exp, the teacher's less the mean of the log-ratio as well: of a row that has
     one token alone both are exactly 0 there.
     """
-    assert stats.teacher_logsumexp is not None and stats.center is not None
+    assert stats.teacher_logsumexp is not None and stats.mean_log_ratio is not None
     nats = spec.transform.nats_per_unit
-    origin, teacher_origin = stats.logsumexp / nats, (stats.teacher_logsumexp - stats.center) / nats
+    origin, teacher_origin = stats.logsumexp / nats, (stats.teacher_logsumexp - stats.mean_log_ratio) / nats
     high, teacher_high = origin.to(y.dtype), teacher_origin.to(y.dtype)
     low = ((origin - high) - (teacher_origin - teacher_high)).to(y.dtype)
-    torch.sub(torch.sub(z, high, out=work), y.sub_(teacher_high), out=y)
-    y.sub_(low).mul_(bits_per_unit(spec.transform, y.dtype))
-
-
-def _divergence_gradient(p: Tensor, y: Tensor, stats: Statistics, spec: RowSpec, q: Tensor, work: Tensor) -> Tensor:
-    """dD/dz up to constants, from p and the teacher's units; for reverse_kl from ``_to_log_ratio_``."""
-    if spec.divergence == "reverse_kl":
-        return y.mul_(p)
-    assert stats.teacher_logsumexp is not None and stats.center is not None
-    normalize_(y, stats.teacher_logsumexp, spec)
-    torch.exp2(y, out=q)
-    if spec.mixture is not None:
-        to_mixture_ratio(p, q, spec.mixture, mix(p, q, spec.mixture, out=work), out=y).mul_(p)
-    divergence_gradient(y, p, q, (stats.center / nats_of_gradient(spec)).to(p.dtype), spec, out=y)
-    return y
+    torch.sub(torch.sub(z, high, out=work), torch.sub(y, teacher_high, out=out), out=out)
+    out.sub_(low).mul_(bits_per_unit(spec.transform, y.dtype))
 
 
 def _dlogits(values: Tensor, factor: Tensor, dtype: torch.dtype) -> Dlogits:

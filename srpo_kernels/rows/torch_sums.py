@@ -17,6 +17,7 @@ from srpo_kernels.rows.torch_blocks import (
     normalize_,
     to_units_,
 )
+from srpo_kernels.rows.torch_entries import entries, entry_numbers
 from srpo_kernels.rows.torch_mixture import mixture_block
 
 
@@ -60,10 +61,12 @@ def support_sums(
     return _concatenate(parts), torch.cat(support)
 
 
-def mixture_sums(logits: Tensor, teacher_logits: Tensor, stats: Statistics, spec: RowSpec, *, first: bool) -> Tensor:
+def divergence_sums(logits: Tensor, teacher_logits: Tensor, stats: Statistics, spec: RowSpec, *, first: bool) -> Tensor:
     """From probabilities that are good to the last digits: nothing is left to add for the row as a whole."""
     mixture = spec.mixture
-    assert stats.teacher_logsumexp is not None and mixture is not None
+    if mixture is None:
+        return _entry_sums(logits, teacher_logits, stats, spec)
+    assert stats.teacher_logsumexp is not None
     parts = []
     for rows, (p, q, work, ratio) in blocks(logits, 4, buffers=2):
         for out, z, lse in ((p, logits, stats.logsumexp), (q, teacher_logits, stats.teacher_logsumexp)):
@@ -73,6 +76,16 @@ def mixture_sums(logits: Tensor, teacher_logits: Tensor, stats: Statistics, spec
         center, *kls = mixture_block(p, q, mixture, work=work, out=ratio)
         divergence = mixture.divergence(*(None if kl is None else kl * NATS for kl in kls))
         parts.append(torch.cat([center * nats_of_gradient(spec), divergence], dim=1))
+    return torch.cat(parts)
+
+
+def _entry_sums(logits: Tensor, teacher_logits: Tensor, stats: Statistics, spec: RowSpec) -> Tensor:
+    parts = []
+    for rows, (z, y, *work) in blocks(logits, 5, buffers=2):
+        for out, values in ((z, logits), (y, teacher_logits)):
+            to_units_(out.copy_(values[rows]), spec.transform)
+        f, g = entries(z, y, stats.select(rows), spec, entry_numbers(spec, rows, z.dtype), work)
+        parts.append(torch.stack([g.sum(1), f.sum(1)], dim=1))
     return torch.cat(parts)
 
 

@@ -1,0 +1,100 @@
+"""The numbers of a row that its kernels read, from its statistics and coefficients."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from srpo_kernels.kernels.launch import gradient_terms
+from srpo_kernels.kernels.transform import Base2, Transform
+from srpo_kernels.rows.contract import LOWEST, Coefficients, RowSpec, Statistics
+from srpo_kernels.rows.dtypes import wide_dtype
+from srpo_kernels.rows.mixture import Mixture
+
+
+def mixture_shares(student: Base2, teacher: Base2, mixture: Mixture) -> Tensor:
+    """The models' shares in the mixture, ``[n, 2]`` and wide, for probabilities as the kernels see them."""
+    missing = torch.cat([student.low, teacher.low], dim=1).to(wide_dtype(student.low.device))
+    return torch.exp2(-missing) * missing.new_tensor([mixture.student_share, mixture.teacher_share])
+
+
+def entry_numbers(stats: Statistics, spec: RowSpec, dtype: torch.dtype, by: Tensor | float = 1.0) -> Tensor:
+    """What ``row_entries`` reads, ``[n, 12]``; the gradient's entries times ``by`` ``[n, 1]``."""
+    assert stats.teacher_logsumexp is not None and spec.entries is not None
+    transform = Transform.of(spec.transform)
+    origins = torch.cat([stats.logsumexp, stats.teacher_logsumexp], dim=1) / transform.slope
+    high = origins.to(dtype)
+    # What the kernel's log-probabilities lack, in bits.
+    low, teacher_low = ((high - origins) * transform.slope2).split(1, dim=1)
+    own = spec.entries.numbers()
+    major, minor = torch.where(own.of_student, low, teacher_low), torch.where(own.of_student, teacher_low, low)
+    by_major, by_minor = major.exp2() * math.log(2.0), minor.exp2() * math.log(2.0)
+    numbers = [
+        own.of_student,
+        minor - major,
+        own.log2_share,
+        own.log2_shares_ratio,
+        own.major_weight * by_major,
+        own.minor_weight * by_minor,
+        own.major_in_gradient * by_major * by,
+        own.minor_in_gradient * by_minor * by,
+        own.overlap * minor.exp2() * by,
+        own.clip,
+    ]
+    return torch.cat([high, *(x.to(dtype) for x in numbers)], dim=1)
+
+
+def gradient_numbers(stats: Statistics, coefficients: Coefficients, spec: RowSpec) -> tuple[dict[str, bool], Tensor]:
+    """Which terms the gradient has, and the numbers of ``row_grad``, ``[n, ...]``."""
+    _, _, outside, log_sum, by_log, by_forward, by_reverse, by_divergence = coefficients
+    mixture = None if by_divergence is None else spec.mixture
+    terms = gradient_terms(
+        mixture,
+        forward_kl=by_forward is not None,
+        reverse_kl=by_reverse is not None,
+        entries=by_divergence is not None and mixture is None,
+    )
+    dtype, transform = outside.dtype, Transform.of(spec.transform)
+    by_p_at_ids = torch.zeros_like(outside)[:, None]
+    if by_log is not None:
+        assert stats.entropy is not None
+        by_p_at_ids = (by_log * stats.entropy)[:, None]
+    if log_sum is stats.tail_logsumexp:
+        # If the tail is excluded tokens, it has no probability, and a log-sum-exp that fp32 is too coarse for.
+        log_sum = log_sum.where(log_sum >= 0.5 * LOWEST * transform.slope, stats.logsumexp)
+    student = Base2.of(log_sum, dtype)
+    teacher = student if stats.teacher_logsumexp is None else Base2.of(stats.teacher_logsumexp, dtype)
+    # What the log-sum-exps lack in fp32 scales a row's probabilities and shifts its log-ratios.
+    by_log2 = torch.zeros_like(by_p_at_ids) if by_log is None else by_log[:, None] * math.log(2.0)
+    missing, scale = by_log2 * student.low, spec.transform.scale * student.correction
+    own: list[Tensor] = []
+    if by_forward is not None:
+        by = by_forward[:, None]
+        by_p_at_ids = by_p_at_ids + by
+        own.append(by * (teacher.correction / student.correction) * scale)
+    if by_reverse is not None:
+        assert stats.teacher_logsumexp is not None and stats.mean_log_ratio is not None
+        # Each model's units less their log-sum-exp, the teacher's less the mean of the log-ratio as well: of a row that
+        # has one token alone both are exactly 0 there.
+        by = by_reverse[:, None] * transform.slope
+        origins = torch.cat([log_sum, stats.teacher_logsumexp - stats.mean_log_ratio], dim=1) / transform.slope
+        high = origins.to(dtype)
+        low = origins - high
+        missing = missing + by * (low[:, :1] - low[:, 1:]).to(dtype)
+        own += [by * scale, high]
+    if by_divergence is not None:
+        assert stats.center is not None
+        by = by_divergence[:, None]
+        missing = missing + by * stats.center.to(dtype)
+        if mixture is None:
+            own.append(entry_numbers(stats, spec, dtype, by * spec.transform.scale))
+        else:
+            by_kl = by * (math.log(2.0) if terms["STUDENT_KL"] else 0.0)
+            missing = missing + by_kl * student.low
+            by_overlap = by * mixture.ratio * teacher.correction
+            own += [mixture_shares(student, teacher, mixture).to(dtype), by_kl * scale, by_overlap * scale]
+    by_p, by_p_at_ids = outside[:, None] + by_p_at_ids - missing, by_p_at_ids - missing
+    common = [student.high, teacher.high, by_p * scale, by_log2 * scale, by_p_at_ids * scale]
+    return terms, torch.cat([*common, *own], dim=1)
