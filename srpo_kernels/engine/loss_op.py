@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from srpo_kernels.engine.agreement import agree
 from srpo_kernels.engine.arguments import LossArguments, LossOptions, parse
 from srpo_kernels.engine.backends import rows_of
 from srpo_kernels.engine.batch import Batch, FusedResult, Needs
+from srpo_kernels.engine.columns import NotByColumns
 from srpo_kernels.engine.custom import prepare_custom
 from srpo_kernels.engine.fused import FusedPass
 from srpo_kernels.engine.objectives import Objective
@@ -84,8 +86,12 @@ def _run(
     add_tail = config.add_tail and topk < size
     spec = RowSpec(config.transform, config.divergence, config.alpha, topk, add_tail, config.topk_of)
     dtype = accumulation_dtype(call.hidden, call.weight)
-    with workspace.borrowed(plan.buffer_rows, len(call.weight), dtype, call.hidden.device) as buffer:
-        return FusedPass(batch, plan, objective, spec, needs, passes, buffer).run()
+    while True:
+        with workspace.borrowed(plan.buffer_rows, len(call.weight), dtype, call.hidden.device) as buffer:
+            try:
+                return FusedPass(batch, plan, objective, spec, needs, passes, buffer).run()
+            except NotByColumns:
+                plan = replace(plan, columns=False, taught_columns=False)
 
 
 def _fake(*arguments: Any) -> tuple[Tensor, ...]:

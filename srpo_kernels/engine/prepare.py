@@ -13,12 +13,17 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from srpo_kernels.distributed import gather_rows, group_of
+from srpo_kernels.engine import columns
 from srpo_kernels.engine.arguments import NORMALIZERS, LossArguments, LossOptions, StatsArguments, StatsOptions
 from srpo_kernels.engine.backends import rows_of
 from srpo_kernels.engine.batch import Batch, Head, Needs
+from srpo_kernels.engine.objectives import Objective
 from srpo_kernels.engine.plan import RowMemory
 from srpo_kernels.engine.row_values import check_row_values, check_support, check_teacher_rows, check_workspace
 from srpo_kernels.engine.stats import StatsCall
+from srpo_kernels.losses.config import SRPOConfig
+from srpo_kernels.losses.derived import Derivation
+from srpo_kernels.losses.rows import POSITION
 from srpo_kernels.losses.sequences import Sequences
 from srpo_kernels.rows.contract import LOWEST, Divergence, LogitTransform, RowSpec, Support
 from srpo_kernels.rows.dtypes import accumulation_dtype
@@ -42,11 +47,18 @@ class FlatRows(NamedTuple):
 
 
 def flatten(
-    call: LossArguments, options: LossOptions, passes: RowPasses, *, by_sequence: bool, needs_advantages: bool
+    call: LossArguments,
+    options: LossOptions,
+    passes: RowPasses,
+    *,
+    by_sequence: bool,
+    needs_advantages: bool,
+    taught_support: bool,
 ) -> tuple[FlatRows, Batch, RowMemory]:
     """Flatten a batch. Raises ValueError for values that no loss takes.
 
-    ``by_sequence``: rows of a sequence matter to each other, those of other ranks too.
+    ``by_sequence``: rows of a sequence matter to each other, those of other ranks too. ``taught_support``: what rows
+    with a teacher were sampled from matters too.
     """
     dtype, vocabulary = accumulation_dtype(call.hidden, call.weight), passes.vocabulary
     memory = RowMemory.of(call.weight, dtype, passes)
@@ -78,7 +90,8 @@ def flatten(
         check_support("teacher_topk_ids", support.ids[teacher_rows[valid & taught]], vocabulary.size)
     support_ids = None if call.support_ids is None else flat_rows(call.support_ids).long()
     if support_ids is not None:
-        check_support("support_ids", support_ids[valid & ~taught], vocabulary.size)
+        check_support("support_ids", support_ids[valid if taught_support else valid & ~taught], vocabulary.size)
+        inputs[POSITION] = position_in(support_ids, targets)
     sequences = None
     if by_sequence:
         name = options.sequence_parallel_group
@@ -97,6 +110,28 @@ def flatten(
         support_ids,
     )
     return FlatRows(valid, taught, sequences, numbers), batch, memory
+
+
+def position_in(support_ids: Tensor, target_ids: Tensor) -> Tensor:
+    """Where in its support ``[N, S]`` each row's own token is, -1 where it is not; ``[N]``."""
+    same = support_ids == target_ids[:, None]
+    return same.int().argmax(1).masked_fill(~same.any(1), -1)
+
+
+def derivation_of(call: LossArguments, config: SRPOConfig, vocabulary: Vocabulary) -> Derivation:
+    """How the statistics of a call are made."""
+    given = None if call.teacher_topk_ids is None else call.teacher_topk_ids.shape[-1]
+    return Derivation.of(config, given, vocabulary.size, has_support=call.support_ids is not None)
+
+
+def by_columns(objective: Objective, batch: Batch, vocabulary: Vocabulary, *, taught: bool) -> bool:
+    """Whether rows with a teacher, or without one, run by columns of the head: where that suffices and costs less."""
+    if batch.support_ids is None or not objective.by_columns(taught):
+        return False
+    tokens = batch.support_ids.shape[1]
+    if batch.teacher_support is not None and "support_log_probs" in objective.reads(taught)[0]:
+        tokens += batch.teacher_support.ids.shape[1]
+    return columns.cheaper(tokens, vocabulary.size)
 
 
 def sequence_lengths(rows: Tensor, sequences: Sequences | None) -> list[int] | None:

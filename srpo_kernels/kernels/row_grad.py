@@ -34,8 +34,8 @@ def row_grad_kernel(
     ``coefficients`` ``[n, 8]``: student's and teacher's log-sum-exp in base 2; what multiplies p, p log2 p, the
     divergence's own term, and p at the ids; two of the divergence's own: the models' shares in a mixture, or what
     reverse_kl takes from the student's and the teacher's units. With ``OVERLAP`` there is a ninth, for ``p q / m``.
-    ``ids`` and ``id_grads`` ``[n, num_ids]`` are tokens whose logits have gradients of their own; ids outside of
-    ``[0, vocab_size)`` are another slice's.
+    ``ids`` and ``id_grads`` ``[n, num_ids]`` are tokens whose logits have gradients of their own, all but the
+    divergence's; ids outside of ``[0, vocab_size)`` are another slice's.
     """
     row = tl.program_id(0).to(tl.int64)
     z_row = z_ptr + row * z_stride_row
@@ -61,7 +61,7 @@ def row_grad_kernel(
     # The log-sum-exp may be that of the other tokens alone: by_p_at_ids is 0 then, and p must be finite.
     z_ids_lse2 = tl.maximum(z_lse2, z_ids * slope2 - 1.0)
     at_ids = _dlogits(
-        z_ids, y_ids, id_grads, z_ids_lse2, y_lse2, by_p_at_ids, by_log, by_divergence, by_overlap, z_own, y_own,
+        z_ids, y_ids, id_grads, z_ids_lse2, y_lse2, by_p_at_ids, 0.0, by_divergence, by_overlap, z_own, y_own,
         slope2, DIVERGENCE, STUDENT_KL, OVERLAP, SOFTCAP, VENDOR,
     )  # fmt: skip
 

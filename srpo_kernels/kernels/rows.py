@@ -73,6 +73,11 @@ def sums(
     return unpack(out)
 
 
+def units(logits: Tensor, transform: LogitTransform) -> Tensor:
+    """As torch rounds a softcap's tanh."""
+    return Transform.of(transform).units(logits)
+
+
 def support_sums(
     logits: Tensor, transform: LogitTransform, *, target_ids: Tensor, support_ids: Tensor
 ) -> tuple[ModelSums, Tensor]:
@@ -165,9 +170,9 @@ def dlogits_(
     by_p_at_ids = torch.zeros_like(outside)
     if by_log is not None:
         assert stats.entropy is not None
-        by_p_at_ids = by_log * stats.entropy
+        outside = outside + by_log * stats.entropy
     if by_divergence is not None and spec.divergence == "forward_kl":
-        by_p_at_ids = by_p_at_ids + by_divergence
+        by_p_at_ids = by_divergence
     if log_sum is stats.tail_logsumexp:
         # If the tail is excluded tokens, it has no probability, and a log-sum-exp that fp32 is too coarse for.
         log_sum = log_sum.where(log_sum >= 0.5 * LOWEST * slope(spec.transform), stats.logsumexp)
@@ -187,7 +192,7 @@ def dlogits_(
     teacher = student if y is None or teacher_logsumexp is None else Base2.of(teacher_logsumexp, z.dtype)
     # What the log-sum-exps lack in fp32 scales a row's probabilities and shifts its log-ratios.
     by_log, by_divergence = by_log[:, None] * math.log(2.0), by_divergence[:, None]
-    missing, extra, by_overlap = by_log * student.low, nothing[:, None].expand(-1, 2), None
+    missing, extra, by_overlap = nothing[:, None], nothing[:, None].expand(-1, 2), None
     if divergence == "forward_kl":
         by_divergence = by_divergence * (teacher.correction / student.correction)
     elif divergence == "reverse_kl" and center is not None and teacher_logsumexp is not None:
@@ -206,7 +211,8 @@ def dlogits_(
         if wanted["STUDENT_KL"]:
             by_divergence = by_divergence * math.log(2.0)
             missing = missing + by_divergence * student.low
-    by_p, by_p_at_ids = (outside + by_p_at_ids)[:, None] - missing, by_p_at_ids[:, None] - missing
+    by_p_at_ids = by_p_at_ids[:, None] - missing
+    by_p = outside[:, None] - by_log * student.low + by_p_at_ids
     scale = spec.transform.scale * student.correction
     terms = [x * scale for x in (by_p, by_log, by_divergence, by_p_at_ids)]
     numbers = [student.high, teacher.high, *terms, extra, *([] if by_overlap is None else [by_overlap * scale])]

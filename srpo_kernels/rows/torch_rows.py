@@ -32,9 +32,9 @@ from srpo_kernels.rows.torch_blocks import (
     to_units_,
 )
 from srpo_kernels.rows.torch_mixture import mix, mixture_block, to_mixture_ratio
-from srpo_kernels.rows.torch_sums import mixture_sums, sums, support_sums
+from srpo_kernels.rows.torch_sums import mixture_sums, sums, support_sums, units
 
-__all__ = ["dlogits_", "mixture_sums", "scratch", "slope", "sums", "support_sums", "whole_rows"]
+__all__ = ["dlogits_", "mixture_sums", "scratch", "slope", "sums", "support_sums", "units", "whole_rows"]
 
 
 def slope(transform: LogitTransform) -> float:
@@ -172,7 +172,7 @@ def dlogits_(
                 z = logits[rows]
                 torch.exp2(z, out=p)
                 _to_entropy_gradient_(z, p, stats, by_log, rows)
-                z.add_(p.mul_(outside[rows, None]).scatter_(1, ids[rows], at_ids[rows]))
+                z.add_(p.mul_(outside[rows, None])).scatter_(1, ids[rows], at_ids[rows])
             return _dlogits(logits, torch.full_like(outside, constant)[:, None], dtype)
         case Holds.DIVERGENCE_GRADIENT if by_divergence is not None and not ids.shape[1]:
             return _dlogits(logits, by_divergence[:, None] * (constant * nats_of_gradient(spec)), dtype)
@@ -200,12 +200,14 @@ def _from_logits_(
         normalize_(z, log_sum[rows], spec)
         torch.exp2(z, out=p)
         _to_entropy_gradient_(z, p, stats, by_log, rows)
+        row, k = inside(ids[rows], z).nonzero(as_tuple=True)
+        at = row, ids[rows][row, k]
+        z[at] = at_ids[rows][row, k]
         if teacher_logits is not None and by_divergence is not None:
             gradient = _divergence_gradient(p, y, own, spec, *work)
             z.addcmul_(gradient, by_divergence[rows, None], value=nats_of_gradient(spec))
         p.mul_(outside[rows, None])
-        row, k = inside(ids[rows], z).nonzero(as_tuple=True)
-        p[row, ids[rows][row, k]] = at_ids[rows][row, k]
+        p[at] = 0.0
         z.add_(p).mul_(transform.scale if slope is None else slope)
 
 
