@@ -13,8 +13,9 @@ from torch import Tensor
 
 from srpo_kernels.engine.batch import Head
 from srpo_kernels.engine.gemm import HeadGradient
-from srpo_kernels.rows.contract import LOWEST, LogitTransform, RowGradients, Statistics
+from srpo_kernels.rows.contract import LOWEST, LogitTransform, RowGradients, RowSpec, Statistics, Support
 from srpo_kernels.rows.dtypes import wide_dtype
+from srpo_kernels.rows.sums import given_statistics
 from srpo_kernels.rows.vocabulary import Vocabulary
 
 # Where the head has fewer rows for each token of a support, a whole row of logits is cheaper: the gathered columns of a
@@ -53,14 +54,19 @@ class Columns(NamedTuple):
 def compute(
     hidden: Tensor,
     head: Head,
-    compared_ids: Tensor | None,
+    given: Support | None,
     sampled_ids: Tensor,
     target_ids: Tensor,
-    transform: LogitTransform,
+    spec: RowSpec,
     vocabulary: Vocabulary,
+    *,
+    compares: bool,
 ) -> Columns:
-    """The log-probs at ``compared_ids`` ``[n, K]``, ``sampled_ids`` ``[n, S]`` and each row's own token."""
-    targets = target_ids[:, None]
+    """The log-probs at ``sampled_ids`` ``[n, S]`` and each row's own token.
+
+    ``given`` is what is known of a teacher; where it ``compares``, log-probs at its tokens too.
+    """
+    targets, compared_ids = target_ids[:, None], given.ids if given is not None and compares else None
     contained = (sampled_ids == targets).any(1, keepdim=True)
     lists = [*([] if compared_ids is None else [compared_ids]), sampled_ids, targets.masked_fill(contained, -1)]
     ids = torch.cat(lists, dim=1)
@@ -70,7 +76,7 @@ def compute(
         torch.bmm(columns, hidden[rows, :, None], out=logits[rows, :, None])
     if head.bias is not None:
         logits += head.bias[local]
-    logits, slopes = _transformed(logits.clamp_min_(LOWEST), transform)
+    logits, slopes = _transformed(logits.clamp_min_(LOWEST), spec.transform)
     logits.masked_fill_(~here, LOWEST)
     if vocabulary.group is not None:
         (shards,) = vocabulary.gather([logits])
@@ -86,6 +92,8 @@ def compute(
         sampled_ids=sampled_ids,
         sampled_log_probs=log_probs[:, compared:-1],
     )
+    if given is not None:
+        statistics = statistics.with_teacher(given_statistics(given.log_probs, spec))
     return Columns(hidden, ids, log_probs, slopes, own, statistics)
 
 

@@ -23,7 +23,7 @@ from srpo_kernels.losses.rows import PER_TOKEN, POSITION, SUPPORT, TEACHER, TEAC
 from srpo_kernels.rows.contract import Dlogits, RowGradients, RowSpec, Statistics, Support
 from srpo_kernels.rows.dtypes import accumulation_dtype
 from srpo_kernels.rows.passes import Request, RowPasses
-from srpo_kernels.rows.sums import bucket_entropy, given_statistics
+from srpo_kernels.rows.sums import bucket_entropy
 
 
 class FusedPass:
@@ -124,22 +124,15 @@ class FusedPass:
         return Computed(operand, logits, parts)
 
     def _compute_columns(self, rows: Tensor, *, taught: bool) -> Computed:
-        batch, targets, names = self.batch, self.batch.target_ids[rows], self.objective.reads(taught)[0]
+        batch, targets = self.batch, self.batch.target_ids[rows]
         assert batch.support_ids is not None
         hidden, given = batch.hidden[rows].to(self.dtype), self._given(rows) if taught else None
+        sampled, compares = batch.support_ids[rows], "support_log_probs" in self.objective.reads(taught)[0]
         own = columns.compute(
-            hidden,
-            batch.head,
-            given.ids if given is not None and "support_log_probs" in names else None,
-            batch.support_ids[rows],
-            targets,
-            self.spec.transform,
-            self.passes.vocabulary,
+            hidden, batch.head, given, sampled, targets, self.spec, self.passes.vocabulary, compares=compares
         )
-        stats = own.statistics
-        if given is not None:
-            stats = stats.with_teacher(given_statistics(given.log_probs, self.spec))
-        return Computed(hidden, hidden, [Part(rows, taught, Request(hidden, None, self.spec, targets), stats)], own)
+        request = Request(hidden, None, self.spec, targets)
+        return Computed(hidden, hidden, [Part(rows, taught, request, own.statistics)], own)
 
     def _request(self, rows: Tensor, logits: Tensor, offset: int, gradient: bool, *, taught: bool) -> Request:
         names, gradients = self.objective.reads(taught)
