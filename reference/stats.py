@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from functools import partial
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import distillation
-from .logits import Project, entropy, head_logits, project_wide, teacher_head, token_log_probs
+from .logits import Project, entropy, head_logits, project_wide, restricted, teacher_head, token_log_probs
 
 
 class TokenStats(NamedTuple):
@@ -39,28 +40,53 @@ def token_stats(
     teacher_weight: Tensor | None = None,
     bias: Tensor | None = None,
     teacher_bias: Tensor | None = None,
+    teacher_topk_ids: Tensor | None = None,
+    teacher_topk_log_probs: Tensor | None = None,
+    support_ids: Tensor | None = None,
     divergence: str = "jsd",
     alpha: float = 0.5,
+    distillation_mode: str = "full",
+    topk: int = 100,
+    topk_of: str = "student",
+    add_tail: bool = True,
+    divergence_clip: float | None = None,
     temperature: float = 1.0,
     logit_scale: float = 1.0,
     softcap: float | None = None,
     project: Project = project_wide,
 ) -> TokenStats:
-    """``log p_t``, ``H(p)``, ``D(p, q)``, ``H(q)``, ``log Σ_v exp(z_v)`` of every valid row, in its shape each."""
+    """``log p_t``, ``H(p)``, ``D(p, q)``, ``H(q)``, ``log Σ_v exp(z_v)`` of every valid row, in its shape each.
+
+    With ``support_ids`` all but what compares p with q is over these tokens and the row's own.
+    """
     valid = torch.ones_like(target_ids, dtype=torch.bool) if mask is None else mask
     logits_of = partial(head_logits, temperature=temperature, logit_scale=logit_scale, softcap=softcap, project=project)
 
-    logits = logits_of(hidden[valid], weight, bias)
-    log_probs = spread(token_log_probs(logits, target_ids[valid]), valid)
-    entropies, logsumexp = spread(entropy(logits), valid), spread(logits.logsumexp(-1), valid)
-    if teacher_hidden is None:
+    logits, ids = logits_of(hidden[valid], weight, bias), target_ids[valid]
+    policy = logits if support_ids is None else restricted(logits, support_ids[valid], ids)
+    log_probs, entropies = spread(token_log_probs(policy, ids), valid), spread(entropy(policy), valid)
+    logsumexp = spread(policy.logsumexp(-1), valid)
+    compared = SimpleNamespace(
+        distillation_mode=distillation_mode,
+        divergence=divergence,
+        alpha=alpha,
+        topk=topk,
+        topk_of=topk_of,
+        add_tail=add_tail,
+        divergence_clip=divergence_clip,
+    )
+    if teacher_topk_ids is not None and teacher_topk_log_probs is not None:
+        known = teacher_topk_ids[valid], teacher_topk_log_probs[valid].detach().to(logits)
+        divergences, _ = distillation.given_distillation_loss(logits, *known, compared)
+        teacher_entropy = distillation.bucket_entropy(known[1], known[0])
+    elif teacher_hidden is not None:
+        head = teacher_head(weight, bias, teacher_weight, teacher_bias)
+        teacher_logits = logits_of(teacher_hidden[valid], *head).detach()
+        divergences, _ = distillation.distillation_loss(logits, teacher_logits, ids, compared)
+        teacher_entropy = entropy(teacher_logits)
+    else:
         return TokenStats(log_probs, entropies, None, None, logsumexp)
-    head = teacher_head(weight, bias, teacher_weight, teacher_bias)
-    teacher_logits = logits_of(teacher_hidden[valid], *head).detach()
-    log_p, log_q = logits.log_softmax(-1), teacher_logits.log_softmax(-1)
-    divergences = distillation.divergence(log_p, log_q, divergence, alpha)
-    teacher_entropy = spread(entropy(teacher_logits), valid)
-    return TokenStats(log_probs, entropies, spread(divergences, valid), teacher_entropy, logsumexp)
+    return TokenStats(log_probs, entropies, spread(divergences, valid), spread(teacher_entropy, valid), logsumexp)
 
 
 def teacher_stats(

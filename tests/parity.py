@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 import reference
-from srpo_kernels import srpo_loss, token_stats
-from tests.comparison import assert_as_accurate, condition_of, run_loss, run_stats
-from tests.strategies import Case, Inputs, cast
+from srpo_kernels import SRPOConfig, srpo_loss, token_stats
+from tests.comparison import assert_as_accurate, assert_same, condition_of, run_loss, run_stats
+from tests.strategies import LEAVES, Case, Inputs, cast
+
+STATS_FIELDS = (
+    "divergence", "alpha", "distillation_mode", "topk", "topk_of", "add_tail", "divergence_clip", "temperature",
+    "logit_scale", "softcap",
+)  # fmt: skip
 
 
 def check_loss(case: Case, dtype: torch.dtype, backend: str) -> None:
@@ -23,6 +30,32 @@ def check_loss(case: Case, dtype: torch.dtype, backend: str) -> None:
     assert_as_accurate(actual, naive, exact, share=1.0 / len(exact["log_probs"]), condition=condition)
 
 
+def check_loss_in(inputs: Inputs, config: SRPOConfig, backend: str, leaves: tuple[str, ...] = LEAVES) -> None:
+    """Inputs in fp64: the same as the oracle's in fp64, and in fp32 as accurate as plain torch."""
+    if backend == "torch":
+        expected = run_loss(reference.srpo_loss, inputs, leaves, config=config)
+        assert_same(run_loss(srpo_loss, inputs, leaves, config=config), expected, 1e-9)
+    else:
+        check_loss(Case(inputs, {"config": config}, leaves), torch.float32, backend)
+
+
+def check_stats_in(inputs: Inputs, backend: str, leaves: tuple[str, ...] = LEAVES, **options: Any) -> None:
+    """The same of ``token_stats``; ``config`` may be among the options."""
+    case = Case(inputs, options, leaves)
+    if backend == "torch":
+        upstream = coefficients(inputs)
+        expected = run_stats(reference.token_stats, inputs, upstream, leaves, **oracle_options(options))
+        assert_same(run_stats(token_stats, inputs, upstream, leaves, **options), expected, 1e-9)
+    else:
+        check_stats(case, torch.float32, backend)
+
+
+def oracle_options(options: dict[str, Any]) -> dict[str, Any]:
+    """Those of ``token_stats`` as the oracle takes them."""
+    config = options.get("config")
+    return options if config is None else {name: getattr(config, name) for name in STATS_FIELDS}
+
+
 def check_stats(case: Case, dtype: torch.dtype, backend: str) -> None:
     """Statistics and gradients are as accurate as those of plain torch with fp32 logits."""
     rounded, upstream = cast(case.inputs, dtype), coefficients(case.inputs)
@@ -35,9 +68,10 @@ def check_stats(case: Case, dtype: torch.dtype, backend: str) -> None:
         backend=backend,
         **case.options,
     )
-    naive = run_stats(reference.token_stats, rounded, upstream, case.leaves, **case.options)
+    options = oracle_options(case.options)
+    naive = run_stats(reference.token_stats, rounded, upstream, case.leaves, **options)
     widened = cast(rounded, torch.float64)
-    exact = run_stats(reference.token_stats, widened, upstream, case.leaves, **case.options)
+    exact = run_stats(reference.token_stats, widened, upstream, case.leaves, **options)
     assert_as_accurate(actual, naive, exact)
 
 

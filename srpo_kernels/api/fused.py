@@ -34,6 +34,9 @@ def fused_loss(
     teacher_mask: Tensor | None = None,
     bias: Tensor | None = None,
     teacher_bias: Tensor | None = None,
+    teacher_topk_ids: Tensor | None = None,
+    teacher_topk_log_probs: Tensor | None = None,
+    support_ids: Tensor | None = None,
     divergence_alpha: Tensor | None = None,
     divergence_clip: Tensor | None = None,
     sequence_ids: Tensor | None = None,
@@ -53,6 +56,13 @@ def fused_loss(
     what the engine spreads over the vocabulary: 3 matmuls per row, 4 per row with a teacher of which something is read.
     Statistics that it does not read are not computed; to see which those are, it is first called on one row with
     made-up ones. Divide by a count of tokens yourself, of the whole optimizer batch, so that micro-batches add up.
+
+    ``rows.divergence`` is the one that ``config`` describes, with its ``distillation_mode``: over the whole vocabulary,
+    over the ``topk`` likeliest tokens of a model, or at the row's own token, where it is ``sg(log p_t - log q_t) log
+    p_t``: its gradient is reverse KL's in expectation, its value is not. With ``support_ids`` the policy is the one
+    over the tokens that a row was sampled from: ``rows.log_probs``, ``rows.entropy`` and ``rows.logsumexp`` are its
+    own; ``rows.full_log_probs``, ``rows.full_entropy`` and ``rows.full_logsumexp`` are those of the whole vocabulary,
+    and so is the divergence.
 
     A row's loss must not depend on other rows: chunks are cut anywhere, and nothing can tell. With ``whole_sequences``
     it may depend on those of its sequence: ``rows.sequence_mean`` and ``rows.sequence_sum`` take values over it, on
@@ -75,6 +85,15 @@ def fused_loss(
             the others what is read of one is 0. None: all, where ``teacher_hidden`` is given.
         bias: ``[V]``; carries gradient.
         teacher_bias: ``[V]``, detached.
+        teacher_topk_ids: ``target_ids``' shape + ``[K]``, or the entries that ``teacher_mask`` marks alone: the
+            teacher's likeliest tokens in place of ``teacher_hidden``, as in ``srpo_loss``, with ``distillation_mode=
+            "topk"`` and ``topk_of="teacher"``. ``rows.divergence`` compares at them, ``rows.teacher_entropy`` is
+            ``topk_entropy``'s, and ``rows.teacher_log_probs`` is refused. A row costs 3 matmuls.
+        teacher_topk_log_probs: the shape of ``teacher_topk_ids``: the teacher's log-probs (nats) there. Detached.
+        support_ids: ``target_ids``' shape + ``[S]``, integers: the tokens that were left to sample a row from, its
+            top-k or top-p, distinct, negative for none; ``pad_support`` makes them of lists. The row's own token
+            belongs to them. Rows of which nothing else is read, but for a teacher's ``teacher_topk_ids`` without a
+            tail, cost ``6 (S + 1) H`` FLOP where the head has 32 rows or more for each token; others 3 matmuls.
         divergence_alpha: ``[B]``, ``[B, 1]`` or ``target_ids``' shape, floating: each row's own ``config.alpha``; with
             ``divergence="jsd"`` 0 makes a row's divergence forward_kl and 1 reverse_kl. None: ``config.alpha``.
         divergence_clip: likewise, in place of ``config.divergence_clip``; > 0, infinite for no bound.
@@ -84,8 +103,8 @@ def fused_loss(
         vocab_parallel_group: the process group that holds the LM head in shards, as in ``srpo_loss``.
         sequence_parallel_group: the process group whose ranks have other rows of the same sequences, for
             ``whole_sequences``; as in ``srpo_loss``.
-        config: its logit transform, ``divergence``, ``alpha`` and ``divergence_clip`` are read, and by a named policy
-            loss its options.
+        config: its logit transform, ``divergence``, ``alpha``, ``divergence_clip``, ``distillation_mode``, ``topk``,
+            ``topk_of`` and ``add_tail`` are read, and by a named policy loss its options.
         backend: ``"auto"``, ``"torch"`` or ``"triton"``.
         workspace_bytes: bound of the logits that are alive at a time, of both models together.
 
@@ -113,9 +132,14 @@ def fused_loss(
         if isinstance(objective, str):
             whole_sequences = whole_sequences or policy_loss_of(objective).whole_sequences
         validation.check_whole_sequences(whole_sequences, target_ids, sequence_ids, sequence_parallel_group)
-        teacher.check_fused_teacher(teacher_hidden, teacher_mask, target_ids, config)
-        if teacher_hidden is not None and teacher_mask is None:
+        validation.check_support_ids(support_ids, target_ids)
+        known = teacher_topk_ids if teacher_hidden is None else teacher_hidden
+        teacher.check_teacher_mask(teacher_mask, known, target_ids)
+        if known is not None and teacher_mask is None:
             teacher_mask = torch.ones_like(target_ids, dtype=torch.bool)
+        teacher.check_teacher_topk(
+            teacher_topk_ids, teacher_topk_log_probs, teacher_hidden, target_ids, teacher_mask, config, "teacher_mask"
+        )
         teacher.check_teacher(teacher_hidden, teacher_weight, teacher_bias, weight, bias, teacher_mask, "teacher_mask")
         teacher.check_own_divergences(divergence_alpha, divergence_clip, target_ids, config, teacher_mask)
         dtype = accumulation_dtype(hidden, weight)
@@ -134,9 +158,9 @@ def fused_loss(
         teacher_hidden=teacher_hidden,
         teacher_weight=teacher_weight,
         teacher_bias=teacher_bias,
-        teacher_topk_ids=None,
-        teacher_topk_log_probs=None,
-        support_ids=None,
+        teacher_topk_ids=teacher_topk_ids,
+        teacher_topk_log_probs=teacher_topk_log_probs,
+        support_ids=support_ids,
         sequence_ids=sequence_ids,
         inputs=list(inputs.values()),
         **dict.fromkeys(NORMALIZERS),

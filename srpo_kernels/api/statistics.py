@@ -8,14 +8,18 @@ from torch.distributed import ProcessGroup
 
 from srpo_kernels.api import teacher, validation
 from srpo_kernels.api.types import TeacherStats, TokenStats
-from srpo_kernels.checks import FLOATING, require_tensor
+from srpo_kernels.checks import FLOATING, require_shape, require_tensor
 from srpo_kernels.engine import backends, stats_op
 from srpo_kernels.engine.agreement import name_of, refused_together
 from srpo_kernels.engine.arguments import StatsArguments, StatsOptions
 from srpo_kernels.losses.config import UNSET, SRPOConfig, Unset, resolve_options
+from srpo_kernels.losses.options import require_mixture
 from srpo_kernels.rows.contract import LOWEST
 from srpo_kernels.rows.dtypes import accumulation_dtype
 from srpo_kernels.rows.sums import bucket_entropy
+
+# Of a config alone: what models are compared at.
+_COMPARED = ("distillation_mode", "topk", "topk_of", "add_tail", "divergence_clip")
 
 
 def token_stats(
@@ -28,6 +32,9 @@ def token_stats(
     teacher_weight: Tensor | None = None,
     bias: Tensor | None = None,
     teacher_bias: Tensor | None = None,
+    teacher_topk_ids: Tensor | None = None,
+    teacher_topk_log_probs: Tensor | None = None,
+    support_ids: Tensor | None = None,
     config: SRPOConfig | None = None,
     divergence: str | Unset = UNSET,
     alpha: float | Unset = UNSET,
@@ -43,7 +50,8 @@ def token_stats(
 
     ``log_probs = log p_t``, ``entropy = H(p)``, ``divergence`` the configured one between student p and teacher q over
     the whole vocabulary, ``teacher_entropy = H(q)``, ``logsumexp = log sum_v exp z_v``; all in nats. No logits are kept
-    for the backward, which computes them again for the rows whose upstream gradients are not all 0.
+    for the backward, which computes them again for the rows whose upstream gradients are not all 0. A row costs 1
+    matmul forward and 3 backward, one more each with ``teacher_hidden``.
 
     Args:
         hidden: ``[..., H]``, fp32, bf16, fp16 or fp64; carries gradient.
@@ -54,8 +62,19 @@ def token_stats(
         teacher_weight: ``[V, H_t]``, detached. None: ``weight`` and ``bias``.
         bias: ``[V]``; carries gradient.
         teacher_bias: ``[V]``, detached.
-        config: the loss's options, in place of the next five, which are its fields. A ``distillation_mode`` other
-            than ``"full"`` is refused with a teacher. None: the next five.
+        teacher_topk_ids: ``[..., K]``, integers: the teacher's likeliest tokens in place of ``teacher_hidden``, as in
+            ``srpo_loss``. ``divergence`` compares at them and at the rest as one more token, or as a ``config`` with
+            ``distillation_mode="topk"`` and ``topk_of="teacher"`` says; ``teacher_entropy`` is ``topk_entropy``'s.
+        teacher_topk_log_probs: ``[..., K]``: the teacher's log-probs (nats) there. Detached.
+        support_ids: ``[..., S]``, integers: the tokens that were left to sample a row from, its top-k or top-p,
+            distinct, negative for none; ``pad_support`` makes them of lists. ``log_probs``, ``entropy`` and
+            ``logsumexp`` are then those of the policy over these and the row's own token. Without a teacher, or with
+            ``teacher_topk_ids`` and no tail, a row costs ``2 (S + 1) H`` FLOP forward and 3 times that backward where
+            the head has 32 rows or more for each token. None: the whole vocabulary.
+        config: the loss's options, in place of the next five, which are its fields, and of how models are compared: its
+            ``distillation_mode``, ``topk``, ``topk_of``, ``add_tail`` and ``divergence_clip``. With the mode
+            ``"sampled"`` ``divergence`` is ``sg(log p_t - log q_t) log p_t``, which has reverse KL's gradient in
+            expectation. None: the next five.
         divergence: ``"forward_kl"`` (KL(q || p)), ``"reverse_kl"`` (KL(p || q)), or one from a mixture of both
             models, ``"jsd"``, ``"skew_forward_kl"`` or ``"skew_reverse_kl"``, as in ``SRPOConfig``. Unset: jsd.
         alpha: the share of one model in that mixture, as in ``SRPOConfig``, in (0, 1). Unset: 0.5.
@@ -93,15 +112,29 @@ def token_stats(
             logit_scale=logit_scale,
             softcap=softcap,
         )
-        validation.check_stats_divergence(described, config, teacher_hidden)
+        require_mixture(described["divergence"], described["alpha"])
+        if config is None and teacher_topk_ids is not None:
+            described |= {"distillation_mode": "topk", "topk_of": "teacher"}
+        elif config is not None:
+            described |= {name: getattr(config, name) for name in _COMPARED}
         validation.check_head(hidden, weight, bias)
         validation.check_target_ids(target_ids, hidden)
         validation.check_mask(mask, hidden)
+        validation.check_support_ids(support_ids, target_ids)
         teacher.check_stats_teacher(teacher_hidden, teacher_weight, teacher_bias, hidden, weight, bias)
+        teacher.check_teacher_topk(
+            teacher_topk_ids, teacher_topk_log_probs, teacher_hidden, target_ids, target_ids, config
+        )
+        if teacher_topk_ids is not None:
+            width = teacher_topk_ids.shape[-1:]
+            require_shape("teacher_topk_ids", teacher_topk_ids, [target_ids.shape + width], "the rows of hidden, and K")
         dtype = accumulation_dtype(hidden, weight)
         backend = backends.resolve_backend(backend, hidden.device, dtype)
         validation.check_workspace(workspace_bytes)
-    call = StatsArguments(hidden, weight, bias, target_ids, mask, teacher_hidden, teacher_weight, teacher_bias)
+    call = StatsArguments(
+        hidden, weight, bias, target_ids, mask, teacher_hidden, teacher_weight, teacher_bias, teacher_topk_ids,
+        teacher_topk_log_probs, support_ids,
+    )  # fmt: skip
     options = StatsOptions(
         **described,
         backend=backend,
@@ -111,7 +144,7 @@ def token_stats(
     )
     result = stats_op.token_stats(call, options)
     logsumexp = result.logsumexp.to(dtype)
-    if teacher_hidden is None:
+    if not call.has_teacher:
         return TokenStats(result.log_probs, result.entropy, None, None, logsumexp)
     return TokenStats(result.log_probs, result.entropy, result.divergence, result.teacher_entropy, logsumexp)
 

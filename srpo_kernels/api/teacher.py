@@ -26,19 +26,14 @@ def check_teacher(
     _check_teacher_head(teacher_hidden, teacher_weight, teacher_bias, weight, bias)
 
 
-def check_fused_teacher(teacher_hidden: object, teacher_mask: object, target_ids: Tensor, config: SRPOConfig) -> None:
-    """The rows that have a teacher, and the divergence from it, which is that of the whole vocabulary."""
+def check_teacher_mask(teacher_mask: object, teacher: object, target_ids: Tensor) -> None:
+    """The rows that have a teacher."""
     rows = target_ids.shape
     if teacher_mask is not None:
-        if teacher_hidden is None:
-            raise ValueError("teacher_mask needs teacher_hidden, got None")
+        if teacher is None:
+            raise ValueError("teacher_mask needs teacher_hidden, or teacher_topk_ids in its place, got None")
         teacher_mask = require_tensor("teacher_mask", teacher_mask, BOOL, target_ids.device)
         require_shape("teacher_mask", teacher_mask, [rows[:1], rows], "[B], or the shape of target_ids")
-    if teacher_hidden is not None and config.distillation_mode != "full":
-        raise ValueError(
-            "config.distillation_mode must be 'full' where fused_loss has a teacher: its divergence is that of the "
-            f"whole vocabulary, got {config.distillation_mode!r}"
-        )
 
 
 def check_own_divergences(
@@ -84,19 +79,25 @@ def check_stats_teacher(
 
 
 def check_teacher_topk(
-    ids: object, log_probs: object, teacher_hidden: object, target_ids: Tensor, mask: Tensor | None, config: SRPOConfig
+    ids: object,
+    log_probs: object,
+    teacher_hidden: object,
+    target_ids: Tensor,
+    mask: Tensor | None,
+    config: SRPOConfig | None,
+    mask_name: str = "sdpo_mask",
 ) -> None:
-    """The likeliest tokens of a teacher, in place of its hidden states."""
+    """The likeliest tokens of a teacher, in place of its hidden states; a ``config`` of None is that of them."""
     if (ids is None) != (log_probs is None):
         given, other = ("ids", "log_probs") if log_probs is None else ("log_probs", "ids")
         raise ValueError(f"teacher_topk_{given} needs teacher_topk_{other}, got None")
     if ids is None:
         return
     if mask is None:
-        raise ValueError("teacher_topk_ids needs sdpo_mask, which says what rows it teaches; got sdpo_mask=None")
+        raise ValueError(f"teacher_topk_ids needs {mask_name}, which says what rows it teaches; got {mask_name}=None")
     if teacher_hidden is not None:
         raise ValueError("teacher_topk_ids is in place of teacher_hidden: give one of them")
-    if config.distillation_mode != "topk" or config.topk_of != "teacher":
+    if config is not None and (config.distillation_mode != "topk" or config.topk_of != "teacher"):
         raise ValueError(
             "teacher_topk_ids needs distillation_mode='topk' and topk_of='teacher', "
             f"got {config.distillation_mode!r} and {config.topk_of!r}"

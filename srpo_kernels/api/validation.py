@@ -14,7 +14,6 @@ from torch.distributed import ProcessGroup
 from srpo_kernels.checks import BOOL, FLOATING, INTEGER, require_shape, require_tensor
 from srpo_kernels.distributed import require_group
 from srpo_kernels.losses.config import SRPOConfig
-from srpo_kernels.losses.options import require_mixture
 from srpo_kernels.losses.registry import POLICY_LOSSES, policy_loss_of
 from srpo_kernels.losses.rows import RESERVED
 from srpo_kernels.rollout.normalizers import require_normalizers
@@ -55,16 +54,6 @@ def check_workspace(workspace_bytes: object) -> None:
         raise TypeError(f"workspace_bytes must be an int or None, got {type(workspace_bytes).__name__}")
     if workspace_bytes >= 2**63:
         raise ValueError(f"workspace_bytes must be below 2**63, got an int of {workspace_bytes.bit_length()} bits")
-
-
-def check_stats_divergence(options: Mapping[str, Any], config: SRPOConfig | None, teacher_hidden: object) -> None:
-    """The divergence of ``token_stats``, which is that of the whole vocabulary."""
-    require_mixture(options["divergence"], options["alpha"])
-    if config is not None and config.distillation_mode != "full" and teacher_hidden is not None:
-        raise ValueError(
-            "config.distillation_mode must be 'full' where token_stats has a teacher: its divergence is that of the "
-            f"whole vocabulary, got {config.distillation_mode!r}"
-        )
 
 
 def check_head(

@@ -11,13 +11,15 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from srpo_kernels.losses.config import SRPOConfig
+
 
 class LossArguments(NamedTuple):
     """The tensors of a call of ``srpo_loss`` or ``fused_loss`` in its caller's shapes.
 
     ``teacher_mask`` says which rows have a teacher, in whose place its likeliest tokens may be given;
-    ``support_ids`` are what rows without one were sampled from. Four are ``Normalizers``' fields, ``srpo_loss``'s
-    alone; ``inputs`` are the objective's.
+    ``support_ids`` are what rows were sampled from, in ``srpo_loss`` those without one. Four are ``Normalizers``'
+    fields, ``srpo_loss``'s alone; ``inputs`` are the objective's.
     """
 
     hidden: Tensor
@@ -62,7 +64,10 @@ class LossOptions(NamedTuple):
 
 
 class StatsArguments(NamedTuple):
-    """The tensors of a call of ``token_stats`` in its caller's shapes; without ``target_ids`` no log-prob is wanted."""
+    """The tensors of a call of ``token_stats`` in its caller's shapes; without ``target_ids`` no log-prob is wanted.
+
+    A teacher's likeliest tokens may be in its place; ``support_ids`` are what rows were sampled from.
+    """
 
     hidden: Tensor
     weight: Tensor
@@ -72,13 +77,26 @@ class StatsArguments(NamedTuple):
     teacher_hidden: Tensor | None = None
     teacher_weight: Tensor | None = None
     teacher_bias: Tensor | None = None
+    teacher_topk_ids: Tensor | None = None
+    teacher_topk_log_probs: Tensor | None = None
+    support_ids: Tensor | None = None
+
+    @property
+    def has_teacher(self) -> bool:
+        """Whether it is known by its states, or by its likeliest tokens."""
+        return self.teacher_hidden is not None or self.teacher_topk_ids is not None
 
 
 class StatsOptions(NamedTuple):
-    """The options of a call of ``token_stats``; the group is a name."""
+    """The options of a call of ``token_stats``: fields of ``SRPOConfig``, and others; the group is a name."""
 
     divergence: str = "jsd"
     alpha: float = 0.5
+    distillation_mode: str = "full"
+    topk: int = 100
+    topk_of: str = "student"
+    add_tail: bool = True
+    divergence_clip: float | None = None
     temperature: float = 1.0
     logit_scale: float = 1.0
     softcap: float | None = None
@@ -86,6 +104,10 @@ class StatsOptions(NamedTuple):
     engine: str = "auto"
     workspace_bytes: int | None = None
     vocab_parallel_group: str | None = None
+
+    def config(self) -> SRPOConfig:
+        """What they say of the logits and of what is compared."""
+        return SRPOConfig(**dict(islice(self._asdict().items(), self._fields.index("backend"))))
 
 
 def parse(arguments: tuple[Any, ...], *groups: Any) -> list[Any]:

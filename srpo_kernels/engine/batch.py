@@ -21,9 +21,10 @@ class Head(NamedTuple):
 class Batch(NamedTuple):
     """N rows. Only ``hidden`` ``[N, H]`` and ``head`` carry gradient.
 
-    ``inputs`` are the objective's, ``[N]`` by name; ``sequences`` is None where no sequence matters. ``teacher_rows``
-    ``[N]`` says where in ``teacher_hidden`` ``[M, H_t]``, or in ``teacher_support``, a row's teacher is; all are unused
-    when no row has a teacher. ``support_ids`` ``[N, K]``: the tokens that rows without one were sampled from.
+    ``inputs`` are the objective's, ``[N]`` by name; ``sequences`` is None where none matters. ``teacher_rows`` ``[N]``
+    says where in ``teacher_hidden`` ``[M, H_t]``, or in ``teacher_support``, a row's teacher is; all unused when no row
+    has a teacher. ``support_ids`` ``[N, S]``: the tokens that rows were sampled from, in ``srpo_loss`` those without a
+    teacher; ``inputs`` then say where in them a row's own token is.
     """
 
     hidden: Tensor

@@ -24,7 +24,7 @@ class Part(NamedTuple):
 class Computed(NamedTuple):
     """A chunk: its hidden states as an operand, the student's logits of all of it, and its parts that are not empty.
 
-    Or, of rows without a teacher, ``columns`` of the head.
+    Or, of rows of one kind, ``columns`` of the head.
     """
 
     operand: Tensor

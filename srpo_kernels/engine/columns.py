@@ -13,8 +13,9 @@ from torch import Tensor
 
 from srpo_kernels.engine.batch import Head
 from srpo_kernels.engine.gemm import HeadGradient
-from srpo_kernels.rows.contract import LOWEST, LogitTransform, RowGradients, RowSpec, Statistics
-from srpo_kernels.rows.passes import coefficients
+from srpo_kernels.rows.contract import LOWEST, LogitTransform, RowGradients, RowSpec, Statistics, Support
+from srpo_kernels.rows.dtypes import wide_dtype
+from srpo_kernels.rows.sums import given_statistics
 from srpo_kernels.rows.vocabulary import Vocabulary
 
 # Where the head has fewer rows for each token of a support, a whole row of logits is cheaper: the gathered columns of a
@@ -29,55 +30,76 @@ def cheaper(tokens: int, vocab_size: int) -> bool:
     return (tokens + 1) * _ROWS_PER_TOKEN <= vocab_size
 
 
-class Columns(NamedTuple):
-    """n rows: hidden states ``[n, H]`` in the accumulation dtype, ids ``[n, K + 1]`` of the whole vocabulary.
+class NotByColumns(Exception):
+    """An objective has turned out to read what a few columns of the head do not say."""
 
-    The last id is the row's own where it is none of the K; a negative id is none. ``slopes`` are those of the logit
-    transform at these tokens. ``statistics`` are of the policy over them.
+
+class Columns(NamedTuple):
+    """n rows by their K tokens: hidden states ``[n, H]`` in the accumulation dtype, ids of the whole vocabulary.
+
+    A negative id is none. The tokens are those that models are compared at, those that a row was sampled from, and the
+    row's own where it is none of these. ``log_probs`` are over all of them, one that is there twice counting twice:
+    nothing that is read of them depends on what they are relative to. ``slopes`` are the logit transform's; all of
+    these are ``[n, K]``, and ``own`` ``[n, 1]`` says where the row's own token is.
     """
 
     hidden: Tensor
     ids: Tensor
+    log_probs: Tensor
     slopes: Tensor
+    own: Tensor
     statistics: Statistics
 
 
 def compute(
     hidden: Tensor,
     head: Head,
-    support_ids: Tensor,
+    given: Support | None,
+    sampled_ids: Tensor,
     target_ids: Tensor,
-    transform: LogitTransform,
+    spec: RowSpec,
     vocabulary: Vocabulary,
+    *,
+    compares: bool,
 ) -> Columns:
-    """The log-probs over ``support_ids`` ``[n, K]`` and each row's own token."""
-    contained = (support_ids == target_ids[:, None]).any(1, keepdim=True)
-    ids = torch.cat([support_ids, target_ids[:, None].masked_fill(contained, -1)], dim=1)
+    """The log-probs at ``sampled_ids`` ``[n, S]`` and each row's own token.
+
+    ``given`` is what is known of a teacher; where it ``compares``, log-probs at its tokens too.
+    """
+    targets, compared_ids = target_ids[:, None], given.ids if given is not None and compares else None
+    contained = (sampled_ids == targets).any(1, keepdim=True)
+    lists = [*([] if compared_ids is None else [compared_ids]), sampled_ids, targets.masked_fill(contained, -1)]
+    ids = torch.cat(lists, dim=1)
     local, here = _local(ids, vocabulary)
     logits = hidden.new_empty(ids.shape)
     for rows, columns in _gathered(head.weight, local, hidden.dtype):
         torch.bmm(columns, hidden[rows, :, None], out=logits[rows, :, None])
     if head.bias is not None:
         logits += head.bias[local]
-    logits, slopes = _transformed(logits.clamp_min_(LOWEST), transform)
+    logits, slopes = _transformed(logits.clamp_min_(LOWEST), spec.transform)
     logits.masked_fill_(~here, LOWEST)
     if vocabulary.group is not None:
         (shards,) = vocabulary.gather([logits])
         logits = shards.amax(0)
     log_probs = logits.log_softmax(1)
-    own = log_probs.gather(1, (ids == target_ids[:, None]).int().argmax(1, keepdim=True)).squeeze(1)
-    return Columns(
-        hidden,
-        ids,
-        slopes,
-        Statistics(own, torch.zeros_like(own)[:, None], support_ids=support_ids, support_log_probs=log_probs[:, :-1]),
+    own = (ids == targets).int().argmax(1, keepdim=True)
+    compared = 0 if compared_ids is None else compared_ids.shape[1]
+    statistics = Statistics(
+        log_probs.gather(1, own).squeeze(1),
+        logits.to(wide_dtype(logits.device)).logsumexp(1, keepdim=True),
+        support_ids=compared_ids,
+        support_log_probs=None if compared_ids is None else log_probs[:, :compared],
+        sampled_ids=sampled_ids,
+        sampled_log_probs=log_probs[:, compared:-1],
     )
+    if given is not None:
+        statistics = statistics.with_teacher(given_statistics(given.log_probs, spec))
+    return Columns(hidden, ids, log_probs, slopes, own, statistics)
 
 
 def accumulate(
     columns: Columns,
     gradients: RowGradients,
-    target_ids: Tensor,
     head: Head,
     grad_head: HeadGradient,
     vocabulary: Vocabulary,
@@ -85,7 +107,7 @@ def accumulate(
     grad_hidden: bool,
 ) -> Tensor:
     """Add to dW and db; dX rows ``[n, H]``, or the sums of dlogits ``[n, 1]`` where hidden states are frozen."""
-    dlogits = coefficients(columns.statistics, gradients, RowSpec(), target_ids).at_ids * columns.slopes
+    dlogits = _dlogits(columns, gradients)
     local, here = _local(columns.ids, vocabulary)
     dlogits = dlogits.masked_fill(~here, 0.0)
     grad_head.add_rows(local, dlogits, columns.hidden)
@@ -95,6 +117,21 @@ def accumulate(
     for rows, gathered in _gathered(head.weight, local, grad.dtype):
         torch.bmm(dlogits[rows, None], gathered, out=grad[rows, None])
     return grad
+
+
+def _dlogits(columns: Columns, gradients: RowGradients) -> Tensor:
+    """``slope_k (g_k - total p_k)``, where total is the sum of all g, less the log-sum-exp's."""
+    grads = torch.zeros_like(columns.log_probs)
+    first = 0 if columns.statistics.support_ids is None else columns.statistics.support_ids.shape[1]
+    for places, own in ((slice(first), gradients.support_log_probs), (slice(first, -1), gradients.sampled_log_probs)):
+        if own is not None:
+            grads[:, places] += own
+    if gradients.log_probs is not None:
+        grads.scatter_add_(1, columns.own, gradients.log_probs[:, None])
+    total = grads.sum(1, keepdim=True)
+    if gradients.logsumexp is not None:
+        total = total - gradients.logsumexp[:, None]
+    return columns.slopes * (grads - total * columns.log_probs.exp())
 
 
 def _local(ids: Tensor, vocabulary: Vocabulary) -> tuple[Tensor, Tensor]:

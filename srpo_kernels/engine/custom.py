@@ -12,7 +12,7 @@ from srpo_kernels.engine.arguments import LossArguments, LossOptions
 from srpo_kernels.engine.batch import Batch, Needs
 from srpo_kernels.engine.objectives import CustomObjective
 from srpo_kernels.engine.plan import Plan, make_plan, order_rows
-from srpo_kernels.engine.prepare import flatten, sequence_lengths
+from srpo_kernels.engine.prepare import by_columns, derivation_of, flatten, sequence_lengths
 from srpo_kernels.losses.config import SRPOConfig
 from srpo_kernels.losses.registry import PolicyRows, policy_loss_of
 from srpo_kernels.losses.rows import ObjectiveRows
@@ -25,20 +25,26 @@ def prepare_custom(
 ) -> tuple[Batch, Plan, CustomObjective]:
     """Lay out a call of ``fused_loss``."""
     whole = options.whole_sequences
-    rows, batch, memory = flatten(call, options, passes, by_sequence=whole, needs_advantages=False)
+    rows, batch, memory = flatten(call, options, passes, by_sequence=whole, needs_advantages=False, taught_support=True)
     function: Callable[[ObjectiveRows], Tensor]
     if isinstance(options.objective, str):
         function, name = partial(_registered, config, options.objective), f"the policy loss {options.objective!r}"
     else:
         function, name = options.objective, getattr(options.objective, "__qualname__", repr(options.objective))
-    objective = CustomObjective(function, name, whole_sequences=whole, has_teacher=call.teacher_hidden is not None)
+    objective = CustomObjective(
+        function,
+        name,
+        derivation_of(call, config, passes.vocabulary),
+        whole_sequences=whole,
+        has_teacher=call.teacher_mask is not None,
+    )
     whole_batch = isinstance(options.objective, str) and policy_loss_of(options.objective).whole_batch
     count = 1 if rows.sequences is None else rows.sequences.number
     order = order_rows(rows.valid, rows.taught, None, None if rows.sequences is None else rows.sequences.ids, count)
     first = torch.cat(order)[:1]
     if len(first):
         like = call.hidden.new_empty((), dtype=accumulation_dtype(call.hidden, call.weight))
-        objective.discover({key: values[first] for key, values in batch.inputs.items()}, like)
+        objective.discover({key: batch.inputs[key][first] for key in options.input_names}, like)
     grouped = rows.sequences is not None and rows.sequences.group is not None
     plan = make_plan(
         order,
@@ -47,6 +53,9 @@ def prepare_custom(
         alone_lengths=[len(order.alone)] if whole_batch else sequence_lengths(order.alone, rows.sequences),
         workspace_bytes=options.workspace_bytes,
         gradients=int(needs.hidden) + int(needs.weight),
+        teacher_logits=call.teacher_topk_ids is None,
+        columns=by_columns(objective, batch, passes.vocabulary, taught=False),
+        taught_columns=by_columns(objective, batch, passes.vocabulary, taught=True),
         joins=grouped,
     )
     return batch, plan, objective

@@ -15,11 +15,11 @@ from torch import Tensor
 from srpo_kernels.engine import columns, gemm
 from srpo_kernels.engine.batch import Batch, FusedResult, Head, Needs
 from srpo_kernels.engine.chunks import Computed, Part, join
-from srpo_kernels.engine.columns import Columns
+from srpo_kernels.engine.columns import Columns, NotByColumns
 from srpo_kernels.engine.objectives import Evaluation, Objective, evaluate
 from srpo_kernels.engine.plan import Chunk, Plan, Segment
 from srpo_kernels.losses.divergence import over_support
-from srpo_kernels.losses.rows import SUPPORT, TEACHER, TEACHER_SUPPORT, NotComputed
+from srpo_kernels.losses.rows import PER_TOKEN, POSITION, SUPPORT, TEACHER, TEACHER_SUPPORT, NotComputed
 from srpo_kernels.rows.contract import Dlogits, RowGradients, RowSpec, Statistics, Support
 from srpo_kernels.rows.dtypes import accumulation_dtype
 from srpo_kernels.rows.mixture import KLS
@@ -54,7 +54,10 @@ class FusedPass:
         )
 
     def run(self) -> FusedResult:
-        """All segments, then rows that only metrics want."""
+        """All segments, then rows that only metrics want.
+
+        Raises NotByColumns where columns of the head were planned, and do not say all that the objective reads.
+        """
         if self.objective.teacher_first:
             self.objective.begin(self._teacher_entropies())
         loss = self.log_probs.new_zeros(())
@@ -84,25 +87,30 @@ class FusedPass:
     def _run(self, segment: Segment, *, gradient: bool, active: bool = True) -> tuple[Tensor, Evaluation]:
         """Evaluate a segment, and accumulate its gradients."""
         while True:
+            for taught, columns_alone in ((True, self.plan.taught_columns), (False, self.plan.columns)):
+                if columns_alone and not self.objective.by_columns(taught):
+                    raise NotByColumns
             computed = [self._compute(chunk, gradient) for chunk in segment]
             rows = torch.cat([chunk.taught for chunk in segment] + [chunk.alone for chunk in segment])
             try:
                 evaluation = self._evaluate(computed, rows, gradient, active)
             except NotComputed as missing:
-                self.objective.widen(frozenset({missing.name}))
+                self.objective.widen(missing.name)
                 continue
             known = self.objective.reads(taught=True)[1] | self.objective.reads(taught=False)[1]
             if evaluation.gradients.names <= known:
                 break
-            self.objective.widen(evaluation.gradients.names)
+            self.objective.expect(evaluation.gradients.names)
         if gradient:
-            self._accumulate_segment(segment, computed[-1], evaluation)
+            self._accumulate_segment(segment, computed, evaluation)
         return rows, evaluation
 
     def _compute(self, chunk: Chunk, gradient: bool) -> Computed:
         """Logits of a chunk at the front of the buffer, the teacher's behind the student's, and their statistics."""
         if self.plan.columns and not len(chunk.taught):
-            return self._compute_columns(chunk.alone)
+            return self._compute_columns(chunk.alone, taught=False)
+        if self.plan.taught_columns and not len(chunk.alone):
+            return self._compute_columns(chunk.taught, taught=True)
         rows = chunk.alone if not len(chunk.taught) else torch.cat(chunk)
         operand, logits = self._project(self.batch.hidden, rows, rows, self.batch.head, 0)
         taught, alone = logits.split([len(chunk.taught), len(chunk.alone)])
@@ -116,46 +124,46 @@ class FusedPass:
         ]
         return Computed(operand, logits, parts)
 
-    def _compute_columns(self, rows: Tensor) -> Computed:
+    def _compute_columns(self, rows: Tensor, *, taught: bool) -> Computed:
         batch, targets = self.batch, self.batch.target_ids[rows]
         assert batch.support_ids is not None
-        hidden, support = batch.hidden[rows].to(self.dtype), batch.support_ids[rows]
-        own = columns.compute(hidden, batch.head, support, targets, self.spec.transform, self.passes.vocabulary)
+        hidden, given = batch.hidden[rows].to(self.dtype), self._given(rows) if taught else None
+        sampled, compares = batch.support_ids[rows], "support_log_probs" in self.objective.reads(taught)[0]
+        own = columns.compute(
+            hidden, batch.head, given, sampled, targets, self.spec, self.passes.vocabulary, compares=compares
+        )
         request = Request(hidden, None, self.spec, targets)
-        return Computed(hidden, hidden, [Part(rows, False, request, own.statistics)], own)
+        return Computed(hidden, hidden, [Part(rows, taught, request, own.statistics)], own)
 
     def _request(self, rows: Tensor, logits: Tensor, offset: int, gradient: bool, *, taught: bool) -> Request:
         names, gradients = self.objective.reads(taught)
-        spec, y, support = replace(self.spec, divergence=None, topk=0), None, None
+        spec, y, given = replace(self.spec, divergence=None, topk=0), None, None
         if any(name in _OF_TEACHER for name in names):
-            support = self._support(rows, taught=taught)
-            if support is None:
+            given = self._given(rows)
+            if given is None:
                 y = self._teacher_logits(rows, offset)
             spec = replace(
                 self.spec,
                 divergence=self.spec.divergence if "divergence" in names else None,
                 kls=frozenset(name for name in KLS if name in names),
                 topk=self.spec.topk if "support_log_probs" in names else 0,
-                add_tail=self.spec.add_tail and taught,
             )
             spec = spec.of_rows(rows, *(self._of_row(name, rows) for name in ("divergence_alpha", "divergence_clip")))
-        wanted = gradients if gradient else frozenset()
-        return Request(logits, y, spec, self.batch.target_ids[rows], "entropy" in names, wanted, support)
+        ids, wanted = self.batch.target_ids[rows], gradients if gradient else frozenset()
+        sampled = self.batch.support_ids if "sampled_log_probs" in names else None
+        sampled = None if sampled is None else sampled[rows]
+        return Request(logits, y, spec, ids, "entropy" in names, wanted, given, sampled)
 
     def _of_row(self, name: str, rows: Tensor) -> Tensor | None:
         values = self.batch.inputs.get(name)
         return None if values is None else values[rows]
 
-    def _support(self, rows: Tensor, *, taught: bool) -> Support | None:
-        """Tokens that are given: the teacher's likeliest, or those that a row was sampled from."""
-        batch = self.batch
-        if not taught:
-            return None if batch.support_ids is None else Support(batch.support_ids[rows])
-        if batch.teacher_support is None:
+    def _given(self, rows: Tensor) -> Support | None:
+        """The teacher's likeliest tokens, where they are given in its place."""
+        if self.batch.teacher_support is None:
             return None
-        at = batch.teacher_rows[rows]
-        ids, known = batch.teacher_support
-        return Support(ids[at], None if known is None else known[at])
+        at = self.batch.teacher_rows[rows]
+        return Support._make(x[at] for x in self.batch.teacher_support)
 
     def _evaluate(self, computed: list[Computed], rows: Tensor, gradient: bool, active: bool) -> Evaluation:
         # Rows with a teacher before those without, whatever the chunk.
@@ -165,7 +173,12 @@ class FusedPass:
         if num_taught:
             names |= self.objective.reads(taught=True)[0]
         statistics = {name: self._statistic(name, parts) for name in names}
-        self.log_probs[rows] = self._own_log_probs(statistics, rows, num_taught)
+        self.log_probs[rows] = torch.cat(
+            [
+                self._own_log_probs(statistics, rows, slice(num_taught), taught=True),
+                self._own_log_probs(statistics, rows, slice(num_taught, None), taught=False),
+            ]
+        )
         return evaluate(
             self.objective,
             statistics,
@@ -176,19 +189,20 @@ class FusedPass:
             active=active,
         )
 
-    def _own_log_probs(self, statistics: dict[str, Tensor], rows: Tensor, num_taught: int) -> Tensor:
-        """Of each row, over the tokens that it was sampled from where these are given."""
-        log_probs = statistics["log_probs"]
-        if self.batch.support_ids is None or num_taught == len(rows):
+    def _own_log_probs(self, statistics: dict[str, Tensor], rows: Tensor, kind: slice, *, taught: bool) -> Tensor:
+        """Of rows of a kind, over the tokens that they were sampled from where these matter."""
+        log_probs = statistics["log_probs"][kind]
+        if "sampled_log_probs" not in self.objective.reads(taught)[0]:
             return log_probs
-        contained = self.batch.inputs["target_in_support"][rows[num_taught:]]
-        support = statistics["support_log_probs"][num_taught:]
-        return torch.cat([log_probs[:num_taught], over_support(log_probs[num_taught:], support, contained)[0]])
+        return over_support(log_probs, statistics["sampled_log_probs"][kind], self.batch.inputs[POSITION][rows[kind]])[
+            0
+        ]
 
     def _statistic(self, name: str, parts: list[Part]) -> Tensor:
         """Of all parts; 0 in those that do not have it."""
         values = [self._value(part.stats, name) for part in parts]
-        like = next((x for x in values if x is not None), self.log_probs[:0])
+        nothing = self.log_probs[:0, None] if name in PER_TOKEN else self.log_probs[:0]
+        like = next((x for x in values if x is not None), nothing)
         present = [
             like.new_zeros(len(part.rows), *like.shape[1:]) if x is None else x
             for part, x in zip(parts, values, strict=True)
@@ -200,7 +214,7 @@ class FusedPass:
         values: Tensor | None = getattr(stats, name)
         return values.squeeze(1).to(self.dtype) if values is not None and name == "logsumexp" else values
 
-    def _accumulate_segment(self, segment: Segment, last: Computed, evaluation: Evaluation) -> None:
+    def _accumulate_segment(self, segment: Segment, known: list[Computed], evaluation: Evaluation) -> None:
         """Add the gradients of all chunks; the last one's logits are still in the buffer, the others' come again."""
         rescale = evaluation.rescale
         if rescale is not None and self.grad_rows is not None:
@@ -208,12 +222,15 @@ class FusedPass:
         taught, alone = sum(len(chunk.taught) for chunk in segment), sum(len(chunk.alone) for chunk in segment)
         ends = {True: taught, False: taught + alone}
         for i, chunk in reversed(list(enumerate(segment))):
-            computed = last if i == len(segment) - 1 else self._compute(chunk, gradient=True)
+            computed = known[i]
             if computed.columns is not None:
-                own = slice(ends[False] - len(chunk.alone), ends[False])
-                self._accumulate_columns(computed.columns, chunk.alone, evaluation.gradients.select(own))
-                ends[False] = own.start
+                (part,) = computed.parts
+                own = slice(ends[part.taught] - len(part.rows), ends[part.taught])
+                self._accumulate_columns(computed.columns, part.rows, evaluation.gradients.select(own))
+                ends[part.taught] = own.start
                 continue
+            if i < len(segment) - 1:
+                computed = self._compute(chunk, gradient=True)
             dlogits = []
             for part in computed.parts:
                 start = ends[part.taught] - len(part.rows)
@@ -226,7 +243,6 @@ class FusedPass:
         grad = columns.accumulate(
             own,
             gradients,
-            self.batch.target_ids[rows],
             self.batch.head,
             self.grad_head,
             self.passes.vocabulary,

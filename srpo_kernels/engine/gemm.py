@@ -87,19 +87,22 @@ def _slab_height(matrix: Tensor) -> int:
 class HeadGradient:
     """dW ``[V, H]`` and db ``[V]``, summed over chunks of rows in the accumulation dtype.
 
-    The first chunk writes, later ones add; ``rescale`` multiplies what was there before, within the same product.
+    The first chunk writes, later ones add; ``rescale`` multiplies what was there before, within the same product. dW is
+    None where it is not wanted, and until it has content: rows of it are added to zeros, which an allocator has at a
+    lower price than a pass.
     """
 
     def __init__(self, weight: Tensor | None, bias: Tensor | None, dtype: torch.dtype) -> None:
-        self.weight = None if weight is None else torch.empty(weight.shape, dtype=dtype, device=weight.device)
+        self.weight: Tensor | None = None
         self.bias = None if bias is None else torch.zeros(bias.shape, dtype=dtype, device=bias.device)
-        self._empty = True
+        self._like, self._dtype = weight, dtype
 
     def add_weight(self, dlogits: Tensor, hidden: Tensor, rescale: Tensor | None = None) -> None:
         """Add ``dlogits.T @ hidden``: operands ``[n, V]`` and ``[n, H]``."""
-        if self.weight is None:
+        if self._like is None:
             return
-        if self._empty:
+        if self.weight is None:
+            self.weight = torch.empty(self._like.shape, dtype=self._dtype, device=self._like.device)
             _mm(dlogits.t(), hidden, out=self.weight)
         elif rescale is None:
             _addmm(dlogits.t(), hidden, out=self.weight)
@@ -108,17 +111,15 @@ class HeadGradient:
         else:
             # A factor that the host reads would stall the accelerator's queue.
             _addmm(dlogits.t(), hidden, out=self.weight.mul_(rescale))
-        self._empty = False
 
     def add_rows(self, ids: Tensor, dlogits: Tensor, hidden: Tensor) -> None:
         """Add dlogits ``[n, K]`` of tokens ``ids`` ``[n, K]`` of n hidden states ``[n, H]``, and to db."""
         if self.bias is not None:
             self.bias.index_add_(0, ids.flatten(), dlogits.flatten())
-        if self.weight is None:
+        if self._like is None:
             return
-        if self._empty:
-            self.weight.zero_()
-        self._empty = False
+        if self.weight is None:
+            self.weight = self._zeros(self._like)
         height = max(1, 2 * _SLAB_ELEMENTS // (ids.shape[1] * hidden.shape[1]))
         for at, values, states in zip(ids.split(height), dlogits.split(height), hidden.split(height), strict=True):
             self.weight.index_add_(0, at.flatten(), (values[:, :, None] * states[:, None]).flatten(0, 1))
@@ -136,8 +137,11 @@ class HeadGradient:
 
     def finish(self) -> None:
         """Make the gradient of no rows at all a zero."""
-        if self._empty and self.weight is not None:
-            self.weight.zero_()
+        if self.weight is None and self._like is not None:
+            self.weight = self._zeros(self._like)
+
+    def _zeros(self, like: Tensor) -> Tensor:
+        return torch.zeros(like.shape, dtype=self._dtype, device=like.device)
 
 
 def _slabs(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:

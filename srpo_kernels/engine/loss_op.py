@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,16 +14,16 @@ from srpo_kernels.engine.agreement import agree
 from srpo_kernels.engine.arguments import LossArguments, LossOptions, parse
 from srpo_kernels.engine.backends import rows_of
 from srpo_kernels.engine.batch import Batch, FusedResult, Needs
+from srpo_kernels.engine.columns import NotByColumns
 from srpo_kernels.engine.custom import prepare_custom
 from srpo_kernels.engine.fused import FusedPass
 from srpo_kernels.engine.objectives import Objective
 from srpo_kernels.engine.plan import Plan
-from srpo_kernels.engine.prepare import flat_rows
+from srpo_kernels.engine.prepare import flat_rows, row_spec
 from srpo_kernels.engine.row_values import warn_of_weights
 from srpo_kernels.engine.srpo import prepare_srpo
 from srpo_kernels.losses.config import SRPOConfig
 from srpo_kernels.losses.srpo import METRICS
-from srpo_kernels.rows.contract import RowSpec
 from srpo_kernels.rows.dtypes import accumulation_dtype
 from srpo_kernels.rows.passes import RowPasses
 
@@ -79,15 +80,13 @@ def _run(
     needs: Needs,
     passes: RowPasses,
 ) -> FusedResult:
-    size, given = passes.vocabulary.size, call.teacher_topk_ids
-    topk = min(config.topk if given is None else given.shape[-1], size)
-    add_tail = config.add_tail and topk < size
-    spec = RowSpec(
-        config.transform, config.divergence, config.alpha, topk, add_tail, config.topk_of, config.divergence_clip
-    )
-    dtype = accumulation_dtype(call.hidden, call.weight)
-    with workspace.borrowed(plan.buffer_rows, len(call.weight), dtype, call.hidden.device) as buffer:
-        return FusedPass(batch, plan, objective, spec, needs, passes, buffer).run()
+    spec, dtype = row_spec(call, config, passes.vocabulary), accumulation_dtype(call.hidden, call.weight)
+    while True:
+        with workspace.borrowed(plan.buffer_rows, len(call.weight), dtype, call.hidden.device) as buffer:
+            try:
+                return FusedPass(batch, plan, objective, spec, needs, passes, buffer).run()
+            except NotByColumns:
+                plan = replace(plan, columns=False, taught_columns=False)
 
 
 def _fake(*arguments: Any) -> tuple[Tensor, ...]:

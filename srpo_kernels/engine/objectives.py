@@ -8,16 +8,19 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from srpo_kernels.losses.derived import Derivation
 from srpo_kernels.losses.rows import (
     DIFFERENTIABLE,
+    FULL,
     OF_TEACHER,
+    PUBLIC,
     STUDENT,
-    TEACHER,
     NotComputed,
     ObjectiveRows,
 )
 from srpo_kernels.losses.sequences import Sequences
 from srpo_kernels.rows.contract import RowGradients
+from srpo_kernels.rows.mixture import KLS
 
 
 class Objective(Protocol):
@@ -42,8 +45,14 @@ class Objective(Protocol):
     def judge(self, rows: ObjectiveRows, losses: Tensor, gradients: RowGradients) -> None:
         """See what came of an evaluation."""
 
-    def widen(self, names: frozenset[str]) -> None:
-        """Add statistics, with their gradient, to those of ``reads``: a call has turned out to need them."""
+    def by_columns(self, taught: bool) -> bool:
+        """Whether a few columns of the head say all that rows with a teacher, or without one, need."""
+
+    def widen(self, name: str) -> None:
+        """Add a statistic to what is read: a call has turned out to need it."""
+
+    def expect(self, names: frozenset[str]) -> None:
+        """Add the gradients of statistics to those of ``reads``, likewise."""
 
 
 class Evaluation(NamedTuple):
@@ -90,23 +99,30 @@ class CustomObjective:
     teacher_first = False
 
     def __init__(
-        self, function: Callable[[ObjectiveRows], Tensor], name: str, *, whole_sequences: bool, has_teacher: bool
+        self,
+        function: Callable[[ObjectiveRows], Tensor],
+        name: str,
+        derivation: Derivation,
+        *,
+        whole_sequences: bool,
+        has_teacher: bool,
     ) -> None:
         self.function, self.name, self.whole_sequences = function, name, whole_sequences
-        self._has_teacher = has_teacher
-        self._names, self._gradients = frozenset({"log_probs"}), frozenset({"log_probs"})
+        self._derivation, self._has_teacher = derivation, has_teacher
+        # What it reads by the caller's names, and the gradients by those of the passes.
+        self._names, self._gradients = frozenset({"log_probs"}), derivation.sources("log_probs")
         self._bad: list[Tensor] = []
 
     def discover(self, inputs: Mapping[str, Tensor], like: Tensor) -> None:
         """Find out what the function reads, from the ``inputs`` ``[1]`` of one row; ``like`` has dtype and device."""
-        available = (*STUDENT, *TEACHER) if self._has_teacher else ("log_probs", "entropy", "logsumexp")
+        available = [name for name in PUBLIC if self._obstacle(name) is None]
         # Log-probs of an old policy, if that is what an input is, are near these.
         made_up = {name: like.new_full((1,), -1.0 if name.endswith("log_probs") else 0.5) for name in available}
-        leaves = {name: x.requires_grad_() if name in STUDENT else x for name, x in made_up.items()}
+        leaves = {name: x.requires_grad_() if name in (*STUDENT, *FULL) else x for name, x in made_up.items()}
         first = torch.zeros(1, dtype=torch.int64, device=like.device)
         sequences = Sequences(first, 1) if self.whole_sequences else None
         rows = ObjectiveRows(leaves, inputs, sequences, int(self._has_teacher))
-        variables = [name for name in STUDENT if name in leaves]
+        variables = [name for name, x in leaves.items() if x.requires_grad]
         found: tuple[Tensor | None, ...] = (None,) * len(variables)
         try:
             with torch.enable_grad():
@@ -115,28 +131,57 @@ class CustomObjective:
         # Whatever is wrong with it, the real rows will show, or it is wrong with made-up ones alone.
         except Exception:
             pass
-        gradients = {name for name, x in zip(variables, found, strict=True) if x is not None}
-        self._names = frozenset({"log_probs"} | (rows.read & leaves.keys()) | gradients)
-        self._gradients = frozenset(gradients)
+        moving = [name for name, x in zip(variables, found, strict=True) if x is not None]
+        self._names = frozenset({"log_probs"} | (rows.read & leaves.keys()) | {*moving})
+        self._gradients = frozenset[str]().union(*map(self._derivation.sources, moving)) & {*DIFFERENTIABLE}
 
     def reads(self, taught: bool) -> tuple[frozenset[str], frozenset[str]]:
         """What is known of it so far."""
-        return (self._names, self._gradients) if taught else (self._names - OF_TEACHER, self._gradients - OF_TEACHER)
+        names = frozenset[str]().union(*map(self._derivation.sources, self._read_of(taught)))
+        return names, self._gradients & names
+
+    def by_columns(self, taught: bool) -> bool:
+        """By what is known of it so far."""
+        return self._derivation.by_columns(self._read_of(taught))
+
+    def _read_of(self, taught: bool) -> frozenset[str]:
+        return self._names if taught else self._names - OF_TEACHER
+
+    def _obstacle(self, name: str) -> str | None:
+        """Why there is no such statistic."""
+        if name not in PUBLIC:
+            return f"{self.name} reads {[name]} of its rows, which only srpo_loss can"
+        if name in OF_TEACHER and not self._has_teacher:
+            return f"{self.name} reads rows.{name}, which needs teacher_hidden, got None"
+        if name == "teacher_log_probs" and self._derivation.given:
+            return (
+                f"{self.name} reads rows.{name}, which needs teacher_hidden: of a teacher that is its likeliest tokens "
+                "alone, that of the row's own token may not be known"
+            )
+        if name in KLS and (self._derivation.given or self._derivation.mode != "full"):
+            return (
+                f"{self.name} reads rows.{name}, which is over the whole vocabulary: it needs teacher_hidden and a config "
+                f"with distillation_mode='full', got {self._derivation.mode!r}"
+            )
+        return None
 
     def begin(self, teacher_entropy: Tensor) -> None:
         """Not asked for."""
 
-    def widen(self, names: frozenset[str]) -> None:
-        """Read these too, with their gradient."""
-        others = sorted(names - {*STUDENT, *TEACHER})
-        if others:
-            raise ValueError(f"{self.name} reads {others} of its rows, which only srpo_loss can")
-        self._names |= names
-        self._gradients |= names & frozenset(STUDENT)
+    def widen(self, name: str) -> None:
+        """Read this too."""
+        if (obstacle := self._obstacle(name)) is not None:
+            raise ValueError(obstacle)
+        self._names |= {name}
+
+    def expect(self, names: frozenset[str]) -> None:
+        """Of what it reads."""
+        self._gradients |= names
 
     def evaluate(self, rows: ObjectiveRows) -> tuple[Tensor, None]:
         """The function's value, after every check of it that reads no data."""
-        tensors = rows.tensors()
+        leaves, rows = rows.tensors(), rows.derived(self._derivation, self._read_of(bool(rows.num_taught)))
+        tensors = leaves | rows.tensors()
         versions = {name: x._version for name, x in tensors.items()}
         try:
             losses = self.function(rows)
@@ -145,9 +190,9 @@ class CustomObjective:
         except Exception as error:
             error.add_note(f"raised by {self.name}, the objective of fused_loss, for {len(rows)} rows")
             raise
-        absent = sorted(rows.read & OF_TEACHER)
-        if absent and not self._has_teacher:
-            raise ValueError(f"{self.name} reads rows.{absent[0]}, which needs teacher_hidden, got None")
+        for name in sorted(rows.read):
+            if (obstacle := self._obstacle(name)) is not None:
+                raise ValueError(obstacle)
         changed = [name for name, x in tensors.items() if x._version != versions[name]]
         if changed:
             raise ValueError(f"{self.name} must not change its rows in place, and has changed {changed}")
@@ -161,16 +206,15 @@ class CustomObjective:
                 f"{losses.dtype} on {losses.device}"
             )
         if torch.is_grad_enabled() and len(rows):
-            self._check_graph(losses, rows)
+            self._check_graph(losses, leaves)
         return losses, None
 
     def judge(self, rows: ObjectiveRows, losses: Tensor, gradients: RowGradients) -> None:
         """Note where a loss or a gradient is NaN that its row is no reason for."""
-        nan = torch.stack([x.isnan() for x in (losses.detach(), *gradients) if x is not None]).any(0)
-        self._bad.append(nan & rows.finite())
+        self._bad.append(rows.nan([losses.detach(), *gradients]))
 
-    def _check_graph(self, losses: Tensor, rows: ObjectiveRows) -> None:
-        own = {id(x) for x in rows.tensors().values()}
+    def _check_graph(self, losses: Tensor, tensors: Mapping[str, Tensor]) -> None:
+        own = {id(x) for x in tensors.values()}
         leaves = list(_leaves(losses))
         for leaf in leaves:
             if id(leaf) not in own:

@@ -127,7 +127,8 @@ Segment = list[Chunk]
 class Plan:
     """How one call runs: its rows in segments, those that only metrics want in one of their own, and what that costs.
 
-    ``columns``: rows without a teacher have no logits but those of a few tokens, and cost no product.
+    ``columns``: rows without a teacher have no logits but those of a few tokens, and cost no product;
+    ``taught_columns``: rows with one.
 
     ``student_products`` and ``teacher_products`` count rows times products, in units of ``H * V`` multiply-adds: 3 per
     row without a teacher, 4 per row with one.
@@ -139,12 +140,14 @@ class Plan:
     student_products: int
     teacher_products: int
     columns: bool = False
+    taught_columns: bool = False
 
     @property
     def buffer_rows(self) -> int:
         """Rows of logits, of either model, that are alive at a time."""
         chunks = [chunk for segment in [*self.segments, self.inactive] for chunk in segment]
-        return max((2 * len(x.taught) if self.columns else x.logits for x in chunks), default=0)
+        taught, alone = 2 * (not self.taught_columns), 1 - self.columns
+        return max((taught * len(x.taught) + alone * len(x.alone) for x in chunks), default=0)
 
     @property
     def rows(self) -> Tensor:
@@ -163,30 +166,31 @@ def make_plan(
     count_inactive: bool = False,
     teacher_first: bool = False,
     teacher_logits: bool = True,
-    apart: bool = False,
     columns: bool = False,
+    taught_columns: bool = False,
     joins: bool = False,
 ) -> Plan:
     """Lay out the chunks.
 
     ``alone_lengths`` are how many rows without a teacher each sequence has, where an objective sees them together;
     ``taught_lengths`` those with one, where it sees these with them. ``gradients`` is how many of dX and dW are
-    wanted. Without ``teacher_logits``, what is known of the teacher costs no product. ``apart``: no chunk has rows both
-    with a teacher and without. ``joins``: an objective takes part in exchanges, without a row too.
+    wanted. Without ``teacher_logits``, what is known of the teacher costs no product. Where one kind of rows runs by
+    ``columns``, no chunk has rows of both. ``joins``: an objective takes part in exchanges, without a row too.
     """
+    apart = columns or taught_columns
     alone_rows, taught_rows = memory.capacity(1, workspace_bytes), memory.capacity(2, workspace_bytes)
     # Where nothing else is asked for, as many as both models' of a full chunk.
     together = alone_rows if workspace_bytes is not None else max(alone_rows, 2 * taught_rows)
     none = order.taught[:0]
     if taught_lengths is not None and alone_lengths is not None:
-        segments = _whole_sequences(order, taught_lengths, alone_lengths, alone_rows, taught_rows, together)
+        segments = _whole_sequences(order, taught_lengths, alone_lengths, alone_rows, taught_rows, together, apart)
     else:
         segments = [[Chunk(order.taught[ids], none)] for ids in row_chunks(len(order.taught), taught_rows)]
         if alone_lengths is None:
             alone = [[Chunk(none, order.alone[ids])] for ids in row_chunks(len(order.alone), alone_rows)]
         else:
             nobody = [0] * len(alone_lengths)
-            alone = _whole_sequences(order, nobody, alone_lengths, alone_rows, taught_rows, alone_rows)
+            alone = _whole_sequences(order, nobody, alone_lengths, alone_rows, taught_rows, alone_rows, apart)
         # Few large products are faster than many small ones.
         if segments and alone and len(alone[0]) == 1 and not apart:
             both = Chunk(segments[-1][0].taught, alone[0][0].alone)
@@ -209,9 +213,10 @@ def make_plan(
         order,
         segments,
         inactive if count_inactive else [],
-        taught * (1 + gradients) + twice + alone_products * (not columns),
+        (taught * (1 + gradients) + twice) * (not taught_columns) + alone_products * (not columns),
         (taught * (1 + teacher_first) + twice) * teacher_logits,
         columns,
+        taught_columns,
     )
 
 
@@ -234,8 +239,13 @@ def _whole_sequences(
     alone_rows: int,
     taught_rows: int,
     together: int,
+    apart: bool,
 ) -> list[Segment]:
-    """Segments that cut no sequence: one chunk of as many as fit, or several chunks of one long sequence."""
+    """Segments that cut no sequence: one chunk of as many as fit, or several chunks of one long sequence.
+
+    ``apart``: rows with a teacher and without are never in one chunk; the latter come first, and are there still when
+    their gradient is known if they run by columns.
+    """
     taught_ends, alone_ends = (list(accumulate(x, initial=0)) for x in (taught_lengths, alone_lengths))
     sizes = [2 * t + a for t, a in zip(taught_lengths, alone_lengths, strict=True)]
     segments: list[Segment] = []
@@ -243,9 +253,10 @@ def _whole_sequences(
         taught = order.taught[taught_ends[group.start] : taught_ends[group.stop]]
         alone = order.alone[alone_ends[group.start] : alone_ends[group.stop]]
         whole = Chunk(taught, alone)
-        if whole.logits <= together:
+        if whole.logits <= together and not (apart and len(taught) and len(alone)):
             segments.append([whole])
             continue
-        chunks = [Chunk(taught[ids], alone[:0]) for ids in row_chunks(len(taught), taught_rows)]
-        segments.append(chunks + [Chunk(taught[:0], alone[ids]) for ids in row_chunks(len(alone), alone_rows)])
+        first = [Chunk(taught[ids], alone[:0]) for ids in row_chunks(len(taught), taught_rows)]
+        second = [Chunk(taught[:0], alone[ids]) for ids in row_chunks(len(alone), alone_rows)]
+        segments.append(second + first if apart else first + second)
     return segments

@@ -6,16 +6,18 @@ operations, so that a compiled graph never sees it.
 
 from __future__ import annotations
 
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from srpo_kernels.distributed import gather_rows, group_of
+from srpo_kernels.engine import columns
 from srpo_kernels.engine.arguments import NORMALIZERS, LossArguments, LossOptions, StatsArguments, StatsOptions
 from srpo_kernels.engine.backends import rows_of
 from srpo_kernels.engine.batch import Batch, Head, Needs
+from srpo_kernels.engine.objectives import Objective
 from srpo_kernels.engine.plan import RowMemory
 from srpo_kernels.engine.row_values import (
     check_own_divergences,
@@ -26,10 +28,12 @@ from srpo_kernels.engine.row_values import (
 )
 from srpo_kernels.engine.stats import StatsCall
 from srpo_kernels.losses.config import SRPOConfig
+from srpo_kernels.losses.derived import Derivation
+from srpo_kernels.losses.rows import POSITION
 from srpo_kernels.losses.sequences import Sequences
-from srpo_kernels.rows.contract import LOWEST, LogitTransform, RowSpec, Support
+from srpo_kernels.rows.contract import LOWEST, RowSpec, Support
 from srpo_kernels.rows.dtypes import accumulation_dtype
-from srpo_kernels.rows.mixture import Divergence, has_mixture
+from srpo_kernels.rows.mixture import has_mixture
 from srpo_kernels.rows.passes import RowPasses
 from srpo_kernels.rows.vocabulary import Vocabulary
 
@@ -49,11 +53,18 @@ class FlatRows(NamedTuple):
 
 
 def flatten(
-    call: LossArguments, options: LossOptions, passes: RowPasses, *, by_sequence: bool, needs_advantages: bool
+    call: LossArguments,
+    options: LossOptions,
+    passes: RowPasses,
+    *,
+    by_sequence: bool,
+    needs_advantages: bool,
+    taught_support: bool,
 ) -> tuple[FlatRows, Batch, RowMemory]:
     """Flatten a batch. Raises ValueError for values that no loss takes.
 
-    ``by_sequence``: rows of a sequence matter to each other, those of other ranks too.
+    ``by_sequence``: rows of a sequence matter to each other, those of other ranks too. ``taught_support``: what rows
+    with a teacher were sampled from matters too.
     """
     dtype, vocabulary = accumulation_dtype(call.hidden, call.weight), passes.vocabulary
     memory = RowMemory.of(call.weight, dtype, passes)
@@ -88,7 +99,8 @@ def flatten(
         check_support("teacher_topk_ids", support.ids[teacher_rows[valid & taught]], vocabulary.size)
     support_ids = None if call.support_ids is None else flat_rows(call.support_ids).long()
     if support_ids is not None:
-        check_support("support_ids", support_ids[valid & ~taught], vocabulary.size)
+        check_support("support_ids", support_ids[valid if taught_support else valid & ~taught], vocabulary.size)
+        inputs[POSITION] = position_in(support_ids, targets)
     sequences = None
     if by_sequence:
         name = options.sequence_parallel_group
@@ -107,6 +119,28 @@ def flatten(
         support_ids,
     )
     return FlatRows(valid, taught, sequences, numbers), batch, memory
+
+
+def position_in(support_ids: Tensor, target_ids: Tensor) -> Tensor:
+    """Where in its support ``[N, S]`` each row's own token is, -1 where it is not; ``[N]``."""
+    same = support_ids == target_ids[:, None]
+    return same.int().argmax(1).masked_fill(~same.any(1), -1)
+
+
+def derivation_of(call: LossArguments | StatsArguments, config: SRPOConfig, vocabulary: Vocabulary) -> Derivation:
+    """How the statistics of a call are made."""
+    given = None if call.teacher_topk_ids is None else call.teacher_topk_ids.shape[-1]
+    return Derivation.of(config, given, vocabulary.size, has_support=call.support_ids is not None)
+
+
+def by_columns(objective: Objective, batch: Batch, vocabulary: Vocabulary, *, taught: bool) -> bool:
+    """Whether rows with a teacher, or without one, run by columns of the head: where that suffices and costs less."""
+    if batch.support_ids is None or not objective.by_columns(taught):
+        return False
+    tokens = batch.support_ids.shape[1]
+    if batch.teacher_support is not None and "support_log_probs" in objective.reads(taught)[0]:
+        tokens += batch.teacher_support.ids.shape[1]
+    return columns.cheaper(tokens, vocabulary.size)
 
 
 def sequence_lengths(rows: Tensor, sequences: Sequences | None) -> list[int] | None:
@@ -130,6 +164,8 @@ def tiles(call: StatsArguments, options: StatsOptions, needs: Needs, vocabulary:
         obstacle = f"needs the triton backend, got {options.backend!r}"
     elif any(needs):
         obstacle = "has no gradient: call it under torch.no_grad(), or with tensors that require none"
+    elif call.support_ids is not None or (call.has_teacher and options.distillation_mode != "full"):
+        obstacle = "does not support the log-probs of more than one token: neither support_ids nor a top-k teacher"
     elif call.teacher_hidden is not None and has_mixture(options.divergence):
         obstacle = (
             f"does not support divergence={options.divergence!r}, which takes a second look at the logits: "
@@ -158,10 +194,9 @@ def prepare_stats(
 
     With ``check``, raises ValueError for a target outside the vocabulary in one of them.
     """
-    device = call.hidden.device
+    device, dtype = call.hidden.device, accumulation_dtype(call.hidden, call.weight)
     passes = RowPasses(rows_of(options.backend), vocabulary)
     if not tiled:
-        dtype = accumulation_dtype(call.hidden, call.weight)
         memory = RowMemory.of(call.weight, dtype, passes)
         check_workspace(options.workspace_bytes, memory.floor(1 if call.teacher_hidden is None else 2))
     if call.target_ids is None:
@@ -176,19 +211,49 @@ def prepare_stats(
         nowhere = torch.zeros_like(targets, dtype=torch.bool)
         valid = nowhere.index_fill(0, rows, True)
         check_row_values(targets, valid, nowhere, vocabulary.size, has_teacher=True, has_advantages=True)
-    return StatsCall(
+    config = options.config()
+    given, support_ids = None, None if call.support_ids is None else flat_rows(call.support_ids).long()
+    if call.teacher_topk_ids is not None and call.teacher_topk_log_probs is not None:
+        given = _support(call.teacher_topk_ids, call.teacher_topk_log_probs.to(dtype))
+    for name, ids in (("teacher_topk_ids", None if given is None else given.ids), ("support_ids", support_ids)):
+        if check and ids is not None:
+            check_support(name, ids[rows], vocabulary.size)
+    prepared = StatsCall(
         target_ids=targets,
         rows=rows,
-        spec=RowSpec(
-            LogitTransform(options.temperature, options.logit_scale, options.softcap),
-            None if call.teacher_hidden is None else cast(Divergence, options.divergence),
-            options.alpha,
-        ),
+        spec=RowSpec(config.transform, alpha=config.alpha),
         teacher_hidden=None if call.teacher_hidden is None else flat_rows(call.teacher_hidden),
         teacher_head=_teacher_head(call),
         workspace_bytes=options.workspace_bytes,
         passes=passes,
         tiled=tiled,
+        derivation=derivation_of(call, config, vocabulary),
+        teacher_support=given,
+        support_ids=support_ids,
+        position=None if support_ids is None else position_in(support_ids, targets),
+    )
+    tokens = 0 if support_ids is None else support_ids.shape[1] + (0 if given is None else given.ids.shape[1])
+    few = prepared.derivation.by_columns(prepared.names) and columns.cheaper(tokens, vocabulary.size)
+    return prepared._replace(spec=row_spec(call, config, vocabulary, prepared.sources), columns=few)
+
+
+def row_spec(
+    call: LossArguments | StatsArguments,
+    config: SRPOConfig,
+    vocabulary: Vocabulary,
+    names: frozenset[str] | None = None,
+) -> RowSpec:
+    """What is computed of rows; without the divergence or the top-k where ``names``, what is wanted, have none."""
+    given = call.teacher_topk_ids
+    topk = min(config.topk if given is None else given.shape[-1], vocabulary.size)
+    return RowSpec(
+        config.transform,
+        config.divergence if names is None or "divergence" in names else None,
+        config.alpha,
+        topk if names is None or "support_log_probs" in names else 0,
+        config.add_tail and topk < vocabulary.size,
+        config.topk_of,
+        config.divergence_clip,
     )
 
 

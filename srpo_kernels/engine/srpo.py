@@ -7,11 +7,10 @@ from torch import Tensor
 
 from srpo_kernels.checks import refuse_name
 from srpo_kernels.distributed import sum_ranks
-from srpo_kernels.engine import columns
 from srpo_kernels.engine.arguments import LossArguments, LossOptions
 from srpo_kernels.engine.batch import Batch, Needs
 from srpo_kernels.engine.plan import Plan, make_plan, order_rows
-from srpo_kernels.engine.prepare import FlatRows, flatten, sequence_lengths
+from srpo_kernels.engine.prepare import FlatRows, by_columns, derivation_of, flatten, sequence_lengths
 from srpo_kernels.losses.config import SRPOConfig
 from srpo_kernels.losses.registry import policy_loss_of
 from srpo_kernels.losses.rollout import RolloutCorrection, rollout_weights
@@ -32,15 +31,15 @@ def prepare_srpo(
     if not config.meets_sequences and config.reduction != "sequence":
         options = options._replace(sequence_parallel_group=None)
     by_sequence = config.meets_sequences or config.counts_sequences
-    rows, batch, memory = flatten(call, options, passes, by_sequence=by_sequence, needs_advantages=True)
+    rows, batch, memory = flatten(
+        call, options, passes, by_sequence=by_sequence, needs_advantages=True, taught_support=False
+    )
     inputs = dict(batch.inputs)
     if "advantages" not in inputs:
         dtype = accumulation_dtype(call.hidden, call.weight)
         inputs["advantages"] = torch.zeros(len(rows.valid), dtype=dtype, device=rows.valid.device)
     if correction is not None and "old_log_probs" in inputs:
         inputs |= _rollout_inputs(inputs, rows, correction)
-    if batch.support_ids is not None:
-        inputs["target_in_support"] = (batch.support_ids == batch.target_ids[:, None]).any(1)
     inputs["factors"] = _factors(rows, call, config, inputs["advantages"])
     batch = batch._replace(inputs=inputs)
 
@@ -53,8 +52,7 @@ def prepare_srpo(
         len(order.taught),
         len(order.alone) + len(order.inactive),
         passes.vocabulary.size,
-        None if call.teacher_topk_ids is None else call.teacher_topk_ids.shape[-1],
-        batch.support_ids is not None,
+        derivation_of(call, config, passes.vocabulary),
     )
     plan = make_plan(
         order,
@@ -67,8 +65,7 @@ def prepare_srpo(
         count_inactive=config.count_inactive,
         teacher_first=objective.teacher_first,
         teacher_logits=call.teacher_topk_ids is None,
-        apart=batch.support_ids is not None,
-        columns=batch.support_ids is not None and columns.cheaper(batch.support_ids.shape[1], passes.vocabulary.size),
+        columns=by_columns(objective, batch, passes.vocabulary, taught=False),
         # A rank without a policy row takes part where sequences have others elsewhere.
         joins=rows.sequences is not None and rows.sequences.group is not None,
     )

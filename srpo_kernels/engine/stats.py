@@ -13,15 +13,24 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from srpo_kernels.engine import gemm, plan, workspace
+from srpo_kernels.engine import columns, gemm, plan, workspace
 from srpo_kernels.engine.batch import Head, Needs
-from srpo_kernels.rows.contract import RowGradients, RowSpec, Statistics
+from srpo_kernels.engine.columns import Columns
+from srpo_kernels.losses.derived import Derivation
+from srpo_kernels.losses.rows import DIFFERENTIABLE
+from srpo_kernels.rows import contract
+from srpo_kernels.rows.contract import RowGradients, RowSpec, Support
 from srpo_kernels.rows.dtypes import accumulation_dtype
 from srpo_kernels.rows.passes import Request, RowPasses
 
 
 class StatsCall(NamedTuple):
-    """What ``token_stats`` works on beside the student: ``rows`` (int64 ``[n]``) of N are computed."""
+    """What ``token_stats`` works on beside the student: ``rows`` (int64 ``[n]``) of N are computed.
+
+    ``teacher_support`` is a teacher that is its likeliest tokens alone; ``support_ids`` ``[N, S]`` are the tokens that
+    rows were sampled from, and ``position`` ``[N]`` where in them a row's own is. ``columns``: rows run by those of the
+    head.
+    """
 
     target_ids: Tensor
     rows: Tensor
@@ -31,25 +40,100 @@ class StatsCall(NamedTuple):
     workspace_bytes: int | None
     passes: RowPasses
     tiled: bool
+    derivation: Derivation
+    teacher_support: Support | None = None
+    support_ids: Tensor | None = None
+    position: Tensor | None = None
+    columns: bool = False
+
+    @property
+    def has_teacher(self) -> bool:
+        """Whether there is a divergence."""
+        return self.teacher_hidden is not None or self.teacher_support is not None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What is returned."""
+        return Statistics._fields if self.has_teacher else _OF_STUDENT
+
+    @property
+    def sources(self) -> frozenset[str]:
+        """What of the passes that is made of."""
+        return frozenset[str]().union(*map(self.derivation.sources, self.names))
+
+
+class Statistics(NamedTuple):
+    """What ``token_stats`` returns, ``[n]`` each: the first four carry gradient, a teacher's are None without one."""
+
+    log_probs: Tensor
+    entropy: Tensor
+    divergence: Tensor | None
+    logsumexp: Tensor
+    teacher_entropy: Tensor | None
+
+
+_OF_STUDENT = ("log_probs", "entropy", "logsumexp")
 
 
 class _Chunk(NamedTuple):
-    """A ``part`` of the rows: their hidden states as an operand, and what is wanted of both models' logits."""
+    """A ``part`` of the rows: their hidden states as an operand, and what is wanted of both models' logits.
+
+    Or the ``columns`` of the head in their place.
+    """
 
     part: slice
     operand: Tensor
     request: Request
+    columns: Columns | None = None
 
 
 def forward(hidden: Tensor, head: Head, call: StatsCall) -> Statistics:
-    """Statistics of ``call.rows``, ``[n]`` each."""
+    """Statistics of ``call.rows``."""
     if call.tiled:
-        return _forward_tiled(hidden, head, call)
-    requests = (chunk.request._replace(gradient=frozenset()) for chunk in _chunks(hidden, head, call, call.rows))
-    return Statistics.concatenate([call.passes.statistics(request)[0] for request in requests])
+        own = _forward_tiled(hidden, head, call)
+        return _named(call, _of_passes(own, call.sources), call.rows)
+    found = []
+    for chunk in _chunks(hidden, head, call, call.rows):
+        own = _computed(chunk._replace(request=chunk.request._replace(gradient=frozenset())), call)
+        found.append(_named(call, _of_passes(own, call.sources), call.rows[chunk.part]))
+    return Statistics._make(None if x[0] is None else torch.cat(x) for x in zip(*found, strict=True))
 
 
-def _forward_tiled(hidden: Tensor, head: Head, call: StatsCall) -> Statistics:
+def _computed(chunk: _Chunk, call: StatsCall) -> contract.Statistics:
+    return call.passes.statistics(chunk.request)[0] if chunk.columns is None else chunk.columns.statistics
+
+
+def _of_passes(stats: contract.Statistics, names: frozenset[str]) -> dict[str, Tensor]:
+    """``[n]`` and ``[n, K]`` by name."""
+    values = {name: getattr(stats, name) for name in names}
+    return {name: x.squeeze(1) if name == "logsumexp" else x for name, x in values.items()}
+
+
+def _named(call: StatsCall, statistics: dict[str, Tensor], rows: Tensor) -> Statistics:
+    position = None if call.position is None else call.position[rows]
+    derived = call.derivation.derive(call.names, statistics, len(rows) if call.has_teacher else 0, position, {})
+    if call.has_teacher and not len(rows):
+        derived["divergence"] = torch.zeros_like(derived["log_probs"])
+    return Statistics(*(derived.get(name) for name in Statistics._fields))  # type: ignore[arg-type]
+
+
+def _gradients(call: StatsCall, own: contract.Statistics, rows: Tensor, upstream: dict[str, Tensor]) -> RowGradients:
+    """Those of the passes' statistics, from those of what is returned."""
+    leaves = {
+        name: x.detach().requires_grad_() if name in DIFFERENTIABLE else x
+        for name, x in _of_passes(own, call.sources).items()
+    }
+    variables = [name for name in DIFFERENTIABLE if name in leaves]
+    with torch.enable_grad():
+        named = _named(call, leaves, rows)._asdict()
+        outputs = [named[name] for name in upstream]
+        grads = [g.to(x.dtype) for g, x in zip(upstream.values(), outputs, strict=True)]
+        found = torch.autograd.grad(outputs, [leaves[name] for name in variables], grads, allow_unused=True)
+    dtype = own.log_probs.dtype
+    return RowGradients(**{name: None if x is None else x.to(dtype) for name, x in zip(variables, found, strict=True)})
+
+
+def _forward_tiled(hidden: Tensor, head: Head, call: StatsCall) -> contract.Statistics:
     from srpo_kernels.kernels.tiles import Projection, tile_stats
 
     student, teacher = Projection(hidden[call.rows], *head), None
@@ -60,20 +144,29 @@ def _forward_tiled(hidden: Tensor, head: Head, call: StatsCall) -> Statistics:
 
 
 def backward(
-    hidden: Tensor, head: Head, call: StatsCall, grads: RowGradients, needs: Needs
+    hidden: Tensor, head: Head, call: StatsCall, upstream: dict[str, Tensor], needs: Needs
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Return dX ``[N, H]``, dW ``[V, H]``, db ``[V]`` in their inputs' dtypes, for ``grads`` ``[n]`` of ``call.rows``.
+    """Return dX ``[N, H]``, dW ``[V, H]``, db ``[V]`` in their inputs' dtypes, for ``upstream`` ``[n]`` by name.
 
     Rows whose gradients are all 0 cost nothing.
     """
     dtype = accumulation_dtype(hidden, head.weight)
-    moving = torch.stack([g != 0 for g in grads if g is not None]).any(0).nonzero().squeeze(1)
-    rows, grads = call.rows[moving], grads.select(moving)
+    moving = torch.stack([g != 0 for g in upstream.values()]).any(0).nonzero().squeeze(1)
+    rows = call.rows[moving]
+    upstream = {name: g[moving] for name, g in upstream.items()}
     grad_states = torch.zeros(len(rows), hidden.shape[1], dtype=dtype, device=hidden.device) if needs.hidden else None
     grad_head = gemm.HeadGradient(head.weight if needs.weight else None, head.bias if needs.bias else None, dtype)
     for chunk in _chunks(hidden, head, call, rows) if len(rows) else ():
-        (own,) = call.passes.statistics(chunk.request)
-        dlogits = call.passes.dlogits_(chunk.request, own, grads.select(chunk.part), dtype=chunk.operand.dtype)
+        own = _computed(chunk, call)
+        grads = _gradients(call, own, rows[chunk.part], {name: g[chunk.part] for name, g in upstream.items()})
+        if chunk.columns is not None:
+            grad = columns.accumulate(
+                chunk.columns, grads, head, grad_head, call.passes.vocabulary, grad_hidden=needs.hidden
+            )
+            if grad_states is not None:
+                grad_states[chunk.part] = grad
+            continue
+        dlogits = call.passes.dlogits_(chunk.request, own, grads, dtype=chunk.operand.dtype)
         if grad_states is not None:
             gemm.backproject(dlogits.values, head.weight, out=grad_states[chunk.part])
         grad_head.add_weight(dlogits.values, chunk.operand)
@@ -91,11 +184,11 @@ def backward(
 
 
 def _chunks(hidden: Tensor, head: Head, call: StatsCall, rows: Tensor) -> Iterator[_Chunk]:
-    """Both models' logits of ``rows``, a workspace at a time; at least one chunk."""
+    """Both models' logits of ``rows``, a workspace at a time, or their columns of the head; at least one chunk."""
     dtype, models = accumulation_dtype(hidden, head.weight), 1 if call.teacher_hidden is None else 2
     memory = plan.RowMemory.of(head.weight, dtype, call.passes)
     parts = plan.row_chunks(len(rows), memory.capacity(models, call.workspace_bytes)) or [slice(0, 0)]
-    longest = max(part.stop - part.start for part in parts)
+    longest = 0 if call.columns else max(part.stop - part.start for part in parts)
 
     def project(states: Tensor, head: Head, ids: Tensor, out: Tensor) -> Tensor:
         operand = states[ids].to(gemm.operand_dtype(head.weight, dtype))
@@ -105,9 +198,21 @@ def _chunks(hidden: Tensor, head: Head, call: StatsCall, rows: Tensor) -> Iterat
     with workspace.borrowed(models * longest, len(head.weight), dtype, hidden.device) as buffer:
         for part in parts:
             ids, y = rows[part], None
+            targets = call.target_ids[ids]
+            given = None if call.teacher_support is None else Support._make(x[ids] for x in call.teacher_support)
+            sampled = None if call.support_ids is None else call.support_ids[ids]
+            if call.columns and sampled is not None:
+                states, vocabulary = hidden[ids].to(dtype), call.passes.vocabulary
+                own = columns.compute(states, head, given, sampled, targets, call.spec, vocabulary, compares=True)
+                yield _Chunk(part, states, Request(states, None, call.spec, targets), own)
+                continue
             z = buffer[: len(ids)]
             operand = project(hidden, head, ids, z)
             if call.teacher_hidden is not None:
                 y = buffer[longest : longest + len(ids)]
                 project(call.teacher_hidden, call.teacher_head, ids, y)
-            yield _Chunk(part, operand, Request(z, y, call.spec, call.target_ids[ids], entropy=True))
+            entropy = "entropy" in call.sources
+            request = Request(
+                z, y, call.spec.of_rows(ids), targets, entropy=entropy, support=given, sampled_ids=sampled
+            )
+            yield _Chunk(part, operand, request)

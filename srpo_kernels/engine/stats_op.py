@@ -12,22 +12,8 @@ from srpo_kernels.engine.agreement import agree
 from srpo_kernels.engine.arguments import StatsArguments, StatsOptions, parse
 from srpo_kernels.engine.batch import Head, Needs
 from srpo_kernels.engine.prepare import flat_rows, prepare_stats, tiles
-from srpo_kernels.rows.contract import RowGradients
+from srpo_kernels.engine.stats import Statistics
 from srpo_kernels.rows.dtypes import accumulation_dtype, wide_dtype
-
-
-class Statistics(NamedTuple):
-    """What the operation returns: each in the shape of the rows, 0 in masked ones.
-
-    The first four carry gradient. Without a teacher there are the student's alone, and the others are empty.
-    """
-
-    log_probs: Tensor
-    entropy: Tensor
-    divergence: Tensor
-    logsumexp: Tensor
-    teacher_entropy: Tensor
-
 
 _DIFFERENTIABLE = ("log_probs", "entropy", "divergence", "logsumexp")
 
@@ -45,7 +31,10 @@ _STUDENTS = ("log_probs", "entropy", "logsumexp")
 
 
 def token_stats(call: StatsArguments, options: StatsOptions) -> Statistics:
-    """Statistics of every row; they carry gradient to hidden states, weight and bias."""
+    """Statistics of every row, 0 in masked ones; the first four carry gradient to hidden states, weight and bias.
+
+    Without a teacher there are the student's alone, and the others are empty.
+    """
     statistics = ops.run(torch.ops.srpo_kernels.token_stats, _TokenStats, call, options)
     # The backward knows one of them again: the caller's may be changed in place.
     return Statistics._make(x.clone() for x in statistics)
@@ -59,7 +48,7 @@ def _forward(*arguments: Any) -> tuple[Tensor, ...]:
         prepared = prepare_stats(call, options, vocabulary, tiled=tiled, check=True)
         result = stats.forward(flat_rows(call.hidden), Head(call.weight, call.bias), prepared)
     shape = call.hidden.shape[:-1]
-    values = [_spread(getattr(result, name, None), prepared.rows, shape) for name in Statistics._fields]
+    values = [_spread(x, prepared.rows, shape) for x in result]
     return ops.dense(tuple(values), result.log_probs)
 
 
@@ -76,7 +65,7 @@ def _spread(values: Tensor | None, rows: Tensor, shape: torch.Size) -> Tensor | 
 def _fake_forward(*arguments: Any) -> tuple[Tensor, ...]:
     call, _, _ = parse(arguments, StatsArguments, StatsOptions, Needs)
     rows = call.hidden.new_empty(call.hidden.shape[:-1], dtype=accumulation_dtype(call.hidden, call.weight))
-    present = [call.teacher_hidden is not None or name in _STUDENTS for name in Statistics._fields]
+    present = [call.has_teacher or name in _STUDENTS for name in Statistics._fields]
     wide = wide_dtype(rows.device)
     dtypes = [wide if name == "logsumexp" else rows.dtype for name in Statistics._fields]
     values = [torch.empty_like(rows, dtype=d) if here else None for here, d in zip(present, dtypes, strict=True)]
@@ -88,9 +77,7 @@ def _gradients(*arguments: Any) -> tuple[Tensor, ...]:
     upstream, call, options, needs = parse(arguments, _Upstream, StatsArguments, StatsOptions, Needs)
     if call.mask is not None:
         upstream = _Upstream._make(x.masked_fill(~call.mask, 0.0) if x.numel() else x for x in upstream)
-    grads = RowGradients(*(x.flatten().to(upstream.log_probs.dtype) for x in upstream))
-    if call.teacher_hidden is None:
-        grads = grads._replace(divergence=None)
+    grads = {name: x.flatten() for name, x in upstream._asdict().items() if call.has_teacher or name in _STUDENTS}
     with torch.autocast(call.hidden.device.type, enabled=False):
         # Rows without a gradient cost nothing: the masked ones need not be found a second time.
         prepared = prepare_stats(call._replace(mask=None), options, agree(call, options, needs))
@@ -163,16 +150,17 @@ class _TokenStats(torch.autograd.Function):
 
 _CALL = (
     "Tensor hidden, Tensor weight, Tensor? bias, Tensor? target_ids, Tensor? mask, Tensor? teacher_hidden, "
-    "Tensor? teacher_weight, Tensor? teacher_bias, str divergence, float alpha, float temperature, "
-    "float logit_scale, float? softcap, str backend, str engine, SymInt? workspace_bytes, "
-    f"str? vocab_parallel_group, {ops.NEEDS}"
+    "Tensor? teacher_weight, Tensor? teacher_bias, Tensor? teacher_topk_ids, Tensor? teacher_topk_log_probs, "
+    "Tensor? support_ids, str divergence, float alpha, str distillation_mode, int topk, str topk_of, bool add_tail, "
+    "float? divergence_clip, float temperature, float logit_scale, float? softcap, str backend, str engine, "
+    f"SymInt? workspace_bytes, str? vocab_parallel_group, {ops.NEEDS}"
 )
 _UPSTREAM = ", ".join(f"Tensor grad_{name}" for name in _DIFFERENTIABLE)
 _RESULTS = ", ".join(f"Tensor result_{name}" for name in Statistics._fields)
 
 _gradients_operator = torch.library.custom_op(
     "srpo_kernels::token_stats_backward",
-    _gradients,
+    ops.with_autograd(_gradients),
     mutates_args=(),
     tags=ops.TAGS,
     schema=f"({_UPSTREAM}, {_CALL}) -> ({ops.GRADIENTS})",

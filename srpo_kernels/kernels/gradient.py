@@ -60,7 +60,7 @@ def gradient_numbers(stats: Statistics, coefficients: Coefficients, spec: RowSpe
     by_p_at_ids = torch.zeros_like(outside)[:, None]
     if by_log is not None:
         assert stats.entropy is not None
-        by_p_at_ids = (by_log * stats.entropy)[:, None]
+        outside = outside + by_log * stats.entropy
     if log_sum is stats.tail_logsumexp:
         # If the tail is excluded tokens, it has no probability, and a log-sum-exp that fp32 is too coarse for.
         log_sum = log_sum.where(log_sum >= 0.5 * LOWEST * transform.slope, stats.logsumexp)
@@ -68,11 +68,11 @@ def gradient_numbers(stats: Statistics, coefficients: Coefficients, spec: RowSpe
     teacher = student if stats.teacher_logsumexp is None else Base2.of(stats.teacher_logsumexp, dtype)
     # What the log-sum-exps lack in fp32 scales a row's probabilities and shifts its log-ratios.
     by_log2 = torch.zeros_like(by_p_at_ids) if by_log is None else by_log[:, None] * math.log(2.0)
-    missing, scale = by_log2 * student.low, spec.transform.scale * student.correction
+    missing, scale = torch.zeros_like(by_p_at_ids), spec.transform.scale * student.correction
     own: list[Tensor] = []
     if by_forward is not None:
         by = by_forward[:, None]
-        by_p_at_ids = by_p_at_ids + by
+        by_p_at_ids = by
         own.append(by * (teacher.correction / student.correction) * scale)
     if by_reverse is not None:
         assert stats.teacher_logsumexp is not None and stats.mean_log_ratio is not None
@@ -95,6 +95,7 @@ def gradient_numbers(stats: Statistics, coefficients: Coefficients, spec: RowSpe
             missing = missing + by_kl * student.low
             by_overlap = by * mixture.ratio * teacher.correction
             own += [mixture_shares(student, teacher, mixture).to(dtype), by_kl * scale, by_overlap * scale]
-    by_p, by_p_at_ids = outside[:, None] + by_p_at_ids - missing, by_p_at_ids - missing
+    by_p_at_ids = by_p_at_ids - missing
+    by_p = outside[:, None] - by_log2 * student.low + by_p_at_ids
     common = [student.high, teacher.high, by_p * scale, by_log2 * scale, by_p_at_ids * scale]
     return terms, torch.cat([*common, *own], dim=1)

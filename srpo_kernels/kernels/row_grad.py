@@ -41,8 +41,8 @@ def row_grad_kernel(
     the ids. Then, where the terms are there: forward_kl's factor; reverse_kl's, and what it takes from the student's
     and the teacher's units; a mixture's, with ``STUDENT_KL`` or ``OVERLAP``: the models' shares, and the factors of
     these two; the numbers of ``entry``, its factor in them.
-    ``ids`` and ``id_grads`` ``[n, num_ids]`` are tokens whose logits have gradients of their own; ids outside of
-    ``[0, vocab_size)`` are another slice's.
+    ``ids`` and ``id_grads`` ``[n, num_ids]`` are tokens whose logits have gradients of their own, all but the
+    divergence's; ids outside of ``[0, vocab_size)`` are another slice's.
     """
     row = tl.program_id(0).to(tl.int64)
     z_row = z_ptr + row * z_stride_row
@@ -81,7 +81,7 @@ def row_grad_kernel(
     # The log-sum-exp may be that of the other tokens alone: by_p_at_ids is 0 then, and p must be finite.
     z_ids_lse2 = tl.maximum(z_lse2, z_ids * slope2 - 1.0)
     at_ids = _dlogits(
-        z_ids, y_ids, id_grads, z_ids_lse2, y_lse2, by_p_at_ids, by_log, forward, reverse, mixed, entries,
+        z_ids, y_ids, id_grads, z_ids_lse2, y_lse2, by_p_at_ids, 0.0, forward, reverse, mixed, entries,
         slope2, FORWARD_KL, REVERSE_KL, STUDENT_KL, OVERLAP, ENTRIES, SOFTCAP, VENDOR,
     )  # fmt: skip
 

@@ -73,6 +73,11 @@ def sums(
     return unpack(out)
 
 
+def units(logits: Tensor, transform: LogitTransform) -> Tensor:
+    """As torch rounds a softcap's tanh."""
+    return Transform.of(transform).units(logits)
+
+
 def support_sums(
     logits: Tensor, transform: LogitTransform, *, target_ids: Tensor, support_ids: Tensor
 ) -> tuple[ModelSums, Tensor]:

@@ -38,11 +38,16 @@ def support_divergence(
     return torch.minimum(entries, bound).sum(1)
 
 
-def over_support(log_probs: Tensor, support_log_probs: Tensor, contained: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-probs ``[n]`` renormalised over the tokens of ``support_log_probs`` ``[n, K]``, and the entropy over these.
+def over_support(log_probs: Tensor, support_log_probs: Tensor, position: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probs ``[n]`` renormalised over the tokens of ``support_log_probs`` ``[n, S]``, and the entropy over these.
 
-    The row's own token belongs to them; ``contained`` says whether it is one of the K.
+    The row's own token belongs to them; ``position`` ``[n]`` says which of the S it is, negative for none. The third
+    result is the log of the probability that all of them have.
     """
+    contained = position >= 0
+    # The same number as among the others: of a row that has one token alone every gradient is exactly 0.
+    listed = support_log_probs.gather(1, position.clamp_min(0)[:, None]).squeeze(1)
+    log_probs = torch.where(contained, listed, log_probs)
     # Relative to the largest: where these tokens have hardly any probability, a log-prob is large.
     largest = torch.maximum(support_log_probs.amax(1), log_probs).detach()
     own, others = log_probs - largest, support_log_probs - largest[:, None]
@@ -50,7 +55,7 @@ def over_support(log_probs: Tensor, support_log_probs: Tensor, contained: Tensor
     mass = torch.where(contained, mass, torch.logaddexp(mass, own))
     own, others = (own - mass).clamp_max(0.0), others - mass[:, None]
     beside = torch.where(contained, 0.0, own.exp() * own)
-    return own, -(others.exp() * others).sum(1) - beside
+    return own, -(others.exp() * others).sum(1) - beside, mass + largest
 
 
 def sampled_divergence(log_probs: Tensor, teacher_log_probs: Tensor) -> Tensor:

@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
 
+from srpo_kernels.losses.derived import OWN, Derivation
 from srpo_kernels.losses.sequences import Sequences
 
 # Of the student, with gradient, and of the teacher, without: what a row has to say.
 STUDENT = ("log_probs", "entropy", "divergence", "forward_kl", "reverse_kl", "logsumexp")
 TEACHER = ("teacher_entropy", "teacher_log_probs")
-# Those of the student's likeliest tokens, ``[n, K]``, and of the rest: for the loss of distillation_mode="topk".
-SUPPORT = ("support_log_probs", "log_tail")
-TEACHER_SUPPORT = ("teacher_support_log_probs", "teacher_log_tail")
+# The student's over the whole vocabulary, where the others are over the tokens that a row was sampled from.
+FULL = ("full_log_probs", "full_entropy", "full_logsumexp")
 # What rows without a teacher have nothing to say of.
 OF_TEACHER = frozenset({"divergence", "forward_kl", "reverse_kl", *TEACHER})
-DIFFERENTIABLE = (*STUDENT, *SUPPORT)
-STATISTICS = (*STUDENT, *TEACHER, *SUPPORT, *TEACHER_SUPPORT)
+# What a caller's objective reads.
+PUBLIC = (*STUDENT, *FULL, *TEACHER)
+# Those of the tokens that the models are compared at, ``[n, K]``, and of the rest; and of those that a row was sampled
+# from, ``[n, S]``: what others are made of.
+SUPPORT = ("support_log_probs", "log_tail")
+TEACHER_SUPPORT = ("teacher_support_log_probs", "teacher_log_tail")
+PER_TOKEN = ("support_log_probs", "teacher_support_log_probs", "sampled_log_probs")
+DIFFERENTIABLE = (*STUDENT, *SUPPORT, "sampled_log_probs")
+STATISTICS = (*STUDENT, *TEACHER, *SUPPORT, *TEACHER_SUPPORT, "sampled_log_probs")
+# Where in its support a row's own token is: no input of a caller.
+POSITION = "support_position"
 
 
 class NotComputed(Exception):
@@ -34,7 +43,9 @@ class ObjectiveRows:
 
     ``log_probs``, ``entropy``, ``divergence``, ``forward_kl``, ``reverse_kl`` and ``logsumexp``, of the transformed
     logits, carry gradient; ``teacher_entropy`` and ``teacher_log_probs`` do not; all in nats. In rows without a teacher
-    its own and the divergences are 0; ``has_teacher`` ``[n]``, bool, says which have one.
+    its own and the divergences are 0; ``has_teacher`` ``[n]``, bool, says which have one. With ``support_ids`` all of
+    the student's but the divergences are over the tokens that a row was sampled from; ``full_log_probs``,
+    ``full_entropy`` and ``full_logsumexp`` are over the whole vocabulary, always.
     The inputs have the names that ``fused_loss`` was given them by. With ``whole_sequences`` all rows of a sequence are
     here, and ``sequences`` ``[n]`` int64 numbers them from 0 to ``num_sequences - 1``.
     """
@@ -53,7 +64,7 @@ class ObjectiveRows:
         self.read: set[str] = set()
 
     def __getattr__(self, name: str) -> Tensor:
-        if name in STATISTICS:
+        if name in STATISTICS or name in FULL:
             self.read.add(name)
             if name in self._statistics:
                 return self._statistics[name]
@@ -63,8 +74,7 @@ class ObjectiveRows:
         if name in self._inputs:
             return self._inputs[name]
         raise AttributeError(
-            f"rows have no {name!r}: they have the statistics {(*STUDENT, *TEACHER)}, and as inputs "
-            f"{tuple(self._inputs)}"
+            f"rows have no {name!r}: they have the statistics {PUBLIC}, and as inputs {tuple(self._inputs)}"
         )
 
     def tensors(self) -> dict[str, Tensor]:
@@ -73,7 +83,19 @@ class ObjectiveRows:
 
     def finite(self) -> Tensor:
         """Which rows have finite statistics, ``[n]``, bool."""
-        return torch.stack([x.detach().isfinite() for x in self._statistics.values()]).all(0)
+        return torch.stack([_per_row(x.detach().isfinite()).all(1) for x in self._statistics.values()]).all(0)
+
+    def nan(self, values: Iterable[Tensor | None]) -> Tensor:
+        """Which rows have finite statistics and a NaN in one of these, ``[n]`` or ``[n, K]``; ``[n]``, bool."""
+        return torch.stack([_per_row(x.isnan()).any(1) for x in values if x is not None]).any(0) & self.finite()
+
+    def derived(self, derivation: Derivation, names: Iterable[str]) -> ObjectiveRows:
+        """These rows as a caller sees them."""
+        inputs = {name: x for name, x in self._inputs.items() if name != POSITION}
+        statistics = derivation.derive(
+            names, self._statistics, self.num_taught, self._inputs.get(POSITION), self._inputs
+        )
+        return ObjectiveRows(statistics, inputs, self._sequences, self.num_taught, active=self.active)
 
     def select_inputs(self, rows: slice) -> dict[str, Tensor]:
         """The inputs of some rows, by name."""
@@ -113,7 +135,10 @@ class ObjectiveRows:
         return self.whole_sequences.mean(values)
 
 
+def _per_row(values: Tensor) -> Tensor:
+    """``[n]`` or ``[n, K]`` as ``[n, K]``."""
+    return values.view(len(values), -1) if len(values) else values.new_zeros(0, 1)
+
+
 # Names that no input can have.
-RESERVED = frozenset(
-    {*STATISTICS, "divergence_alpha", "divergence_clip", "num_taught", "active", "read", *vars(ObjectiveRows)}
-)
+RESERVED = frozenset({*STATISTICS, *FULL, *OWN, POSITION, "num_taught", "active", "read", *vars(ObjectiveRows)})

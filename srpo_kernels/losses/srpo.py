@@ -11,11 +11,10 @@ import math
 import torch
 from torch import Tensor
 
-from srpo_kernels.checks import refuse_name
 from srpo_kernels.losses.config import SRPOConfig
-from srpo_kernels.losses.divergence import over_support, sampled_divergence, support_divergence
+from srpo_kernels.losses.derived import Derivation
 from srpo_kernels.losses.rollout import RolloutWeights, rollout_weights, without_off_policy_rows
-from srpo_kernels.losses.rows import ObjectiveRows
+from srpo_kernels.losses.rows import DIFFERENTIABLE, POSITION, ObjectiveRows
 from srpo_kernels.losses.sequences import Sequences
 from srpo_kernels.losses.terms import distillation_weights, policy_terms
 from srpo_kernels.rows.contract import RowGradients
@@ -66,8 +65,8 @@ class SRPOObjective:
         num_taught: the rows with a teacher of the whole call.
         num_policy: the valid rows without one, those that are left out among them.
         vocab_size: bounds an entropy.
-        given_topk: how many tokens of the teacher are given in its place, None for none.
-        has_support: the policy is the one over the tokens that a row was sampled from.
+        derivation: what the divergence compares, and whether the policy is the one over the tokens that a row was
+            sampled from.
     """
 
     name = "srpo_loss"
@@ -79,15 +78,14 @@ class SRPOObjective:
         num_taught: int,
         num_policy: int,
         vocab_size: int,
-        given_topk: int | None = None,
-        has_support: bool = False,
+        derivation: Derivation,
     ) -> None:
         self.config, self.log_mean, self._num_taught = config, log_mean, num_taught
         spread = config.dw_beta * math.log(vocab_size)
         self.teacher_first = bool(num_taught) and log_mean is None and spread > _MAX_LOG_WEIGHT_SPREAD
-        self._has_tail = config.add_tail and (config.topk if given_topk is None else given_topk) < vocab_size
-        self.whole_sequences = config.whole_sequences
-        self._has_support = has_support
+        self.whole_sequences, self.derivation = config.whole_sequences, derivation
+        # Of rows without a teacher.
+        self._policy_names = ("log_probs", "entropy") if config.entropy_coef != 0.0 else ("log_probs",)
         self._reference: Tensor | float = -0.5 * spread
         self._entropies: list[Tensor] = []
         self.metrics: dict[str, Tensor | float] = dict.fromkeys(METRICS, 0.0)
@@ -96,29 +94,25 @@ class SRPOObjective:
     def reads(self, taught: bool) -> tuple[frozenset[str], frozenset[str]]:
         """The statistics that rows with a teacher, or without one, need, and those that carry gradient."""
         if not taught:
-            names = {"log_probs", "entropy"} if self.config.entropy_coef != 0.0 else {"log_probs"}
-            if self._has_support:
-                names = {"log_probs", "support_log_probs"}
-            return frozenset(names), frozenset(names)
-        match self.config.distillation_mode:
-            case "full":
-                return frozenset({"log_probs", "teacher_entropy", "divergence"}), frozenset({"divergence"})
-            case "sampled":
-                return frozenset({"log_probs", "teacher_entropy", "teacher_log_probs"}), frozenset({"log_probs"})
-            case "topk":
-                names = {"log_probs", "teacher_entropy", "support_log_probs", "teacher_support_log_probs"}
-                if self._has_tail:
-                    names |= {"log_tail", "teacher_log_tail"}
-                return frozenset(names), frozenset({"support_log_probs", "log_tail"}) & names
-            case unknown:
-                refuse_name("distillation_mode", unknown)
+            names = frozenset[str]().union(*map(self.derivation.sources, self._policy_names))
+            return names, names
+        compared = self.derivation.sources("divergence")
+        return compared | {"log_probs", "teacher_entropy"}, compared & frozenset(DIFFERENTIABLE)
+
+    def by_columns(self, taught: bool) -> bool:
+        """A distilled row's own log-prob is that of the whole vocabulary."""
+        return not taught and self.derivation.by_columns(self._policy_names)
 
     def judge(self, rows: ObjectiveRows, losses: Tensor, gradients: RowGradients) -> None:
         """The engine counts the rows that are not finite."""
 
-    def widen(self, names: frozenset[str]) -> None:
+    def widen(self, name: str) -> None:
         """It reads what it says, always."""
-        raise RuntimeError(f"the SRPO objective has not said that it reads {sorted(names)}")
+        raise RuntimeError(f"the SRPO objective has not said that it reads {name}")
+
+    def expect(self, names: frozenset[str]) -> None:
+        """And no other gradient."""
+        raise RuntimeError(f"the SRPO objective has not said that it has gradients of {sorted(names)}")
 
     def begin(self, teacher_entropy: Tensor) -> None:
         """Take the entropies of all rows with a teacher ahead of the rows, where ``teacher_first`` asks for it."""
@@ -136,12 +130,9 @@ class SRPOObjective:
 
     def _policy(self, rows: ObjectiveRows, start: int) -> Tensor:
         config, inputs = self.config, rows.select_inputs(slice(start, None))
-        log_probs, entropy = rows.log_probs[start:], None
-        if self._has_support:
-            log_probs, entropy = over_support(log_probs, rows.support_log_probs[start:], inputs["target_in_support"])
-        elif config.entropy_coef != 0.0:
-            entropy = rows.entropy[start:]
-        entropy = entropy if config.entropy_coef != 0.0 else None
+        statistics = {name: getattr(rows, name)[start:] for name in self.reads(taught=False)[0]}
+        seen = self.derivation.derive(self._policy_names, statistics, 0, inputs.get(POSITION), {})
+        log_probs, entropy = seen["log_probs"], seen.get("entropy")
         sequences = rows.whole_sequences.select(slice(start, None)) if self.whole_sequences else None
         terms = policy_terms(
             log_probs,
@@ -210,28 +201,11 @@ class SRPOObjective:
 
     def _divergence(self, rows: ObjectiveRows, taught: int, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """The token loss of distillation before any weight, and what a log should show of it."""
-        config = self.config
-        match config.distillation_mode:
-            case "full":
-                divergence = rows.divergence[:taught]
-                return divergence, divergence
-            case "sampled":
-                log_probs, teacher_log_probs = rows.log_probs[:taught], rows.teacher_log_probs[:taught]
-                return sampled_divergence(log_probs, teacher_log_probs), log_probs - teacher_log_probs
-            case "topk":
-                divergence = support_divergence(
-                    rows.support_log_probs[:taught],
-                    rows.teacher_support_log_probs[:taught],
-                    rows.log_tail[:taught] if self._has_tail else None,
-                    rows.teacher_log_tail[:taught] if self._has_tail else None,
-                    config.divergence,
-                    inputs.get("divergence_alpha", config.alpha),
-                    inputs.get("divergence_clip", config.divergence_clip),
-                    renormalize=not config.add_tail,
-                )
-                return divergence, divergence
-            case unknown:
-                refuse_name("distillation_mode", unknown)
+        statistics = {name: getattr(rows, name)[:taught] for name in self.derivation.sources("divergence")}
+        loss = self.derivation.compared(statistics, inputs)
+        if self.config.distillation_mode == "sampled":
+            return loss, statistics["log_probs"] - statistics["teacher_log_probs"]
+        return loss, loss
 
     def _normalize(self, entropy: Tensor) -> Tensor | None:
         """Once the last rows with a teacher are here: the log-mean of all weights, and what brings others to scale."""

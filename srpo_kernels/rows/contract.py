@@ -108,13 +108,10 @@ class RowSpec:
 
 
 class Support(NamedTuple):
-    """Tokens of rows, ``ids`` int64 ``[n, K]``, and the teacher's ``log_probs`` there, None where nobody teaches.
-
-    A negative id is none.
-    """
+    """A teacher's likeliest tokens: ``ids``, int64, and its ``log_probs`` there, ``[n, K]``. A negative id is none."""
 
     ids: Tensor
-    log_probs: Tensor | None = None
+    log_probs: Tensor
 
 
 class Holds(Enum):
@@ -133,10 +130,11 @@ class Statistics(NamedTuple):
     """The reductions of n rows, of the student and, where there is one, of the teacher; None where not asked for.
 
     ``log_probs`` ``[n]`` are the target's; ``logsumexp`` ``[n, 1]`` is in the device's widest dtype, since it is as
-    large as a logit; ``entropy`` ``[n]``; ``support_ids`` and ``support_log_probs`` ``[n, K]``; ``tail_logsumexp``
-    ``[n, 1]`` is the log-sum-exp outside the support, as wide. ``divergence``, ``forward_kl`` and ``reverse_kl``
-    ``[n]``; ``mean_log_ratio`` and ``center`` ``[n, 1]``, wide too, are what the gradients of reverse_kl and of a
-    divergence that is no KL take away (see ``Coefficients``).
+    large as a logit; ``entropy`` ``[n]``; ``support_ids`` and ``support_log_probs`` ``[n, K]``, of the tokens that the
+    models are compared at; ``tail_logsumexp`` ``[n, 1]`` is the log-sum-exp outside the support, as wide.
+    ``sampled_ids`` and ``sampled_log_probs`` ``[n, S]`` are those of the tokens that the row was sampled from.
+    ``divergence``, ``forward_kl`` and ``reverse_kl`` are ``[n]``; ``mean_log_ratio`` and ``center`` ``[n, 1]``, wide
+    too, are what the gradients of reverse_kl and of a divergence that is no KL take away (see ``Coefficients``).
     """
 
     log_probs: Tensor
@@ -156,6 +154,8 @@ class Statistics(NamedTuple):
     reverse_kl: Tensor | None = None
     mean_log_ratio: Tensor | None = None
     holds: Holds = Holds.LOGITS
+    sampled_ids: Tensor | None = None
+    sampled_log_probs: Tensor | None = None
 
     @property
     def log_tail(self) -> Tensor | None:
@@ -193,7 +193,7 @@ def _log_tail(tail: Tensor | None, logsumexp: Tensor | None, like: Tensor) -> Te
 
 
 class RowGradients(NamedTuple):
-    """Upstream gradients of the student's statistics, ``[n]`` and ``[n, K]``; None for those that have none."""
+    """Upstream gradients of the student's statistics, ``[n]``, ``[n, K]`` and ``[n, S]``; None for those without."""
 
     log_probs: Tensor | None = None
     entropy: Tensor | None = None
@@ -203,6 +203,7 @@ class RowGradients(NamedTuple):
     log_tail: Tensor | None = None
     forward_kl: Tensor | None = None
     reverse_kl: Tensor | None = None
+    sampled_log_probs: Tensor | None = None
 
     def select(self, rows: Tensor | slice) -> RowGradients:
         """The gradients of some rows."""
@@ -217,11 +218,12 @@ class RowGradients(NamedTuple):
 class Coefficients(NamedTuple):
     """The gradient of the logits as numbers per row, before the slope of the logit transform.
 
-    ``dz_v = (at_ids_k if v = ids_k else outside p_v) + by_log p_v (log p_v + H)
+    ``dz_v = (at_ids_k if v = ids_k else p_v (outside + by_log (log p_v + H)))
     + by_forward_kl (p_v - q_v) + by_reverse_kl p_v (r_v - mean_log_ratio) + by_divergence d_v``, with r the log-ratio
     to the teacher; d is the gradient of a divergence that is no KL, of one from a mixture up to ``Mixture.slope``. The
     softmax beside ``outside`` is relative to ``logsumexp`` ``[n, 1]``: that of the row, or of the tokens outside a
-    support. ``ids`` and ``at_ids`` are ``[n, K]``, the others ``[n]``; None is 0.
+    support; H is the ``entropy`` of the statistics. ``ids`` and ``at_ids`` are ``[n, K]``, distinct in a row, the
+    others ``[n]``; None is 0.
     """
 
     ids: Tensor
@@ -299,6 +301,9 @@ class Rows(Protocol):
         self, logits: Tensor, teacher_logits: Tensor | None, transform: LogitTransform, *, target_ids: Tensor
     ) -> list[ModelSums]:
         """The sums of the student and, where there is one, of the teacher."""
+
+    def units(self, logits: Tensor, transform: LogitTransform) -> Tensor:
+        """Raw logits of any shape in units, as a new tensor."""
 
     def support_sums(
         self, logits: Tensor, transform: LogitTransform, *, target_ids: Tensor, support_ids: Tensor

@@ -46,7 +46,8 @@ class Request(NamedTuple):
     """Rows whose statistics are wanted: both models' logits ``[n, V_r]``, and target ids of the whole vocabulary.
 
     ``entropy`` adds the student's; the teacher's is always there. ``gradient`` names the statistics whose gradients
-    ``dlogits_`` may be given. ``support`` are tokens whose log-probs are wanted, the teacher's too if it knows them.
+    ``dlogits_`` may be given. ``support`` are a teacher's tokens in the place of its logits; ``sampled_ids`` ``[n, S]``
+    are more tokens whose log-probs are wanted.
     """
 
     logits: Tensor
@@ -56,6 +57,7 @@ class Request(NamedTuple):
     entropy: bool = False
     gradient: frozenset[str] = ANY
     support: Support | None = None
+    sampled_ids: Tensor | None = None
 
 
 class RowPasses:
@@ -74,10 +76,16 @@ class RowPasses:
 
     def statistics(self, *requests: Request) -> list[Statistics]:
         """Reduce the logits of each request; shards exchange what all of them need at once."""
-        rounds = [self._rounds(request) for request in requests]
-        results: list[Statistics | None] = [None] * len(requests)
+        # Units are read first: a pass over whole rows writes over the logits.
+        results = self._exchange([f(request) for f in (self._sampled_units, self._rounds) for request in requests])
+        units, stats = results[: len(requests)], results[len(requests) :]
+        return [self._with_sampled(*x) for x in zip(requests, stats, units, strict=True)]
+
+    def _exchange(self, rounds: list[Generator[Tensor, Tensor, Any]]) -> list[Any]:
+        """Run all to their ends, side by side."""
+        results: list[Any] = [None] * len(rounds)
         # Nothing is sent to what has not begun.
-        sent: dict[int, Any] = dict.fromkeys(range(len(requests)))
+        sent: dict[int, Any] = dict.fromkeys(range(len(rounds)))
         while sent:
             values = {}
             for i, received in sent.items():
@@ -86,17 +94,30 @@ class RowPasses:
                 except StopIteration as done:
                     results[i] = done.value
             sent = dict(zip(values, self.vocabulary.gather(list(values.values())), strict=True))
-        return [stats for stats in results if stats is not None]
+        return results
+
+    def _sampled_units(self, request: Request) -> Generator[Tensor, Tensor, Tensor | None]:
+        """Units of ``sampled_ids``, LOWEST for none."""
+        if request.sampled_ids is None:
+            return None
+        logits, ids = request.logits, request.sampled_ids - self.vocabulary.first_id
+        here = (request.sampled_ids >= 0) & (ids >= 0) & (ids < logits.shape[1])
+        units = self.rows.units(logits.gather(1, ids.masked_fill(~here, 0)), request.spec.transform)
+        units = units.masked_fill(~here, LOWEST)
+        return units if self.vocabulary.group is None else (yield units).amax(0)
+
+    def _with_sampled(self, request: Request, stats: Statistics, units: Tensor | None) -> Statistics:
+        if units is None:
+            return stats
+        log_probs = self.rows.slope(request.spec.transform) * units.to(stats.logsumexp) - stats.logsumexp
+        log_probs = log_probs.to(stats.log_probs).clamp(LOWEST, 0.0)
+        return stats._replace(sampled_ids=request.sampled_ids, sampled_log_probs=log_probs)
 
     def _rounds(self, request: Request) -> _Rounds:
-        z, y, spec, target_ids, entropy, gradient, support = request
+        z, y, spec, target_ids, entropy, gradient, support, _ = request
         if support is not None:
             student = yield from self._at(z, spec, target_ids, support.ids, entropy=entropy)
-            return (
-                student
-                if support.log_probs is None
-                else student.with_teacher(given_statistics(support.log_probs, spec))
-            )
+            return student.with_teacher(given_statistics(support.log_probs, spec))
         if self.vocabulary.group is None:
             whole = self.rows.whole_rows(z, y, spec, target_ids=target_ids, entropy=entropy, gradient=gradient)
             if whole is not None:
@@ -182,6 +203,10 @@ class RowPasses:
         z, y, spec = request[:3]
         local = coefficients(stats, gradients, spec, request.target_ids)
         local = local._replace(ids=local.ids - self.vocabulary.first_id)
+        if local.by_log is not None and gradients.log_tail is not None:
+            # What is beside the logarithm of a softmax that is the tail's.
+            assert stats.entropy is not None and stats.log_tail is not None
+            stats = stats._replace(entropy=stats.entropy + stats.log_tail)
         return self.rows.dlogits_(z, y, stats, local, spec, dtype=dtype)
 
 
@@ -191,38 +216,28 @@ def coefficients(stats: Statistics, gradients: RowGradients, spec: RowSpec, targ
     With g at ids and ``total = sum(g)``, less the log-sum-exp's gradient, dz at an id is ``g_k - total p_k``, from the
     log-prob: exactly 0 for the one token of a row that has no other. Elsewhere it is ``-total p_v``, or with a tail
     ``(g_tail - total tail) p_v / tail``: ``p_v / tail`` is the softmax of the tail alone, and is there where ``p_v``
-    has underflown.
+    has underflown. An id that is no part of the support is one of the tail, and has that beside its g.
     """
-    log_sum, ids = stats.logsumexp, target_ids[:, None]
-    log_probs, grads = stats.log_probs[:, None], gradients.log_probs
-    if gradients.support_log_probs is not None:
-        assert stats.support_ids is not None and stats.support_log_probs is not None
-        support, grads = gradients.support_log_probs, None if grads is None else grads[:, None]
-        if grads is None:
-            ids, log_probs, grads = stats.support_ids, stats.support_log_probs, support
-        else:
-            # A target that is in the support as well is one token: its gradients add up there.
-            same = stats.support_ids == ids
-            alone = ~same.any(1, keepdim=True)
-            ids = torch.cat([stats.support_ids, ids.masked_fill(~alone, -1)], dim=1)
-            log_probs = torch.cat([stats.support_log_probs, log_probs], dim=1)
-            grads = torch.cat([support + same * grads, alone * grads], dim=1)
-    elif grads is None:
-        ids, log_probs, grads = ids[:, :0], log_probs[:, :0], log_probs[:, :0]
-    else:
-        grads = grads[:, None]
-    total = grads.sum(1)
+    ids, log_probs, grads, in_support = _tokens(stats, gradients, target_ids)
+    total, p, log_sum = grads.sum(1), log_probs.exp(), stats.logsumexp
     if gradients.logsumexp is not None:
         # p_v is the log-sum-exp's gradient, and what a log-prob's takes away everywhere.
         total = total - gradients.logsumexp
-    outside = -total
-    if gradients.log_tail is not None:
-        if gradients.entropy is not None:
-            raise NotImplementedError("an entropy's gradient needs the softmax of the row, a tail's that of the tail")
+    by_log = None if gradients.entropy is None else -gradients.entropy
+    if gradients.log_tail is None:
+        outside, at_ids = -total, grads - total[:, None] * p
+    else:
         assert stats.tail_logsumexp is not None and stats.log_tail is not None
         log_sum = stats.tail_logsumexp
         total = total + gradients.log_tail
         outside = gradients.log_tail - total * stats.log_tail.exp()
+        of_tail = outside[:, None] * (log_probs - stats.log_tail[:, None]).clamp_max(0.0).exp()
+        at_ids = grads + torch.where(in_support, -total[:, None] * p, of_tail)
+    if by_log is not None:
+        assert stats.entropy is not None
+        at_ids = at_ids + by_log[:, None] * p * (log_probs + stats.entropy[:, None])
+        if gradients.log_tail is not None and stats.log_tail is not None:
+            by_log = by_log * stats.log_tail.exp()
     kls = {"forward_kl": gradients.forward_kl, "reverse_kl": gradients.reverse_kl}
     by_divergence = gradients.divergence
     if by_divergence is not None and spec.kl is not None:
@@ -231,13 +246,37 @@ def coefficients(stats: Statistics, gradients: RowGradients, spec: RowSpec, targ
         by_divergence = None
     elif by_divergence is not None and spec.mixture is not None:
         by_divergence = by_divergence * spec.mixture.slope
-    return Coefficients(
-        ids,
-        grads - total[:, None] * log_probs.exp(),
-        outside,
-        log_sum,
-        None if gradients.entropy is None else -gradients.entropy,
-        kls["forward_kl"],
-        kls["reverse_kl"],
-        by_divergence,
-    )
+    return Coefficients(ids, at_ids, outside, log_sum, by_log, kls["forward_kl"], kls["reverse_kl"], by_divergence)
+
+
+def _tokens(stats: Statistics, gradients: RowGradients, target_ids: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Tokens whose log-probs have gradients: ids, log-probs, gradients, whether in the support; ``[n, K]`` each.
+
+    A token that is in several lists is one: its gradients add up, and it has a negative id everywhere else.
+    """
+    support, target = gradients.support_log_probs, gradients.log_probs
+    if support is None and gradients.log_tail is not None and stats.support_log_probs is not None:
+        # The tail is what is not these.
+        support = torch.zeros_like(stats.support_log_probs)
+    lists = [
+        (stats.support_ids, stats.support_log_probs, support),
+        (stats.sampled_ids, stats.sampled_log_probs, gradients.sampled_log_probs),
+        (target_ids[:, None], stats.log_probs[:, None], None if target is None else target[:, None]),
+    ]
+    present = [(i, x, g) for i, x, g in lists if i is not None and x is not None and g is not None]
+    if not present:
+        nothing = stats.log_probs[:, None][:, :0]
+        return target_ids[:, None][:, :0], nothing, nothing, nothing.bool()
+    ids, log_probs, grads = (torch.cat(x, dim=1) for x in zip(*present, strict=True))
+    of_support = 0 if support is None else support.shape[1]
+    in_support = (torch.arange(ids.shape[1], device=ids.device) < of_support).expand(ids.shape)
+    if len(present) > 1:
+        # The first list that has a token keeps it. A list has it once at most.
+        ids, order = ids.sort(dim=1, stable=True)
+        log_probs, grads, in_support = (x.gather(1, order) for x in (log_probs, grads, in_support))
+        total = grads.clone()
+        for by in range(1, len(present)):
+            total[:, :-by] += grads[:, by:] * (ids[:, by:] == ids[:, :-by])
+        ids[:, 1:] = ids[:, 1:].masked_fill(ids[:, 1:] == ids[:, :-1], -1)
+        grads = total.masked_fill(ids < 0, 0.0)
+    return ids, log_probs, grads, in_support

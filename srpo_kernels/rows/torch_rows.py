@@ -30,9 +30,9 @@ from srpo_kernels.rows.torch_blocks import (
 )
 from srpo_kernels.rows.torch_entries import entries, entry_numbers
 from srpo_kernels.rows.torch_mixture import mix, mixture_block, to_mixture_ratio
-from srpo_kernels.rows.torch_sums import divergence_sums, sums, support_sums
+from srpo_kernels.rows.torch_sums import divergence_sums, sums, support_sums, units
 
-__all__ = ["divergence_sums", "dlogits_", "scratch", "slope", "sums", "support_sums", "whole_rows"]
+__all__ = ["divergence_sums", "dlogits_", "scratch", "slope", "sums", "support_sums", "units", "whole_rows"]
 
 
 def slope(transform: LogitTransform) -> float:
@@ -58,7 +58,8 @@ def whole_rows(
     if spec.divergence is None or spec.entries is not None or spec.kls:
         return None
     beside = bool(gradient - {"divergence"})
-    if beside and (spec.transform.softcap is not None or not gradient <= {"divergence", "log_probs", "entropy"}):
+    together = "divergence" in gradient <= {"divergence", "log_probs", "entropy"} and spec.transform.softcap is None
+    if beside and not together:
         return None
     return _two_models(logits, teacher_logits, spec, target_ids, entropy or beside, bool(gradient), beside)
 
@@ -216,11 +217,13 @@ def _from_logits_(
         normalize_(z, log_sum[rows], spec)
         torch.exp2(z, out=p)
         _to_entropy_gradient_(z, p, stats, by_log, rows)
+        row, k = inside(ids[rows], z).nonzero(as_tuple=True)
+        at = row, ids[rows][row, k]
+        z[at] = at_ids[rows][row, k]
         if of_teacher is not None:
             z.add_(of_teacher)
         p.mul_(outside[rows, None])
-        row, k = inside(ids[rows], z).nonzero(as_tuple=True)
-        p[row, ids[rows][row, k]] = at_ids[rows][row, k]
+        p[at] = 0.0
         z.add_(p).mul_(transform.scale if slope is None else slope)
 
 
@@ -229,7 +232,7 @@ def _add_up_(bits: Tensor, p: Tensor, stats: Statistics, coefficients: Coefficie
     ids, at_ids, outside, _, by_log = coefficients[:5]
     torch.exp2(bits, out=p)
     _to_entropy_gradient_(bits, p, stats, by_log, rows)
-    bits.add_(p.mul_(outside[rows, None]).scatter_(1, ids[rows], at_ids[rows]))
+    bits.add_(p.mul_(outside[rows, None])).scatter_(1, ids[rows], at_ids[rows])
 
 
 def _to_entropy_gradient_(bits: Tensor, p: Tensor, stats: Statistics, by_log: Tensor | None, rows: slice) -> None:

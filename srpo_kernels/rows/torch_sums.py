@@ -45,6 +45,13 @@ def sums(
     return [_concatenate(model) for model in zip(*parts, strict=True)]
 
 
+def units(logits: Tensor, transform: LogitTransform) -> Tensor:
+    """In a copy."""
+    copy = logits.clone()
+    to_units_(copy, transform)
+    return copy
+
+
 def support_sums(
     logits: Tensor, transform: LogitTransform, *, target_ids: Tensor, support_ids: Tensor
 ) -> tuple[ModelSums, Tensor]:
