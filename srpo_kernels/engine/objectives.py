@@ -160,8 +160,8 @@ class CustomObjective:
             )
         if name in KLS and (self._derivation.given or self._derivation.mode != "full"):
             return (
-                f"{self.name} reads rows.{name}, which is over the whole vocabulary: it needs teacher_hidden and a config "
-                f"with distillation_mode='full', got {self._derivation.mode!r}"
+                f"{self.name} reads rows.{name}, which is over the whole vocabulary: it needs teacher_hidden and "
+                f"distillation_mode='full', got {self._derivation.mode!r}"
             )
         return None
 

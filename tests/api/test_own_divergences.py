@@ -154,7 +154,7 @@ def test_an_objective_of_several_divergences(divergence: str, softcap: float | N
 def test_a_kl_of_a_few_tokens_is_refused() -> None:
     inputs = loss_inputs(1, (23,), teacher_size=5)
     names = ("hidden", "weight", "target_ids", "teacher_hidden", "teacher_weight")
-    with pytest.raises(ValueError, match="reads rows.forward_kl, which is over the whole vocabulary"):
+    with pytest.raises(ValueError, match=r"reads rows\.forward_kl, which is over the whole vocabulary"):
         sk.fused_loss(
             **{name: inputs[name] for name in names},
             objective=lambda rows: rows.forward_kl,
