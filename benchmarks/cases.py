@@ -14,6 +14,8 @@ from reference.logits import softcapped, token_log_probs
 
 HeadName = Literal["smollm2-135m", "qwen3-0.6b", "gemma-3-1b", "llama-3-8b", "qwen3-8b", "tiny"]
 Workload = Literal["policy", "jsd", "forward_kl", "reverse_kl", "routed"]
+# Those of a loss that a user writes, beside ``policy`` and ``jsd``.
+OwnWorkload = Literal["ratio_mask", "certainty", "topk_teacher", "support"]
 DtypeName = Literal["float32", "bfloat16"]
 
 WORKLOADS: tuple[Workload, ...] = get_args(Workload)
@@ -27,8 +29,12 @@ _ACTIVE_OF_VALID = SDPO_SEQUENCES + (1 - SDPO_SEQUENCES) * (1 - ZERO_ADVANTAGE)
 # 35 % padding.
 DEFAULT_ACTIVE = 0.65 * _ACTIVE_OF_VALID
 
-_ALPHAS: dict[Workload, float] = {"forward_kl": 0.0, "reverse_kl": 1.0}
+_ALPHAS: dict[str, float] = {"forward_kl": 0.0, "reverse_kl": 1.0}
+# Those without a teacher.
+_OF_POLICY = ("policy", "ratio_mask", "support")
 _SEQUENCES = 32
+_TEACHERS_TOPK = 100
+_SUPPORT = 64
 _LOGIT_STD = 2.5
 _TEACHER_NOISE = 0.5
 _OLD_LOG_PROB_NOISE = 0.2
@@ -63,7 +69,7 @@ class Case:
     """
 
     head: HeadName
-    workload: Workload
+    workload: Workload | OwnWorkload
     rows: int
     dtype: DtypeName = "float32"
     softcap: float | None = None
@@ -80,7 +86,8 @@ class Case:
 
     @property
     def config(self) -> sk.SRPOConfig:
-        return sk.SRPOConfig.from_alpha(_ALPHAS.get(self.workload, 0.5), softcap=self.softcap)
+        options = {"distillation_mode": "topk", "topk_of": "teacher"} if self.workload == "topk_teacher" else {}
+        return sk.SRPOConfig.from_alpha(_ALPHAS.get(self.workload, 0.5), softcap=self.softcap, **options)
 
     @property
     def labels(self) -> dict[str, object]:
@@ -104,6 +111,8 @@ class Batch:
     """``B`` sequences of ``T`` response positions; ``hidden`` and ``weight`` are leaves.
 
     ``distills`` says whether any sequence is routed to distillation: it is no tensor, for the compilers' sake.
+    ``topk_ids`` and ``topk_log_probs`` are a teacher's in place of ``teacher_hidden``, ``support_ids`` what the rows
+    were sampled from.
     """
 
     hidden: Tensor
@@ -116,6 +125,10 @@ class Batch:
     old_log_probs: Tensor
     distills: bool
     config: sk.SRPOConfig
+    workload: str = "routed"
+    topk_ids: Tensor | None = None
+    topk_log_probs: Tensor | None = None
+    support_ids: Tensor | None = None
 
     @property
     def policy_rows(self) -> Tensor:
@@ -159,13 +172,23 @@ def make_batch(case: Case, device: torch.device | None = None, seed: int = 0) ->
         teacher_hidden=teacher_hidden,
         target_ids=target_ids,
         mask=torch.ones_like(target_ids, dtype=torch.bool),
-        sdpo_mask=torch.full((sequences,), case.workload not in ("policy", "routed"), device=device),
+        sdpo_mask=torch.full((sequences,), case.workload not in (*_OF_POLICY, "routed"), device=device),
         advantages=advantages.to(device),
         old_log_probs=_log_probs(hidden, weight, target_ids, case.softcap) + noise.to(device),
-        distills=case.workload != "policy",
+        distills=case.workload not in _OF_POLICY,
         config=case.config,
+        workload=case.workload,
     )
-    return _route(batch, case.active) if case.workload == "routed" else batch
+    match case.workload:
+        case "routed":
+            return _route(batch, case.active)
+        case "topk_teacher":
+            ids, log_probs = _likeliest(teacher_hidden, weight, _TEACHERS_TOPK)
+            return replace(batch, topk_ids=ids, topk_log_probs=log_probs)
+        case "support":
+            return replace(batch, support_ids=_likeliest(hidden, weight, _SUPPORT)[0])
+        case _:
+            return batch
 
 
 def _route(batch: Batch, active: float) -> Batch:
@@ -192,6 +215,14 @@ def _route(batch: Batch, active: float) -> Batch:
 def _spread(count: int, share: float) -> Tensor:
     """A bool ``[count]`` with ``round(share * count)`` true elements at even distances."""
     return (torch.arange(count + 1) * share).round().diff() > 0
+
+
+@torch.no_grad()
+def _likeliest(hidden: Tensor, weight: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Ids and log-probs ``[B, T, k]``."""
+    found = [(rows @ weight.T).float().log_softmax(-1).topk(k) for rows in hidden.flatten(0, 1).split(_ROWS_PER_BLOCK)]
+    shape = (*hidden.shape[:-1], k)
+    return torch.cat([x.indices for x in found]).view(shape), torch.cat([x.values for x in found]).view(shape)
 
 
 @torch.no_grad()

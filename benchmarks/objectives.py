@@ -13,9 +13,9 @@ from rich.console import Console
 
 from benchmarks import providers, tables
 from benchmarks.agreement import TOLERANCES, Errors, relative_error
-from benchmarks.cases import HEADS, Batch, Case, HeadName, Workload, make_batch
+from benchmarks.cases import HEADS, Batch, Case, HeadName, OwnWorkload, Workload, make_batch
 from benchmarks.memory import measure_peak
-from benchmarks.own_losses import WAYS, with_full_logits
+from benchmarks.own_losses import LOSSES, WAYS, with_full_logits
 from benchmarks.processes import fresh_peak
 from benchmarks.providers import Result, Step, Unsupported, autograd_step, naive
 from benchmarks.providers.naive_compiled import require_compiler
@@ -23,12 +23,18 @@ from benchmarks.results import RESULTS, Measurement, ResultsFile, describe_envir
 from benchmarks.timing import Rounds, interleave, quantiles
 from tools.documents import rich_table
 
-Loss = Literal["grpo", "own"]
+Loss = Literal["grpo", "own", "ratio-mask", "certainty", "topk-teacher", "support"]
 Way = Literal["bare", "fused_loss", "token_stats", "srpo_loss", "naive", "naive-compiled"]
 
 # The kind of batch: policy rows, or rows that all have a teacher.
-_WORKLOADS: dict[Loss, Workload] = {"grpo": "policy", "own": "jsd"}
-_MEANINGS = {"policy": "GRPO", "jsd": "ratio, JSD and entropy"}
+_WORKLOADS: dict[Loss, Workload | OwnWorkload] = {
+    "grpo": "policy",
+    "own": "jsd",
+    "ratio-mask": "ratio_mask",
+    "certainty": "certainty",
+    "topk-teacher": "topk_teacher",
+    "support": "support",
+}
 _ALL_HEADS: tuple[HeadName, ...] = tuple(name for name in HEADS if name != "tiny")
 # In buffers of the logits' size, at the peak.
 _COMPILED, _EXACT = naive.Buffers(4, 6), naive.Buffers(10, 26)
@@ -49,9 +55,12 @@ def objectives(
 ) -> None:
     """Time, extra peak memory and error of a loss that a user writes in ten lines, in every way to compute it.
 
-    ``grpo`` is the clipped ratio; ``own`` is a ratio, a JSD and an entropy bonus at once, every row with a teacher.
-    Both are in fp32, forward and backward to dX and dW. Ways take turns, and must agree with the loss and the gradients
-    of full logits in fp64 before they are timed.
+    ``grpo`` is the clipped ratio; ``own`` is a ratio, a JSD and an entropy bonus at once, every row with a teacher;
+    ``ratio-mask`` masks by the change of a probability; ``certainty`` adds forward KL to reverse KL by the teacher's
+    entropy; ``topk-teacher`` has 100 tokens of a teacher in place of its hidden states; ``support`` is GRPO over the 64
+    tokens that a row was sampled from, beside the products of the whole row. All are in fp32, forward and backward to
+    dX and dW. Ways take turns, and must agree with the loss and the gradients of full logits in fp64 before they are
+    timed.
 
     Args:
         heads: LM heads by the model they are of; `tiny` is for trying out.
@@ -84,8 +93,10 @@ def prepare(way: str, batch: Batch) -> Step:
     """The step of one way on one batch. Raises Unsupported where it cannot do it."""
     if way == "bare":
         return providers.prepare("bare", batch)
-    if way == "srpo_loss" and batch.distills:
+    if way == "srpo_loss" and batch.workload not in ("policy", "support"):
         raise Unsupported("GRPO alone")
+    if way == "token_stats" and batch.workload == "certainty":
+        raise Unsupported("one divergence a call")
     loss = WAYS[way]
     if way == "naive":
         naive.require_memory(batch)
@@ -104,7 +115,7 @@ def table(cells: pd.DataFrame) -> tuple[pd.DataFrame, str]:
         first, numbers = group.iloc[0], group.set_index(["provider", "metric"])["median"]
         reasons = group[group["reason"] != ""].drop_duplicates("provider").set_index("provider")["reason"]
         head = f"{first['head']} ({first['hidden_size']:,} × {first['vocab_size']:,}), {first['rows']:,} rows"
-        line = {"loss": _MEANINGS[first["workload"]], "head": head}
+        line = {"loss": LOSSES[first["workload"]].meaning, "head": head}
         if ("bare", "seconds") in numbers:
             line["bare, seconds"] = f"{numbers['bare', 'seconds']:.3g}"
         for way in WAYS:
@@ -203,6 +214,7 @@ def _exact(batch: Batch) -> Result:
         weight=leaves[1],
         teacher_hidden=batch.teacher_hidden.double(),
         old_log_probs=batch.old_log_probs.double(),
+        topk_log_probs=None if batch.topk_log_probs is None else batch.topk_log_probs.double(),
         advantages=batch.advantages.double(),
     )
     loss = with_full_logits(wide)

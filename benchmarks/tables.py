@@ -8,12 +8,12 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.cases import Case, HeadName, Workload
+from benchmarks.cases import Case, HeadName
 from benchmarks.results import Measurement
 from benchmarks.timing import Quantiles
 
 # What srpo_kernels should take at most on a CPU in fp32, as a multiple of bare products.
-GOALS: dict[tuple[HeadName, Workload], float] = {
+GOALS: dict[tuple[HeadName, str], float] = {
     ("qwen3-0.6b", "policy"): 1.05,
     ("qwen3-0.6b", "jsd"): 1.10,
     ("qwen3-0.6b", "routed"): 1.10,

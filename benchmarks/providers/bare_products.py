@@ -17,7 +17,8 @@ from benchmarks.providers import Result, Step
 def prepare(batch: Batch) -> Step:
     sdpo_rows, weight = batch.sdpo_rows, batch.weight.detach()
     hidden = batch.hidden.detach()[sdpo_rows | batch.active_policy_rows]
-    teacher_hidden = batch.teacher_hidden[sdpo_rows]
+    # Of a teacher that is its likeliest tokens nothing is left to multiply.
+    teacher_hidden = batch.teacher_hidden[sdpo_rows][: 0 if batch.topk_ids is not None else None]
     logits = weight.new_empty(len(hidden), len(weight))
     teacher_logits = weight.new_empty(len(teacher_hidden), len(weight))
     nothing = torch.tensor(math.nan)
