@@ -11,6 +11,7 @@ from torch import Tensor
 from reference.logits import LOWEST, transform
 from reference.policy import LARGEST_LOG_RATIO
 from srpo_kernels import SRPOConfig
+from srpo_kernels.rows.mixture import has_mixture, mixture_of
 from tests.comparison import Results, largest
 from tests.fuzz.case import Case
 from tests.strategies import transform_of
@@ -40,12 +41,16 @@ def probability_size(case: Case, name: str, exact: Results) -> float:
         # A sum of log-probs, each rounded at its own size.
         return max(coefficient, 1.0) * rows + math.sqrt(rows) * largest(finite(exact["log_probs"]))
     if not name.startswith("grad"):
-        return coefficient
+        # A sum of rows, of which no mean is taken, has the roundings of all.
+        return coefficient * (case.inputs["target_ids"].numel() if config.reduction.endswith("_sum") else 1.0)
     if case.operation == "srpo_loss":
         coefficient *= abs(case.upstream.item())
     elif case.inputs.get("teacher_hidden") is not None:
         # A divergence's gradient has both models' probabilities in it.
         coefficient *= 2
+    if has_mixture(config.divergence):
+        # The log-ratio to the mixture, at most, less its mean.
+        coefficient *= 1.0 - math.log(mixture_of(config.divergence, config.alpha).student_share)
     slope = config.logit_scale / config.temperature
     weight, hidden = (finite(case.inputs[x].double()) for x in ("weight", "hidden"))
     size = {"grad hidden": largest(weight), "grad weight": largest(hidden), "grad bias": 1.0}[name]
@@ -144,7 +149,9 @@ def _largest_rollout_weight(case: Case, exact: Results) -> float:
         return 1.0
     if correction.weight_max is not None:
         return max(correction.weight_max, 1.0)
-    return math.exp(min(_gaps(exact, case.inputs["rollout_log_probs"]), 20.0))
+    rollout, old = case.inputs["rollout_log_probs"], case.inputs["old_log_probs"]
+    gap = _gaps(exact, rollout) if old is None else largest(finite(old.double() - rollout.double()))
+    return math.exp(min(gap, 20.0))
 
 
 def _steepest_kl(case: Case, exact: Results) -> float:
