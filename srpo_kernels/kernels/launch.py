@@ -112,7 +112,8 @@ def tile_launch(models: int, dtype: torch.dtype, vendor: Vendor, capability: int
         rows = 32 if models == 2 and vendor == "nvidia" and capability == 10 else 64
         return TileLaunch(rows, 64 // models, 16, num_warps=2 if vendor == "cdna" else 4, num_stages=2)
     amd = vendor in ("cdna", "rdna")
-    narrow = models == 2 and (amd or capability in (8, 12))
+    # Nor has RDNA 3 the registers for one of them.
+    narrow = vendor == "rdna" or (models == 2 and (amd or capability in (8, 12)))
     return TileLaunch(128, 64 if narrow else 128, 64, num_warps=8, num_stages=2 if amd else 3)
 
 
