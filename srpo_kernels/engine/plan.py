@@ -85,7 +85,7 @@ class RowMemory:
     def of(cls, weight: Tensor, dtype: torch.dtype, passes: RowPasses) -> RowMemory:
         """For logits in ``dtype`` of the head ``weight``: ``[V, H]``, or a shard of a vocabulary."""
         vocabulary = passes.vocabulary
-        copy, width = gemm.operand_dtype(weight, dtype), vocabulary.largest
+        copy, width = gemm.dlogits_dtype(weight, dtype), vocabulary.largest
         scratch, shards = passes.scratch(width, weight.device), vocabulary.size // width
         copy_itemsize = 0 if copy == dtype else copy.itemsize
         return cls(width, dtype.itemsize, scratch, weight.device, copy_itemsize, shards)
