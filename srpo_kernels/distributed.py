@@ -31,17 +31,23 @@ def require_group(name: str, value: object) -> None:
         )
 
 
-def gather_numbers(numbers: list[int], group: dist.ProcessGroup) -> list[list[int]]:
-    """The integers of every rank in rank order: one ``gather_ranks``, on the host where the group can."""
-    on_host = "cpu:" in dist.get_backend_config(group)
-    device = torch.device("cpu") if on_host else torch.accelerator.current_accelerator(check_available=True)
+def gather_numbers(numbers: list[int], group: dist.ProcessGroup, like: object) -> list[list[int]]:
+    """The integers of every rank in rank order: one ``gather_ranks``, on the host where the group can.
+
+    Elsewhere on the accelerator that has ``like``, a tensor of the call: the current one may be another rank's.
+    """
+    device: torch.device | None = torch.device("cpu")
+    if "cpu:" not in dist.get_backend_config(group):
+        device = torch.accelerator.current_accelerator(check_available=True)
+        if isinstance(like, Tensor) and device is not None and like.device.type == device.type:
+            device = like.device
     rows: list[list[int]] = gather_ranks(torch.tensor(numbers, device=device), group).tolist()
     return rows
 
 
 def gather_rows(values: Tensor, group: dist.ProcessGroup) -> Tensor:
     """The ``values`` ``[n]`` of all ranks one after the other, of which each may have another number: two gathers."""
-    counts = [count for (count,) in gather_numbers([len(values)], group)]
+    counts = [count for (count,) in gather_numbers([len(values)], group, values)]
     padded = values.new_zeros(max(counts))
     padded[: len(values)] = values
     return torch.cat([row[:count] for row, count in zip(gather_ranks(padded, group), counts, strict=True)])

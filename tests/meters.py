@@ -1,6 +1,6 @@
 """What a call costs, counted from the operators that torch dispatches: the library's and the benchmarks' meters."""
 
 from srpo_kernels.verify.timing import MemoryMeter
-from tools.meters import ProductMeter
+from tools.meters import HostReads, ProductMeter
 
-__all__ = ["MemoryMeter", "ProductMeter"]
+__all__ = ["HostReads", "MemoryMeter", "ProductMeter"]

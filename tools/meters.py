@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import traceback
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -54,6 +57,80 @@ class OperatorMeter(TorchDispatchMode):
             results = [x for x in tree_leaves(result) if isinstance(x, Tensor)]
             self.bytes_moved += _bytes_moved(name, operands, results, in_place=func._schema.is_mutable)
         return result
+
+
+class HostReads:
+    """Where the host waits for an accelerator, or would: the lines of ``srpo_kernels`` that do, each time that they do.
+
+    What reads a number, asks how many there are, or brings Python's numbers to a device: ``item``, ``tolist``,
+    ``bool``, ``nonzero`` and a mask as an index, ``unique``, ``bincount``, ``torch.tensor``. On a CPU none of them
+    waits, but there they are counted as well; what the kernels' interpreter does is not.
+    """
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+        self._modes: tuple[Any, ...] = ()
+
+    def __enter__(self) -> HostReads:
+        self._modes = _ReadingFunctions(self.lines), _ReadingOperators(self.lines)
+        for mode in self._modes:
+            mode.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        for mode in reversed(self._modes):
+            mode.__exit__(*error)
+
+
+# Operators that wait, and how often on CUDA.
+_READING_OPERATORS = {
+    "_local_scalar_dense": 1, "nonzero": 1, "masked_select": 1, "_unique2": 1, "unique_dim": 1, "equal": 1,
+    "bincount": 2,
+}  # fmt: skip
+# Functions whose operators do not show it on a CPU.
+_READING_FUNCTIONS = ("tolist", "numpy", "cpu", "new_tensor", "tensor", "as_tensor")
+
+
+class _ReadingOperators(TorchDispatchMode):
+    def __init__(self, lines: list[str]) -> None:
+        super().__init__()
+        self.lines = lines
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = _name(func)
+        count = _READING_OPERATORS.get(name, 0)
+        if name in ("index", "index_put"):
+            value = args[2] if name == "index_put" else None
+            # A number at the places of one mask is a fill.
+            masks = sum(x is not None and x.dtype == torch.bool for x in args[1])
+            count = 0 if value is not None and value.ndim == 0 else masks
+        elif name == "repeat_interleave" and isinstance(args[-1], Tensor):
+            count = kwargs is None or kwargs.get("output_size") is None
+        _note(self.lines, name, int(count))
+        return func(*args, **(kwargs or {}))
+
+
+class _ReadingFunctions(TorchFunctionMode):
+    def __init__(self, lines: list[str]) -> None:
+        super().__init__()
+        self.lines = lines
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        on_host = name in ("tensor", "as_tensor") and str((kwargs or {}).get("device")) == "cpu"
+        _note(self.lines, name, int(name in _READING_FUNCTIONS and not on_host))
+        return func(*args, **(kwargs or {}))
+
+
+def _note(lines: list[str], name: str, count: int) -> None:
+    """Add the innermost line of the library, unless the kernels' interpreter is at work."""
+    if not count:
+        return
+    frames = [frame for frame in traceback.extract_stack() if not frame.filename.endswith(("meters.py",))]
+    inner = next(i for i, frame in reversed(list(enumerate(frames))) if "/srpo_kernels/" in frame.filename)
+    if not any("/triton/" in frame.filename for frame in frames[inner:]):
+        at = frames[inner]
+        lines += [f"{Path(at.filename).stem}.{at.name}: {name}"] * count
 
 
 def _name(func: Any) -> str:

@@ -92,7 +92,7 @@ def _fused_bf16(case: CaseName, rows: int, vocab_size: int) -> Iterator[tuple[St
 @contextmanager
 def bf16_products() -> Iterator[None]:
     """As on a GPU: operands of products, dlogits among them, in bf16; logits and everything else in fp32."""
-    with patch.object(gemm, "mixed_products", lambda device: "addmm"), _WideningProducts():
+    with patch.object(gemm, "mixed_products", lambda device, dtype: "addmm"), _WideningProducts():
         yield
 
 

@@ -120,7 +120,7 @@ def fused_loss(
     """
     validation.check_group(vocab_parallel_group)
     inputs = {} if inputs is None else inputs
-    with refused_together(vocab_parallel_group):
+    with refused_together(vocab_parallel_group, weight):
         validation.check_group(sequence_parallel_group, "sequence_parallel_group")
         validation.check_backend(backend)
         validation.check_config(config)

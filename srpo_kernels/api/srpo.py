@@ -122,7 +122,7 @@ def srpo_loss(
             another rank of ``vocab_parallel_group`` raises.
     """
     validation.check_group(vocab_parallel_group)
-    with refused_together(vocab_parallel_group):
+    with refused_together(vocab_parallel_group, weight):
         validation.check_group(sequence_parallel_group, "sequence_parallel_group")
         validation.check_backend(backend)
         validation.check_config(config)

@@ -101,7 +101,7 @@ def token_stats(
         ValueError: a wrong shape, device or value, or an option that is not supported.
     """
     validation.check_group(vocab_parallel_group)
-    with refused_together(vocab_parallel_group):
+    with refused_together(vocab_parallel_group, weight):
         validation.check_backend(backend)
         validation.check_engine(engine)
         described = resolve_options(
@@ -191,7 +191,7 @@ def teacher_stats(
         ValueError: a wrong shape, device or value, or an option that is not supported.
     """
     validation.check_group(vocab_parallel_group)
-    with refused_together(vocab_parallel_group):
+    with refused_together(vocab_parallel_group, teacher_weight):
         validation.check_backend(backend)
         validation.check_engine(engine)
         described = resolve_options(config, temperature=temperature, logit_scale=logit_scale, softcap=softcap)

@@ -35,7 +35,7 @@ def agree(call: LossArguments | StatsArguments, options: LossOptions | StatsOpti
         return Vocabulary.whole(len(call.weight))
     group = group_of(options.vocab_parallel_group)
     replicated = _replicated(call, options, needs)
-    rows = gather_numbers([0, len(call.weight), zlib.crc32(replicated.encode())], group)
+    rows = gather_numbers([0, len(call.weight), zlib.crc32(replicated.encode())], group, call.weight)
     failed, sizes, prints = zip(*rows, strict=True)
     if any(failed):
         ranks = [rank for rank, refused in enumerate(failed) if refused]
@@ -55,20 +55,20 @@ def name_of(group: ProcessGroup | None) -> str | None:
     return None if group is None else group.group_name
 
 
-def refused_together(group: ProcessGroup | None) -> AbstractContextManager[None]:
+def refused_together(group: ProcessGroup | None, weight: object) -> AbstractContextManager[None]:
     """Checks of a call's arguments: an error of this rank alone is one of every rank, where ``agree`` raises it.
 
-    A compiler traces the checks on each rank alone, before anything runs.
+    ``weight`` is the argument as it came. A compiler traces the checks on each rank alone, before anything runs.
     """
-    return nullcontext() if group is None or torch.compiler.is_compiling() else _announcing(group)
+    return nullcontext() if group is None or torch.compiler.is_compiling() else _announcing(group, weight)
 
 
 @contextmanager
-def _announcing(group: ProcessGroup) -> Iterator[None]:
+def _announcing(group: ProcessGroup, weight: object) -> Iterator[None]:
     try:
         yield
     except Exception:
-        gather_numbers([1, 0, 0], group)
+        gather_numbers([1, 0, 0], group, weight)
         raise
 
 

@@ -40,7 +40,8 @@ def prepare_custom(
     )
     whole_batch = isinstance(options.objective, str) and policy_loss_of(options.objective).whole_batch
     count = 1 if rows.sequences is None else rows.sequences.number
-    order = order_rows(rows.valid, rows.taught, None, None if rows.sequences is None else rows.sequences.ids, count)
+    ids = None if rows.sequences is None else rows.sequences.ids
+    order, lengths, _ = order_rows(rows.valid, rows.taught, None, ids, count, rows.checks)
     first = torch.cat(order)[:1]
     if len(first):
         like = call.hidden.new_empty((), dtype=accumulation_dtype(call.hidden, call.weight))
@@ -49,8 +50,8 @@ def prepare_custom(
     plan = make_plan(
         order,
         memory,
-        taught_lengths=[len(order.taught)] if whole_batch else sequence_lengths(order.taught, rows.sequences),
-        alone_lengths=[len(order.alone)] if whole_batch else sequence_lengths(order.alone, rows.sequences),
+        taught_lengths=[len(order.taught)] if whole_batch else sequence_lengths(lengths[0], rows.sequences),
+        alone_lengths=[len(order.alone)] if whole_batch else sequence_lengths(lengths[1], rows.sequences),
         workspace_bytes=options.workspace_bytes,
         gradients=int(needs.hidden) + int(needs.weight),
         teacher_logits=call.teacher_topk_ids is None,

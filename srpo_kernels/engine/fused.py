@@ -43,7 +43,7 @@ class FusedPass:
         self.batch, self.plan, self.objective, self.spec = batch, plan, objective, spec
         self.needs, self.passes, self.buffer = needs, passes, buffer
         self.dtype = accumulation_dtype(batch.hidden, batch.head.weight)
-        self.operand_dtype = gemm.operand_dtype(batch.head.weight, self.dtype)
+        self.dlogits_dtype = gemm.dlogits_dtype(batch.head.weight, self.dtype)
         self.log_probs = batch.hidden.new_zeros(len(batch.target_ids), dtype=self.dtype)
         self.losses = torch.zeros_like(self.log_probs)
         # Where hidden states are frozen, the sums of dlogits: they are finite where all dlogits of a row are.
@@ -258,7 +258,7 @@ class FusedPass:
         for name in own:
             if own[name] is None:
                 own[name] = torch.zeros_like(self._statistic(name, [part]))
-        return self.passes.dlogits_(part.request, part.stats, RowGradients(**own), dtype=self.operand_dtype)
+        return self.passes.dlogits_(part.request, part.stats, RowGradients(**own), dtype=self.dlogits_dtype)
 
     def _teacher_entropies(self) -> Tensor:
         if self.batch.teacher_support is not None:

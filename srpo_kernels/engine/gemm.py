@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from srpo_kernels.rows.contract import Dlogits
+from srpo_kernels.rows.segments import add_rows_
 
 MixedProducts = Literal["addmm", "mm", "none"]
 
@@ -23,29 +24,38 @@ _SLAB_ELEMENTS = 1 << 23
 
 
 def operand_dtype(weight: Tensor, dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which tensors are multiplied with ``weight`` for a result in ``dtype``.
-
-    fp16 is widened too: dlogits of a mean over many tokens lie below its smallest number.
-    """
-    if weight.dtype == torch.bfloat16 and dtype == torch.float32 and mixed_products(weight.device) != "none":
-        return torch.bfloat16
+    """The dtype in which hidden states are multiplied with ``weight`` for logits in ``dtype``."""
+    halves = weight.dtype in (torch.bfloat16, torch.float16)
+    if halves and dtype == torch.float32 and mixed_products(weight.device, weight.dtype) != "none":
+        return weight.dtype
     return dtype
 
 
-def mixed_products(device: torch.device) -> MixedProducts:
-    """What ``device`` makes of bf16 operands and an fp32 result; each device is asked once.
+def dlogits_dtype(weight: Tensor, dtype: torch.dtype) -> torch.dtype:
+    """The dtype of dlogits, and of what they are multiplied with for dX and dW.
+
+    That of the logits' operands, unless it is fp16: dlogits of a mean over many tokens lie below its smallest number.
+    """
+    operand = operand_dtype(weight, dtype)
+    return dtype if operand == torch.float16 else operand
+
+
+def mixed_products(device: torch.device, dtype: torch.dtype) -> MixedProducts:
+    """What ``device`` makes of operands in ``dtype``, bf16 or fp16, and an fp32 result; it is asked once.
 
     - ``"addmm"``: products, alone or added to an fp32 matrix: CUDA from torch 2.10 on.
     - ``"mm"``: products alone: CUDA with torch 2.8 and 2.9, which add to a matrix in the operands' dtype only.
-    - ``"none"``: ROCm with a torch of before late 2025, NVIDIA GPUs before Ampere, and CPUs, where widened operands
-      are faster.
+    - ``"none"``: ROCm with a torch of before late 2025, bf16 on NVIDIA GPUs before Ampere, and CPUs, where widened
+      operands are faster.
     """
-    return "none" if device.type == "cpu" else _ask(device)
+    return "none" if device.type == "cpu" else _ask(device, dtype)
 
 
 @cache
-def _ask(device: torch.device) -> MixedProducts:
-    x, total = (torch.ones(16, 16, dtype=dtype, device=device) for dtype in (torch.bfloat16, torch.float32))
+def _ask(device: torch.device, dtype: torch.dtype) -> MixedProducts:
+    # Results are strided, as the rows of logits are.
+    x = torch.ones(16, 16, dtype=dtype, device=device)
+    total = torch.ones(16, 32, dtype=torch.float32, device=device)[:, :16]
     # What fails here, as where memory is short, is no answer.
     torch.mm(total, total)
     try:
@@ -98,9 +108,10 @@ class HeadGradient:
         self._like, self._dtype = weight, dtype
 
     def add_weight(self, dlogits: Tensor, hidden: Tensor, rescale: Tensor | None = None) -> None:
-        """Add ``dlogits.T @ hidden``: operands ``[n, V]`` and ``[n, H]``."""
+        """Add ``dlogits.T @ hidden``: operands ``[n, V]`` and ``[n, H]``; ``hidden`` takes the dtype of dlogits."""
         if self._like is None:
             return
+        hidden = hidden.to(dlogits.dtype)
         if self.weight is None:
             self.weight = torch.empty(self._like.shape, dtype=self._dtype, device=self._like.device)
             _mm(dlogits.t(), hidden, out=self.weight)
@@ -115,14 +126,14 @@ class HeadGradient:
     def add_rows(self, ids: Tensor, dlogits: Tensor, hidden: Tensor) -> None:
         """Add dlogits ``[n, K]`` of tokens ``ids`` ``[n, K]`` of n hidden states ``[n, H]``, and to db."""
         if self.bias is not None:
-            self.bias.index_add_(0, ids.flatten(), dlogits.flatten())
+            add_rows_(self.bias, ids.flatten(), dlogits.flatten())
         if self._like is None:
             return
         if self.weight is None:
             self.weight = self._zeros(self._like)
         height = max(1, 2 * _SLAB_ELEMENTS // (ids.shape[1] * hidden.shape[1]))
         for at, values, states in zip(ids.split(height), dlogits.split(height), hidden.split(height), strict=True):
-            self.weight.index_add_(0, at.flatten(), (values[:, :, None] * states[:, None]).flatten(0, 1))
+            add_rows_(self.weight, at.flatten(), (values[:, :, None] * states[:, None]).flatten(0, 1))
 
     def add_bias(self, dlogits: Dlogits, rescale: Tensor | None = None) -> None:
         """Add the column sums of dlogits."""
@@ -132,6 +143,9 @@ class HeadGradient:
             self.bias.mul_(rescale)
         if dlogits.factor is None:
             self.bias += dlogits.values.sum(0, dtype=self.bias.dtype)
+        elif self.bias.device.type == "xpu":
+            # There addmv_ reads the vector that it writes; mended in May 2026 (pytorch/pytorch#182287).
+            self.bias += torch.mv(dlogits.values.t(), dlogits.factor.squeeze(1))
         else:
             self.bias.addmv_(dlogits.values.t(), dlogits.factor.squeeze(1))
 
@@ -167,7 +181,7 @@ def _addmm(a: Tensor, b: Tensor, out: Tensor, beta: float = 1.0) -> None:
     """``out = beta * out + a @ b``."""
     if a.dtype == out.dtype:
         out.addmm_(a, b, beta=beta)
-    elif mixed_products(out.device) == "addmm":
+    elif mixed_products(out.device, a.dtype) == "addmm":
         torch.addmm(out, a, b, out_dtype=out.dtype, beta=beta, out=out)
     else:
         height = _slab_height(out)

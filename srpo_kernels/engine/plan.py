@@ -1,7 +1,7 @@
 """Which rows are computed, in which order and chunks, and what that costs.
 
 Rows that have zero gradient are left out: masked ones, and those that an objective says so of. The row index is built
-once, with one read by the host.
+once, with one read by the host: that of the checks of the call's values.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from srpo_kernels.engine import gemm
+from srpo_kernels.engine.row_values import RowChecks
 from srpo_kernels.engine.workspace import row_stride
 from srpo_kernels.rows.contract import Scratch
 from srpo_kernels.rows.passes import RowPasses
@@ -35,13 +36,21 @@ class RowOrder(NamedTuple):
     inactive: Tensor
 
 
+class OrderedRows(NamedTuple):
+    """The order, how many rows of each of its kinds every sequence has, and a call's normalizers as numbers."""
+
+    order: RowOrder
+    lengths: list[list[int]]
+    numbers: dict[str, float]
+
+
 def order_rows(
-    valid: Tensor, taught: Tensor, moves: Tensor | None, sequences: Tensor | None, num_sequences: int
-) -> RowOrder:
-    """Sort rows into those with a teacher, without one, inactive and masked ones.
+    valid: Tensor, taught: Tensor, moves: Tensor | None, sequences: Tensor | None, num_sequences: int, checks: RowChecks
+) -> OrderedRows:
+    """Sort rows into those with a teacher, without one, inactive and masked ones. One read by the host.
 
     ``valid``, ``taught`` and ``moves`` are bool ``[N]``; rows without a teacher that do not move are inactive, none
-    where ``moves`` is None. ``sequences`` is int64 ``[N]``.
+    where ``moves`` is None. ``sequences`` is int64 ``[N]``. Raises ValueError where the ``checks`` do.
     """
     kind = torch.full_like(valid, 3, dtype=torch.int64)
     kind[valid] = 2
@@ -49,7 +58,12 @@ def order_rows(
     kind[valid & taught] = 0
     key = kind if sequences is None else kind * num_sequences + sequences
     order = torch.argsort(key, stable=True)
-    return RowOrder(*order.split(torch.bincount(kind, minlength=4).tolist())[:3])
+    counts = key.new_zeros(4 * num_sequences).index_add_(0, key, torch.ones_like(key))
+    # A call's only read: everything that was launched before has to be done by then.
+    read = torch.cat([counts.to(checks.values), checks.values]).tolist()
+    numbers = checks.judge(read[len(counts) :])
+    lengths = [[int(x) for x in read[start : start + num_sequences]] for start in range(0, len(counts), num_sequences)]
+    return OrderedRows(RowOrder(*order.split([sum(kind) for kind in lengths])[:3]), lengths[:3], numbers)
 
 
 @dataclass(frozen=True)
@@ -71,7 +85,7 @@ class RowMemory:
     def of(cls, weight: Tensor, dtype: torch.dtype, passes: RowPasses) -> RowMemory:
         """For logits in ``dtype`` of the head ``weight``: ``[V, H]``, or a shard of a vocabulary."""
         vocabulary = passes.vocabulary
-        copy, width = gemm.operand_dtype(weight, dtype), vocabulary.largest
+        copy, width = gemm.dlogits_dtype(weight, dtype), vocabulary.largest
         scratch, shards = passes.scratch(width, weight.device), vocabulary.size // width
         copy_itemsize = 0 if copy == dtype else copy.itemsize
         return cls(width, dtype.itemsize, scratch, weight.device, copy_itemsize, shards)

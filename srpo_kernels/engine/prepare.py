@@ -18,10 +18,10 @@ from srpo_kernels.engine.arguments import NORMALIZERS, LossArguments, LossOption
 from srpo_kernels.engine.backends import rows_of
 from srpo_kernels.engine.batch import Batch, Head, Needs
 from srpo_kernels.engine.objectives import Objective
-from srpo_kernels.engine.plan import RowMemory
+from srpo_kernels.engine.plan import RowMemory, order_rows
 from srpo_kernels.engine.row_values import (
+    RowChecks,
     check_own_divergences,
-    check_row_values,
     check_support,
     check_teacher_rows,
     check_workspace,
@@ -44,12 +44,12 @@ def flat_rows(states: Tensor) -> Tensor:
 
 
 class FlatRows(NamedTuple):
-    """The rows of a call of the loss, ``[N]`` each; ``numbers`` are its normalizers where the host has read them."""
+    """The rows of a call of the loss, ``[N]`` each, and the checks of its values, which the host has not read yet."""
 
     valid: Tensor
     taught: Tensor
     sequences: Sequences | None
-    numbers: dict[str, float]
+    checks: RowChecks
 
 
 def flatten(
@@ -78,7 +78,7 @@ def flatten(
         for name, values in zip(options.input_names, call.inputs, strict=True)
     }
     teacher = call.teacher_hidden if call.teacher_topk_ids is None else call.teacher_topk_ids
-    numbers = check_row_values(
+    checks = RowChecks.of(
         targets,
         valid,
         taught,
@@ -118,7 +118,7 @@ def flatten(
         support,
         support_ids,
     )
-    return FlatRows(valid, taught, sequences, numbers), batch, memory
+    return FlatRows(valid, taught, sequences, checks), batch, memory
 
 
 def position_in(support_ids: Tensor, target_ids: Tensor) -> Tensor:
@@ -143,11 +143,10 @@ def by_columns(objective: Objective, batch: Batch, vocabulary: Vocabulary, *, ta
     return columns.cheaper(tokens, vocabulary.size)
 
 
-def sequence_lengths(rows: Tensor, sequences: Sequences | None) -> list[int] | None:
-    """How many of ``rows`` each sequence has; None where sequences do not matter."""
+def sequence_lengths(lengths: list[int], sequences: Sequences | None) -> list[int] | None:
+    """How many rows of a kind each sequence has; None where sequences do not matter."""
     if sequences is None:
         return None
-    lengths = torch.bincount(sequences.ids[rows], minlength=sequences.number).tolist()
     # Ranks need each other's sums at one time: all rows are one segment, like those of one long sequence.
     return lengths if sequences.group is None else [sum(lengths)]
 
@@ -203,14 +202,13 @@ def prepare_stats(
         targets = torch.zeros(call.hidden.shape[:-1], dtype=torch.int64, device=device).view(-1)
     else:
         targets = call.target_ids.reshape(-1).long()
-    if call.mask is None:
-        rows = torch.arange(len(targets), device=device)
-    else:
-        rows = call.mask.reshape(-1).nonzero().squeeze(1)
-    if check and call.target_ids is not None:
-        nowhere = torch.zeros_like(targets, dtype=torch.bool)
-        valid = nowhere.index_fill(0, rows, True)
-        check_row_values(targets, valid, nowhere, vocabulary.size, has_teacher=True, has_advantages=True)
+    rows = torch.arange(len(targets), device=device)
+    if call.mask is not None or (check and call.target_ids is not None):
+        valid = torch.ones_like(rows, dtype=torch.bool) if call.mask is None else call.mask.reshape(-1)
+        nowhere = torch.zeros_like(valid)
+        ids = targets if check else nowhere.long()
+        checks = RowChecks.of(ids, valid, nowhere, vocabulary.size, has_teacher=True, has_advantages=True)
+        rows = order_rows(valid, nowhere, None, None, 1, checks).order.alone
     config = options.config()
     given, support_ids = None, None if call.support_ids is None else flat_rows(call.support_ids).long()
     if call.teacher_topk_ids is not None and call.teacher_topk_log_probs is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,42 +13,63 @@ from srpo_kernels.losses.config import SRPOConfig
 from srpo_kernels.rows.dtypes import wide_dtype
 
 
-def check_row_values(
-    target_ids: Tensor,
-    valid: Tensor,
-    routed: Tensor,
-    vocab_size: int,
-    *,
-    has_teacher: bool,
-    has_advantages: bool,
-    **normalizers: Tensor | None,
-) -> dict[str, float]:
-    """Ids in the vocabulary, a teacher where a valid row is routed, advantages where one is not: one host read.
+class RowChecks(NamedTuple):
+    """What a call's values must be: ids in the vocabulary, a teacher where a valid row is routed, advantages elsewhere.
 
-    ``target_ids`` are int64. Returns the ``normalizers`` that are there, as numbers.
+    ``values`` is what the host has to see of them, a vector that it reads along with the rest of what it needs;
+    ``normalizers`` names its last ones.
     """
-    outside = valid & ((target_ids < 0) | (target_ids >= vocab_size))
-    flags = outside.any(), (valid & routed).any(), (valid & ~routed).any()
-    given = {name: value for name, value in normalizers.items() if value is not None}
-    device = target_ids.device
-    values = torch.stack([x.to(device, wide_dtype(device)) for x in (*flags, *given.values())]).tolist()
-    if values[0]:
-        row = int(outside.nonzero()[0])
-        wrong = int(target_ids[row])
-        ignored = ", the label of positions to ignore: mask=target_ids != -100 leaves them out" if wrong == -100 else ""
-        raise ValueError(
-            f"target_ids must lie in [0, {vocab_size}) wherever mask is true, got {wrong} at row {row}{ignored}"
-        )
-    if values[1] and not has_teacher:
-        raise ValueError("teacher_hidden is required when sdpo_mask routes a valid row to distillation, got None")
-    if values[2] and not has_advantages:
-        raise ValueError("advantages is required when a valid row is in the policy branch, got None")
-    numbers = dict(zip(given, values[3:], strict=True))
-    require_counts("normalizers", numbers)
-    for name in ("token_count", "sequence_count"):
-        if numbers.get(name) == 0 and (values[1] or values[2]):
-            raise ValueError(f"normalizers.{name} must count the valid rows of this call too, got 0")
-    return numbers
+
+    target_ids: Tensor
+    valid: Tensor
+    vocab_size: int
+    has_teacher: bool
+    has_advantages: bool
+    normalizers: tuple[str, ...]
+    values: Tensor
+
+    @classmethod
+    def of(
+        cls,
+        target_ids: Tensor,
+        valid: Tensor,
+        routed: Tensor,
+        vocab_size: int,
+        *,
+        has_teacher: bool,
+        has_advantages: bool,
+        **normalizers: Tensor | None,
+    ) -> RowChecks:
+        """Of int64 ids, and of the ``normalizers`` that are there."""
+        outside = valid & ((target_ids < 0) | (target_ids >= vocab_size))
+        flags = outside.any(), (valid & routed).any(), (valid & ~routed).any()
+        given = {name: value for name, value in normalizers.items() if value is not None}
+        device = target_ids.device
+        values = torch.stack([x.to(device, wide_dtype(device)) for x in (*flags, *given.values())])
+        return cls(target_ids, valid, vocab_size, has_teacher, has_advantages, tuple(given), values)
+
+    def judge(self, values: list[float]) -> dict[str, float]:
+        """The normalizers, of ``values`` as the host has read them. Raises ValueError for what no loss takes."""
+        outside, routed, others, *counts = values
+        if outside:
+            wrong = self.valid & ((self.target_ids < 0) | (self.target_ids >= self.vocab_size))
+            row = int(wrong.nonzero()[0])
+            wrong_id = int(self.target_ids[row])
+            label = ", the label of positions to ignore: mask=target_ids != -100 leaves them out"
+            raise ValueError(
+                f"target_ids must lie in [0, {self.vocab_size}) wherever mask is true, got {wrong_id} at row {row}"
+                f"{label if wrong_id == -100 else ''}"
+            )
+        if routed and not self.has_teacher:
+            raise ValueError("teacher_hidden is required when sdpo_mask routes a valid row to distillation, got None")
+        if others and not self.has_advantages:
+            raise ValueError("advantages is required when a valid row is in the policy branch, got None")
+        numbers = dict(zip(self.normalizers, counts, strict=True))
+        require_counts("normalizers", numbers)
+        for name in ("token_count", "sequence_count"):
+            if numbers.get(name) == 0 and (routed or others):
+                raise ValueError(f"normalizers.{name} must count the valid rows of this call too, got 0")
+        return numbers
 
 
 def check_support(name: str, ids: Tensor, vocab_size: int) -> None:

@@ -45,7 +45,8 @@ def prepare_srpo(
 
     moves = moving(rows.valid & ~rows.taught, inputs["advantages"], rows.sequences, config)
     count = 1 if rows.sequences is None else rows.sequences.number
-    order = order_rows(rows.valid, rows.taught, moves, None if rows.sequences is None else rows.sequences.ids, count)
+    ids = None if rows.sequences is None else rows.sequences.ids
+    order, lengths, numbers = order_rows(rows.valid, rows.taught, moves, ids, count, rows.checks)
     objective = SRPOObjective(
         config,
         _log_mean(call.dw_log_mean, config, inputs["factors"]),
@@ -59,7 +60,7 @@ def prepare_srpo(
         memory,
         alone_lengths=[len(order.alone)]
         if policy.whole_batch
-        else sequence_lengths(order.alone, rows.sequences if config.whole_sequences else None),
+        else sequence_lengths(lengths[1], rows.sequences if config.whole_sequences else None),
         workspace_bytes=options.workspace_bytes,
         gradients=int(needs.hidden) + int(needs.weight),
         count_inactive=config.count_inactive,
@@ -69,7 +70,7 @@ def prepare_srpo(
         # A rank without a policy row takes part where sequences have others elsewhere.
         joins=rows.sequences is not None and rows.sequences.group is not None,
     )
-    return batch, plan, objective, rows.numbers.get("sdpo_count") == len(order.taught) > 0
+    return batch, plan, objective, numbers.get("sdpo_count") == len(order.taught) > 0
 
 
 def moving(policy: Tensor, advantages: Tensor, sequences: Sequences | None, config: SRPOConfig) -> Tensor | None:

@@ -156,6 +156,7 @@ def backward(
     upstream = {name: g[moving] for name, g in upstream.items()}
     grad_states = torch.zeros(len(rows), hidden.shape[1], dtype=dtype, device=hidden.device) if needs.hidden else None
     grad_head = gemm.HeadGradient(head.weight if needs.weight else None, head.bias if needs.bias else None, dtype)
+    to = gemm.dlogits_dtype(head.weight, dtype)
     for chunk in _chunks(hidden, head, call, rows) if len(rows) else ():
         own = _computed(chunk, call)
         grads = _gradients(call, own, rows[chunk.part], {name: g[chunk.part] for name, g in upstream.items()})
@@ -166,7 +167,7 @@ def backward(
             if grad_states is not None:
                 grad_states[chunk.part] = grad
             continue
-        dlogits = call.passes.dlogits_(chunk.request, own, grads, dtype=chunk.operand.dtype)
+        dlogits = call.passes.dlogits_(chunk.request, own, grads, dtype=to)
         if grad_states is not None:
             gemm.backproject(dlogits.values, head.weight, out=grad_states[chunk.part])
         grad_head.add_weight(dlogits.values, chunk.operand)

@@ -16,8 +16,10 @@ from srpo_kernels.rows.mixture import Mixture
 
 def mixture_shares(student: Base2, teacher: Base2, mixture: Mixture) -> Tensor:
     """The models' shares in the mixture, ``[n, 2]`` and wide, for probabilities as the kernels see them."""
-    missing = torch.cat([student.low, teacher.low], dim=1).to(wide_dtype(student.low.device))
-    return torch.exp2(-missing) * missing.new_tensor([mixture.student_share, mixture.teacher_share])
+    # A tensor of Python's numbers would be copied to the GPU, for which the host waits.
+    pairs = (student.low, mixture.student_share), (teacher.low, mixture.teacher_share)
+    wide = wide_dtype(student.low.device)
+    return torch.cat([torch.exp2(-missing.to(wide)) * share for missing, share in pairs], dim=1)
 
 
 def entry_numbers(stats: Statistics, spec: RowSpec, dtype: torch.dtype, by: Tensor | float = 1.0) -> Tensor:

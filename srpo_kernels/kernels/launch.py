@@ -17,7 +17,8 @@ from torch import Tensor
 from srpo_kernels.kernels.row_stats import row_stats_kernel
 from srpo_kernels.rows.mixture import Mixture
 
-Vendor = Literal["nvidia", "amd", "other"]
+# AMD's data-center GPUs, whose warps have 64 threads, and its others, whose warps have 32.
+Vendor = Literal["nvidia", "cdna", "rdna", "other"]
 
 
 def check_interpreter(triton_version: str, numpy_version: str) -> None:
@@ -45,8 +46,8 @@ if INTERPRETED:
 _ROW_THREADS = 256
 # A thread has four 16-byte loads in flight: of one model's row, or two of each model's.
 _ROW_LANES = 4 * _ROW_THREADS
-# A row's tiles, up to 4096 of them, in the registers of 256 threads (512 on AMD).
-MERGE_WARPS = 8
+# A turn's tiles, of which a thread has four.
+MERGE_TILES = 4 * _ROW_THREADS
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,11 @@ class RowLaunch:
     num_warps: int
     # The loop has no product whose operands could be fetched ahead.
     num_stages: int = 1
+
+    @property
+    def options(self) -> dict[str, int | bool]:
+        """What Triton is told at a launch."""
+        return launch_options(self.num_warps, self.num_stages)
 
 
 @dataclass(frozen=True)
@@ -69,10 +75,30 @@ class TileLaunch:
     num_warps: int
     num_stages: int
 
+    @property
+    def options(self) -> dict[str, int | bool]:
+        """What Triton is told at a launch."""
+        return launch_options(self.num_warps, self.num_stages)
+
+
+def launch_options(num_warps: int, num_stages: int) -> dict[str, int | bool]:
+    """What Triton is told at a launch."""
+    # Multiply-adds are one instruction: Triton 3.10 no longer makes them unasked.
+    return {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
+
 
 def row_launch(models: int, vendor: Vendor) -> RowLaunch:
     """The row passes over one model's logits, or over two models'."""
-    return RowLaunch(_ROW_LANES // models, _ROW_THREADS // (64 if vendor == "amd" else 32))
+    return RowLaunch(_ROW_LANES // models, _row_warps(vendor))
+
+
+def merge_launch(vendor: Vendor) -> RowLaunch:
+    """The sums of a row's tiles, of one model or of two."""
+    return RowLaunch(MERGE_TILES, _row_warps(vendor))
+
+
+def _row_warps(vendor: Vendor) -> int:
+    return _ROW_THREADS // (64 if vendor == "cdna" else 32)
 
 
 def tile_launch(models: int, dtype: torch.dtype, vendor: Vendor, capability: int) -> TileLaunch:
@@ -84,16 +110,20 @@ def tile_launch(models: int, dtype: torch.dtype, vendor: Vendor, capability: int
     if dtype == torch.float32:
         # Two tiles of 64 rows under a softcap spill on Blackwell.
         rows = 32 if models == 2 and vendor == "nvidia" and capability == 10 else 64
-        return TileLaunch(rows, 64 // models, 16, num_warps=2 if vendor == "amd" else 4, num_stages=2)
-    narrow = models == 2 and (vendor == "amd" or capability in (8, 12))
-    return TileLaunch(128, 64 if narrow else 128, 64, num_warps=8, num_stages=2 if vendor == "amd" else 3)
+        return TileLaunch(rows, 64 // models, 16, num_warps=2 if vendor == "cdna" else 4, num_stages=2)
+    amd = vendor in ("cdna", "rdna")
+    # Nor has RDNA 3 the registers for one of them.
+    narrow = vendor == "rdna" or (models == 2 and (amd or capability in (8, 12)))
+    return TileLaunch(128, 64 if narrow else 128, 64, num_warps=8, num_stages=2 if amd else 3)
 
 
 def vendor_of(device: torch.device) -> Vendor:
     """Whose GPU ``device`` is; "other" in the interpreter."""
     if INTERPRETED or device.type != "cuda":
         return "other"
-    return "amd" if torch.version.hip else "nvidia"
+    if not torch.version.hip:
+        return "nvidia"
+    return "cdna" if torch.cuda.get_device_properties(device).warp_size == 64 else "rdna"
 
 
 def on_device(tensor: Tensor) -> AbstractContextManager[object]:

@@ -25,10 +25,12 @@ TANH_3 = tl.constexpr(-0.3333188232466564)
 TANH_5 = tl.constexpr(0.13277630369336305)
 TANH_7 = tl.constexpr(-0.0477942819238347)
 
-# CDNA 3 wants a wait state between a transcendental and the use of its result, and the compiler, which sees to that
-# elsewhere, does not look into assembly.
-AMD_LOG = tl.constexpr("v_log_f32 $0, $1\n\ts_nop 0")
-AMD_RECIPROCAL = tl.constexpr("v_rcp_f32 $0, $1\n\ts_nop 0")
+# Between a transcendental and the use of its result CDNA 3 wants a wait state, and RDNA 3 that the result is there. The
+# compiler, which sees to that elsewhere, does not look into assembly.
+CDNA_LOG = tl.constexpr("v_log_f32 $0, $1\n\ts_nop 0")
+CDNA_RECIPROCAL = tl.constexpr("v_rcp_f32 $0, $1\n\ts_nop 0")
+RDNA_LOG = tl.constexpr("v_log_f32 $0, $1\n\ts_waitcnt_depctr 0xfff")
+RDNA_RECIPROCAL = tl.constexpr("v_rcp_f32 $0, $1\n\ts_waitcnt_depctr 0xfff")
 
 
 @triton.jit
@@ -78,8 +80,10 @@ def log2(x, VENDOR: tl.constexpr):
         return tl.inline_asm_elementwise(
             "lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
         )
-    if VENDOR == "amd":
-        return tl.inline_asm_elementwise(AMD_LOG, "=v,v", [x], dtype=tl.float32, is_pure=True, pack=1)
+    if VENDOR == "cdna":
+        return tl.inline_asm_elementwise(CDNA_LOG, "=v,v", [x], dtype=tl.float32, is_pure=True, pack=1)
+    if VENDOR == "rdna":
+        return tl.inline_asm_elementwise(RDNA_LOG, "=v,v", [x], dtype=tl.float32, is_pure=True, pack=1)
     return tl.log2(x)
 
 
@@ -90,8 +94,10 @@ def reciprocal(x, VENDOR: tl.constexpr):
         return tl.inline_asm_elementwise(
             "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
         )
-    if VENDOR == "amd":
-        return tl.inline_asm_elementwise(AMD_RECIPROCAL, "=v,v", [x], dtype=tl.float32, is_pure=True, pack=1)
+    if VENDOR == "cdna":
+        return tl.inline_asm_elementwise(CDNA_RECIPROCAL, "=v,v", [x], dtype=tl.float32, is_pure=True, pack=1)
+    if VENDOR == "rdna":
+        return tl.inline_asm_elementwise(RDNA_RECIPROCAL, "=v,v", [x], dtype=tl.float32, is_pure=True, pack=1)
     return 1.0 / x
 
 

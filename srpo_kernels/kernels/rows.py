@@ -67,8 +67,7 @@ def sums(
                 SOFTCAP=launched.softcap,
                 LANES=launch.lanes,
                 VENDOR=vendor,
-                num_warps=launch.num_warps,
-                num_stages=launch.num_stages,
+                **launch.options,
             )
     return unpack(out)
 
@@ -126,8 +125,7 @@ def divergence_sums(logits: Tensor, teacher_logits: Tensor, stats: Statistics, s
                 SOFTCAP=transform.softcap,
                 LANES=launch.lanes,
                 VENDOR=vendor,
-                num_warps=launch.num_warps,
-                num_stages=launch.num_stages,
+                **launch.options,
             )
     columns = dict(zip((name for name in wanted if wanted[name]), out.split(1, dim=1), strict=True))
     # The kernel's mixture is off by the rounding of the shares: their mean, where the models are nearly equal.
@@ -168,8 +166,7 @@ def _entry_sums(logits: Tensor, teacher_logits: Tensor, stats: Statistics, spec:
                 SOFTCAP=transform.softcap,
                 LANES=launch.lanes,
                 VENDOR=vendor,
-                num_warps=launch.num_warps,
-                num_stages=launch.num_stages,
+                **launch.options,
             )
     return out
 
@@ -231,7 +228,6 @@ def dlogits_(
                 LANES=launch.lanes,
                 BLOCK_IDS=triton.next_power_of_2(ids.shape[1]),
                 VENDOR=vendor,
-                num_warps=launch.num_warps,
-                num_stages=launch.num_stages,
+                **launch.options,
             )
     return Dlogits(out, None)

@@ -127,27 +127,63 @@ def merge_tiles_kernel(sums_ptr, merged_ptr, tiles, slope2, TEACHER: tl.constexp
     """Merge the sums of a row's tiles, in an order that no other row has a part in."""
     row = tl.program_id(0).to(tl.int64)
     FIELDS: tl.constexpr = 11 if TEACHER else 5
-    tile = tl.arange(0, BLOCK_TILES)
-    in_range = tile < tiles
-    own = sums_ptr + (row * tiles + tile) * FIELDS
     merged = merged_ptr + row * FIELDS
-    z_max = tl.load(own, mask=in_range, other=LOWEST)
-    z_total = tl.load(own + 1, mask=in_range, other=0.0)
-    z_weighted = tl.load(own + 2, mask=in_range, other=0.0)
-    z_gap = tl.load(own + 3, mask=in_range, other=0.0)
-    target = tl.max(tl.load(own + 4, mask=in_range, other=LOWEST))
+    zeros = tl.zeros([BLOCK_TILES], tl.float32)
+    lowest = zeros + LOWEST
+    z_max, z_total, z_weighted, z_gap, z_anchor, target = lowest, zeros, zeros, zeros, lowest, lowest
+    y_max, y_total, y_weighted, y_gap = lowest, zeros, zeros, zeros
+    # The running sums belong to lanes, which meet after the loop.
+    for start in range(0, tiles, BLOCK_TILES):
+        tile = start + tl.arange(0, BLOCK_TILES)
+        in_range = tile < tiles
+        own = sums_ptr + (row * tiles + tile) * FIELDS
+        z_new = tl.load(own, mask=in_range, other=LOWEST)
+        z_new_max = tl.maximum(z_max, z_new)
+        z_shift, z_new_shift = z_max - z_new_max, z_new - z_new_max
+        z_gap_shift, z_new_gap_shift = z_shift, z_new_shift
+        if TEACHER:
+            new_anchor = tl.load(own + 5, mask=in_range, other=LOWEST)
+            z_new_anchor = tl.maximum(
+                tl.where(z_shift == 0.0, z_anchor, LOWEST), tl.where(z_new_shift == 0.0, new_anchor, LOWEST)
+            )
+            y_new = tl.load(own + 6, mask=in_range, other=LOWEST)
+            y_new_max = tl.maximum(y_max, y_new)
+            y_shift, y_new_shift = y_max - y_new_max, y_new - y_new_max
+            y_total, y_weighted, y_gap = _merge(
+                own + 6, in_range, y_total, y_weighted, y_gap, y_shift, z_shift - y_shift, y_new_shift,
+                z_new_shift - y_new_shift, slope2,
+            )  # fmt: skip
+            z_gap_shift = z_shift - (z_anchor - z_new_anchor)
+            z_new_gap_shift = z_new_shift - (new_anchor - z_new_anchor)
+            z_anchor, y_max = z_new_anchor, y_new_max
+        z_total, z_weighted, z_gap = _merge(
+            own, in_range, z_total, z_weighted, z_gap, z_shift, z_gap_shift, z_new_shift, z_new_gap_shift, slope2
+        )
+        z_max = z_new_max
+        target = tl.maximum(target, tl.load(own + 4, mask=in_range, other=LOWEST))
+
+    row_target = tl.max(target)
     z_shift = z_max - tl.max(z_max)
     if TEACHER:
-        z_anchor = tl.load(own + 5, mask=in_range, other=LOWEST)
-        y_max = tl.load(own + 6, mask=in_range, other=LOWEST)
-        y_total = tl.load(own + 7, mask=in_range, other=0.0)
-        y_weighted = tl.load(own + 8, mask=in_range, other=0.0)
-        y_gap = tl.load(own + 9, mask=in_range, other=0.0)
         y_shift = y_max - tl.max(y_max)
         row_anchor = anchor_of_row(z_shift, z_anchor)
         z_gap_shift = z_shift - (z_anchor - row_anchor)
-        store_sums(merged, z_max, z_total, z_weighted, z_gap, z_shift, z_gap_shift, target, slope2)
+        store_sums(merged, z_max, z_total, z_weighted, z_gap, z_shift, z_gap_shift, row_target, slope2)
         tl.store(merged + 5, row_anchor)
-        store_sums(merged + 6, y_max, y_total, y_weighted, y_gap, y_shift, z_shift - y_shift, target, slope2)
+        store_sums(merged + 6, y_max, y_total, y_weighted, y_gap, y_shift, z_shift - y_shift, row_target, slope2)
     else:
-        store_sums(merged, z_max, z_total, z_weighted, z_gap, z_shift, z_shift, target, slope2)
+        store_sums(merged, z_max, z_total, z_weighted, z_gap, z_shift, z_shift, row_target, slope2)
+
+
+@triton.jit
+def _merge(own, in_range, total, weighted, gap, shift, gap_shift, new_shift, new_gap_shift, slope2):
+    """Add a model's sums of a tile to those of its lane; shifts are from what both are then relative to."""
+    new_total = tl.load(own + 1, mask=in_range, other=0.0)
+    new_weighted = tl.load(own + 2, mask=in_range, other=0.0)
+    new_gap = tl.load(own + 3, mask=in_range, other=0.0)
+    decay, new_decay = tl.exp2(shift * slope2), tl.exp2(new_shift * slope2)
+    return (
+        total * decay + new_total * new_decay,
+        (weighted + shift * total) * decay + (new_weighted + new_shift * new_total) * new_decay,
+        (gap + gap_shift * total) * decay + (new_gap + new_gap_shift * new_total) * new_decay,
+    )

@@ -8,7 +8,7 @@ import torch
 import triton
 from torch import Tensor
 
-from srpo_kernels.kernels.launch import INTERPRETED, MERGE_WARPS, on_device, tile_launch, vendor_of
+from srpo_kernels.kernels.launch import INTERPRETED, merge_launch, on_device, tile_launch, vendor_of
 from srpo_kernels.kernels.tile_stats import merge_tiles_kernel, tile_stats_kernel
 from srpo_kernels.kernels.transform import Transform
 from srpo_kernels.rows.contract import RowSpec, Statistics
@@ -47,7 +47,7 @@ def tile_stats(
     device, dtype = student.hidden.device, student.hidden.dtype
     capability = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
     vendor = vendor_of(device)
-    launch = tile_launch(len(parts), dtype, vendor, capability)
+    launch, merge = tile_launch(len(parts), dtype, vendor, capability), merge_launch(vendor)
     tiles = triton.cdiv(vocab_size, launch.block_vocab)
     # ModelSums of one model, or of two side by side.
     fields = 5 if teacher is None else 11
@@ -81,8 +81,7 @@ def tile_stats(
                 BLOCK_ROWS=launch.block_rows,
                 BLOCK_VOCAB=launch.block_vocab,
                 BLOCK_HIDDEN=launch.block_hidden,
-                num_warps=launch.num_warps,
-                num_stages=launch.num_stages,
+                **launch.options,
             )  # fmt: skip
             merge_tiles_kernel[(count,)](
                 sums,
@@ -90,8 +89,8 @@ def tile_stats(
                 tiles,
                 transform.slope2,
                 TEACHER=teacher is not None,
-                BLOCK_TILES=triton.next_power_of_2(tiles),
-                num_warps=MERGE_WARPS,
+                BLOCK_TILES=merge.lanes,
+                **merge.options,
             )
     models = combine(unpack(merged), transform.slope)
     if teacher is None:

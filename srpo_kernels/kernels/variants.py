@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 
 import torch
@@ -11,10 +11,11 @@ from triton import JITFunction
 from triton.backends.compiler import GPUTarget
 
 from srpo_kernels.kernels.launch import (
-    MERGE_WARPS,
     RowLaunch,
     Vendor,
     gradient_terms,
+    launch_options,
+    merge_launch,
     mixture_terms,
     row_launch,
     tile_launch,
@@ -31,8 +32,6 @@ from srpo_kernels.rows.mixture import MIXTURE_DIVERGENCES, MixtureDivergence, mi
 _ALPHA = 0.5
 # One id per row, or the default top-k.
 _ID_BLOCKS = (1, 128)
-# Of vocabularies of 50k, 128k and 262k.
-_TILE_BLOCKS = (512, 2048, 4096)
 _DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
@@ -56,10 +55,17 @@ class Variant:
     elements_per_iteration: int
     bytes_per_element: int
 
+    @property
+    def options(self) -> dict[str, int | bool]:
+        """What Triton is told at a launch."""
+        return launch_options(self.num_warps, self.num_stages)
+
 
 def variants(target: GPUTarget) -> Iterator[Variant]:
     """All variants for ``target``."""
-    vendor: Vendor = "amd" if target.backend == "hip" else "nvidia"
+    vendor: Vendor = "nvidia"
+    if target.backend == "hip":
+        vendor = "cdna" if target.warp_size == 64 else "rdna"
     capability = int(target.arch) // 10 if vendor == "nvidia" else 0
     for softcap in (False, True):
         for models in (1, 2):
@@ -74,8 +80,19 @@ def variants(target: GPUTarget) -> Iterator[Variant]:
         for models, dtype, bias in product((1, 2), _DTYPES, (False, True)):
             yield _tile_stats(models, dtype, softcap, bias, vendor, capability)
 
-    for models, tiles in product((1, 2), _TILE_BLOCKS):
-        yield _merge_tiles(models, tiles)
+    for models in (1, 2):
+        yield _merge_tiles(models, vendor)
+    # Triton compiles in what is a multiple of 16, as most vocabularies are.
+    gradients = dict(_gradients())
+    for variant in (
+        _row_stats(2, False, vendor),
+        _row_mixture("jsd", False, vendor),
+        *(_row_grad(name, gradients[name], False, True, 1, vendor) for name in ("jsd", "log-prob and entropy")),
+        _tile_stats(1, torch.bfloat16, False, False, vendor, capability),
+        _tile_stats(2, torch.bfloat16, False, False, vendor, capability),
+    ):
+        divisible = (*variant.divisible, "vocab_size")
+        yield replace(variant, label=f"{variant.label}, V % 16 = 0", divisible=divisible)
 
 
 def _row_stats(models: int, softcap: bool, vendor: Vendor) -> Variant:
@@ -149,6 +166,8 @@ def _row_grad(label: str, terms: dict[str, bool], softcap: bool, half: bool, id_
         },
         {
             **terms,
+            # Triton compiles an argument of 1 in.
+            **({"num_ids": 1} if id_block == 1 else {}),
             "SOFTCAP": softcap,
             "BLOCK_IDS": id_block,
             "VENDOR": vendor,
@@ -191,10 +210,11 @@ def _tile_stats(models: int, dtype: torch.dtype, softcap: bool, bias: bool, vend
     )
 
 
-def _merge_tiles(models: int, tiles: int) -> Variant:
+def _merge_tiles(models: int, vendor: Vendor) -> Variant:
+    launch = merge_launch(vendor)
     return Variant(
         "merge_tiles",
-        f"{'student and teacher' if models == 2 else 'student'}, {tiles} tiles",
+        "student and teacher" if models == 2 else "student",
         merge_tiles_kernel,
         {
             "sums_ptr": "*fp32",
@@ -204,10 +224,10 @@ def _merge_tiles(models: int, tiles: int) -> Variant:
             "TEACHER": "constexpr",
             "BLOCK_TILES": "constexpr",
         },
-        {"TEACHER": models == 2, "BLOCK_TILES": tiles},
+        {"TEACHER": models == 2, "BLOCK_TILES": launch.lanes},
         ("sums_ptr", "merged_ptr"),
-        MERGE_WARPS,
-        1,
+        launch.num_warps,
+        launch.num_stages,
         0,
         0,
     )

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from srpo_kernels.distributed import max_ranks, sum_ranks
+from srpo_kernels.rows.segments import segment_sums
 
 
 class Sequences(NamedTuple):
@@ -44,5 +45,4 @@ class Sequences(NamedTuple):
         return self.sum(torch.ones_like(like))
 
     def _sums(self, values: Tensor) -> Tensor:
-        sums = values.new_zeros(len(values), self.number).index_add(1, self.ids, values)
-        return sum_ranks(sums, self.group)[:, self.ids]
+        return sum_ranks(segment_sums(values, self.ids, self.number), self.group)[:, self.ids]

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from srpo_kernels.checks import BOOL, FLOATING, INTEGER, require_number, require_shape, require_tensor
 from srpo_kernels.rows.dtypes import wide_dtype
+from srpo_kernels.rows.segments import segment_sums
 
 
 class Routing(NamedTuple):
@@ -121,14 +122,15 @@ def group_advantages(rewards: Tensor, group_ids: Tensor, scale: AdvantageScale =
 
     values = rewards.detach().to(wide_dtype(rewards.device))
     _, group, group_size = torch.unique(group_ids, return_inverse=True, return_counts=True)
-    per_group = values.new_zeros(len(group_size))
+    lowest = values.new_zeros(len(group_size)).scatter_reduce(0, group, values, "amin", include_self=False)
     # Measured from the lowest of the group, equal rewards are zeros and their mean rounds to nothing else.
-    above_lowest = values - per_group.scatter_reduce(0, group, values, "amin", include_self=False)[group]
-    mean = per_group.index_add(0, group, above_lowest) / group_size
+    above_lowest = values - lowest[group]
+    mean = segment_sums(above_lowest[None], group, len(group_size))[0] / group_size
     advantages: Tensor = above_lowest - mean[group]
 
     if scale == "group":
-        variance = per_group.index_add(0, group, advantages.square()) / (group_size - 1).clamp(min=1)
+        squares = segment_sums(advantages.square()[None], group, len(group_size))[0]
+        variance = squares / (group_size - 1).clamp(min=1)
         advantages = advantages / (variance.sqrt()[group] + eps)
     elif scale == "batch":
         deviations = values - values.mean()

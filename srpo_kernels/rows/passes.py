@@ -38,6 +38,9 @@ from srpo_kernels.rows.vocabulary import Vocabulary
 # That a gradient may be of any statistics: the logits stay as they are.
 ANY = frozenset(RowGradients._fields)
 
+# Elements of rows that are copied at a time: 128 MiB in fp32.
+_COPIED_ELEMENTS = 1 << 25
+
 # What is computed in rounds: it yields its part of what all shards exchange, is sent what they all have, and returns.
 _Rounds = Generator[Tensor, Tensor, Statistics]
 
@@ -166,7 +169,7 @@ class RowPasses:
 
     def _topk(self, logits: Tensor, spec: RowSpec, target_ids: Tensor, *, entropy: bool) -> _Rounds:
         """A model's likeliest tokens, out of those of every shard that may belong to them."""
-        own = logits.topk(min(spec.topk, logits.shape[1]), dim=1).indices
+        own = _likeliest(logits, min(spec.topk, logits.shape[1]))
         if self.vocabulary.group is None:
             return (yield from self._at(logits, spec, target_ids, own, entropy=entropy))
         slope, targets = self.rows.slope(spec.transform), target_ids - self.vocabulary.first_id
@@ -208,6 +211,12 @@ class RowPasses:
             assert stats.entropy is not None and stats.log_tail is not None
             stats = stats._replace(entropy=stats.entropy + stats.log_tail)
         return self.rows.dlogits_(z, y, stats, local, spec, dtype=dtype)
+
+
+def _likeliest(logits: Tensor, k: int) -> Tensor:
+    """The ids of the largest ``k`` of each row. CUDA copies rows that have something between them: a few at a time."""
+    height = len(logits) if logits.is_contiguous() else max(1, _COPIED_ELEMENTS // logits.shape[1])
+    return torch.cat([part.topk(k, dim=1).indices for part in logits.split(max(height, 1))])
 
 
 def coefficients(stats: Statistics, gradients: RowGradients, spec: RowSpec, target_ids: Tensor) -> Coefficients:

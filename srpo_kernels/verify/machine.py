@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from srpo_kernels.engine.backends import BackendName, resolve_backend, rows_of
+from srpo_kernels.engine.gemm import mixed_products
 from srpo_kernels.verify.checks import dtype_name
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -22,7 +23,8 @@ _CPU_INFO = Path("/proc/cpuinfo")
 class Machine:
     """``backends`` and ``dtypes`` run here; ``absent`` says of each of the others why not.
 
-    ``interpreted``: the triton backend runs in Triton's interpreter.
+    ``interpreted``: the triton backend runs in Triton's interpreter. ``products`` says how logits, dX and
+    dW are multiplied.
     """
 
     device: torch.device
@@ -32,6 +34,7 @@ class Machine:
     backends: tuple[BackendName, ...]
     dtypes: tuple[torch.dtype, ...]
     absent: dict[str, str]
+    products: dict[str, str]
 
     def dtypes_of(self, backend: BackendName) -> tuple[torch.dtype, ...]:
         """The dtypes that a backend takes."""
@@ -57,6 +60,7 @@ def inspect(device_name: str | None, backend: str) -> Machine:
         backends,
         tuple(dtype for dtype in DTYPES if dtype_name(dtype) not in absent),
         absent,
+        _products(device, [dtype for dtype in DTYPES if dtype_name(dtype) not in absent]),
     )
 
 
@@ -82,6 +86,29 @@ def _missing(dtype: torch.dtype, device: torch.device) -> str | None:
     except Exception as reason:
         return str(reason).strip().splitlines()[0]
     return None
+
+
+_PRODUCTS = {
+    "addmm": "{0} operands with an fp32 result, added to dW in the same product",
+    "mm": "{0} operands with an fp32 result, added to dW in blocks of 32 MiB",
+    "none": "{0} weights are widened to fp32, 32 MiB at a time",
+}
+
+
+def _products(device: torch.device, dtypes: list[torch.dtype]) -> dict[str, str]:
+    """By the name of a weight's dtype; of fp32 the precision that torch is set to, which plain torch has as well."""
+    found = {}
+    for dtype in dtypes:
+        name = dtype_name(dtype)
+        if dtype in (torch.bfloat16, torch.float16):
+            found[name] = _PRODUCTS[mixed_products(device, dtype)].format(name)
+            if dtype == torch.float16 and "operands" in found[name]:
+                found[name] = "fp16 operands with an fp32 result for logits; dX and dW from fp32"
+        elif dtype == torch.float32:
+            precision = torch.get_float32_matmul_precision()
+            exact = device.type == "cpu" or precision == "highest"
+            found[name] = "fp32" if exact else f"TF32 or less (torch.set_float32_matmul_precision({precision!r}))"
+    return found
 
 
 def _device_name(device: torch.device) -> str:

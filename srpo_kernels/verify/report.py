@@ -56,6 +56,8 @@ def print_machine(console: Console, machine: Machine) -> None:
     present = [f"{x} (interpreted)" if x == "triton" and machine.interpreted else x for x in machine.backends]
     table.add_row("backends", ", ".join(present) or "none")
     table.add_row("dtypes", ", ".join(map(dtype_name, machine.dtypes)) or "none")
+    for name, products in machine.products.items():
+        table.add_row(f"{name} products", escape(products))
     for name, reason in machine.absent.items():
         table.add_row(f"no {name}", escape(reason))
     if machine.interpreted:
@@ -65,11 +67,13 @@ def print_machine(console: Console, machine: Machine) -> None:
 
 def print_outcome(console: Console, outcome: Outcome) -> None:
     """The tables, whatever failed, and the verdict as the last line."""
+    machine_products = outcome.machine.products
     for backend in outcome.machine.backends:
         found = [check for check in outcome.checks if check.backend == backend]
         parity = [check for check in found if check.kind == "parity"]
         if parity:
-            console.print(_parity_table(backend, parity))
+            rounded = machine_products.get("fp32", "fp32") != "fp32"
+            console.print(_parity_table(backend, parity, "fp32 (TF32)" if rounded else "fp32"))
         for line in _determinism_lines([check for check in found if check.kind == "determinism"]):
             console.print(line)
     if outcome.shape is None:
@@ -96,6 +100,7 @@ def as_json(outcome: Outcome) -> dict[str, Any]:
         "interpreted": machine.interpreted,
         "dtypes": [dtype_name(dtype) for dtype in machine.dtypes],
         "absent": machine.absent,
+        "products": machine.products,
         "checks": [
             {name: _finite(x) for name, x in asdict(check).items()}
             | {"ratio": _finite(check.ratio), "passed": check.passed}
@@ -123,14 +128,15 @@ def _failure(check: Check) -> str:
     return f"{place}: {check.tensor} is off by {check.error:.3g}, allowed {check.allowed:.3g}"
 
 
-def _parity_table(backend: str, checks: Sequence[Check]) -> Table:
+def _parity_table(backend: str, checks: Sequence[Check], fp32: str) -> Table:
+    """``fp32`` is what the column of that dtype is called."""
     dtypes = list(dict.fromkeys(check.dtype for check in checks))
     table = Table(title=f"parity, backend {backend}", caption=_RULE, box=box.SIMPLE, caption_justify="left")
     table.add_column("function")
     table.add_column("options")
     table.add_column("cases", justify="right")
     for dtype in dtypes:
-        table.add_column(dtype, justify="right")
+        table.add_column(fp32 if dtype == "fp32" else dtype, justify="right")
     groups: dict[tuple[str, str], list[Check]] = {}
     # The functions come in the order in which they were checked first.
     ops = list(dict.fromkeys(check.op for check in checks))

@@ -18,7 +18,7 @@ from torch import Tensor
 import reference
 from srpo_kernels.rows import torch_rows
 from srpo_kernels.rows.contract import Dlogits
-from srpo_kernels.verify import plain, timing
+from srpo_kernels.verify import machine, plain, report, timing
 from srpo_kernels.verify.__main__ import main
 from srpo_kernels.verify.checks import Check
 from srpo_kernels.verify.timing import Timing
@@ -83,12 +83,14 @@ def test_every_function_holds_on_torch(run: Run, tiny_timing: None) -> None:
 def test_the_json_has_everything(run: Run, tiny_timing: None) -> None:
     _, outcome, _ = run("--device", "cpu", "--backend", "torch", "--quick", "--only", "policy loss")
     assert set(outcome) == {
-        "passed", "seconds", "device", "versions", "backends", "interpreted", "dtypes", "absent", "checks", "timing",
-        "failures",
+        "passed", "seconds", "device", "versions", "backends", "interpreted", "dtypes", "absent", "products", "checks",
+        "timing", "failures",
     }  # fmt: skip
     assert outcome["device"]["type"] == "cpu"
     assert outcome["backends"] == ["torch"]
     assert outcome["absent"]["triton"] == "not asked for"
+    assert outcome["products"]["fp32"] == "fp32"
+    assert outcome["products"]["bf16"] == "bf16 weights are widened to fp32, 32 MiB at a time"
     assert {"python", "torch", "triton", "srpo_kernels"} <= set(outcome["versions"])
     assert set(outcome["checks"][0]) == {field.name for field in fields(Check)} | {"ratio", "passed"}
     assert {check["dtype"] for check in outcome["checks"]} == {"fp32", "bf16"}
@@ -100,6 +102,31 @@ def test_the_json_has_everything(run: Run, tiny_timing: None) -> None:
     )
     assert set(rows[0]) == {field.name for field in fields(Timing)}
     assert all(row["milliseconds"] > 0 and row["peak_mib"] > 0 for row in rows)
+
+
+@pytest.mark.parametrize(("answer", "words"), [("addmm", "in the same product"), ("mm", "in blocks of 32 MiB")])
+def test_the_products_of_a_gpu_are_named(answer: str, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Turing has none for bf16.
+    answers = {torch.bfloat16: "none", torch.float16: answer}
+    monkeypatch.setattr(machine, "mixed_products", lambda device, dtype: answers[dtype])
+    found = machine._products(torch.device("cuda"), list(machine.DTYPES))
+    assert list(found) == ["fp32", "bf16", "fp16"]
+    assert found["bf16"].startswith("bf16 weights are widened")
+    assert found["fp16"] == "fp16 operands with an fp32 result for logits; dX and dW from fp32"
+    answers = {torch.bfloat16: answer, torch.float16: "none"}
+    assert words in machine._products(torch.device("cuda"), [torch.bfloat16])["bf16"]
+
+
+def test_tf32_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = {}
+    for precision in ("highest", "high"):
+        monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda precision=precision: precision)
+        names |= {precision: machine._products(torch.device("cuda"), [torch.float32])["fp32"]}
+    assert names["highest"] == "fp32"
+    assert names["high"].startswith("TF32 or less")
+    check = Check("parity", "token_stats", "divergence", "jsd", "torch", "fp32", 0.0, "loss", 0.5, 1.0)
+    columns = [str(column.header) for column in report._parity_table("torch", [check], "fp32 (TF32)").columns]
+    assert columns[-1] == "fp32 (TF32)"
 
 
 def test_the_kernels_hold_on_triton(run: Run) -> None:

@@ -7,7 +7,9 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from srpo_kernels import distributed
 from srpo_kernels.distributed import gather_numbers
 from srpo_kernels.rollout.normalizers import Normalizers
 from tests.processes import RankError, needs_gloo, run_ranks
@@ -51,14 +53,15 @@ def test_all_reduce_gives_every_rank_the_normalizers_of_the_whole_batch() -> Non
 def gather_elsewhere(rank: int) -> list[list[list[int]]]:
     group = dist.group.WORLD
     assert group is not None
+    own = torch.zeros(1)
     with torch.device("meta"):
-        under_a_default_device = gather_numbers([rank, 7], group)
+        under_a_default_device = gather_numbers([rank, 7], group, own)
     # A build of torch with CUDA on a machine without a GPU, and a group that does not say what it can.
     with (
         mock.patch.object(dist, "get_backend_config", return_value="other"),
         mock.patch.object(torch.accelerator, "current_accelerator", cuda_without_a_gpu),
     ):
-        without_a_gpu = gather_numbers([rank, 7], group)
+        without_a_gpu = gather_numbers([rank, 7], group, own)
     return [under_a_default_device, without_a_gpu]
 
 
@@ -69,6 +72,20 @@ def cuda_without_a_gpu(check_available: bool = False) -> torch.device | None:
 def test_numbers_are_gathered_where_the_group_can() -> None:
     numbers = [[0, 7], [1, 7]]
     assert run_ranks(gather_elsewhere, 2) == [[numbers, numbers]] * 2
+
+
+def test_numbers_are_gathered_on_the_device_of_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    # NCCL has a communicator for each device: the current one, which is 0 without set_device, is another rank's.
+    seen = []
+    monkeypatch.setattr(dist, "get_backend_config", lambda group: "cuda:nccl")
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: torch.device("cuda"))
+    monkeypatch.setattr(torch, "tensor", lambda numbers, device: seen.append(device) or torch.zeros(1, len(numbers)))
+    monkeypatch.setattr(distributed, "gather_ranks", lambda values, group: values)
+    with FakeTensorMode():
+        gpu, host = torch.empty(3, device="cuda:1"), torch.empty(3)
+    for like in (gpu, host, "no tensor"):
+        distributed.gather_numbers([1, 2], dist.group.WORLD, like)
+    assert seen == [torch.device("cuda:1"), torch.device("cuda"), torch.device("cuda")]
 
 
 def misbehave(rank: int, how: str) -> None:

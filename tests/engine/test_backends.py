@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ import torch
 from srpo_kernels.engine import backends
 from srpo_kernels.engine.backends import resolve_backend
 from srpo_kernels.kernels import launch
+from srpo_kernels.rows import dtypes
 
 CPU, CUDA, XPU, MPS = map(torch.device, ("cpu", "cuda", "xpu", "mps"))
 
@@ -103,3 +105,14 @@ def test_the_torch_backend_leaves_triton_alone_and_a_cpu_without_the_interpreter
     imported, message = run.stdout.splitlines()
     assert imported == "False"
     assert message.startswith("backend='triton' needs a GPU, got tensors on cpu")
+
+
+def test_a_device_without_fp64_computes_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Intel's Arc has none, their data-center GPUs do.
+    properties = {"xpu:0": SimpleNamespace(has_fp64=False), "xpu:1": SimpleNamespace(has_fp64=True)}
+    monkeypatch.setattr(torch.xpu, "get_device_properties", lambda device: properties[str(device)])
+    dtypes._xpu_has_fp64.cache_clear()
+    wide = {name: dtypes.wide_dtype(torch.device(name)) for name in ("cpu", "cuda", "mps", "xpu:0", "xpu:1")}
+    dtypes._xpu_has_fp64.cache_clear()
+    assert [name for name, dtype in wide.items() if dtype == torch.float32] == ["mps", "xpu:0"]
+    assert wide["cpu"] == wide["cuda"] == wide["xpu:1"] == torch.float64

@@ -19,6 +19,7 @@ from srpo_kernels.engine.plan import (
     row_chunks,
     sequence_groups,
 )
+from srpo_kernels.engine.row_values import RowChecks
 from srpo_kernels.engine.srpo import moving
 from srpo_kernels.engine.workspace import row_stride
 from srpo_kernels.losses.options import LOSS_TYPES
@@ -119,7 +120,11 @@ def order(config: SRPOConfig) -> RowOrder:
     valid = torch.tensor([True, True, True, True, True, True, False])
     advantages = torch.tensor([0.0, 0.5, 1.0, 0.0, 0.0, 0.0, 9.0])
     moves = moving(valid & ~routed, advantages, Sequences(sequences, 3), config)
-    return order_rows(valid, routed, moves, sequences, 3)
+    checks = RowChecks.of(sequences, valid, routed, 3, has_teacher=True, has_advantages=True)
+    rows, lengths, _ = order_rows(valid, routed, moves, sequences, 3, checks)
+    for kind, counts in zip(rows, lengths, strict=True):
+        assert torch.bincount(sequences[kind], minlength=3).tolist() == counts
+    return rows
 
 
 @pytest.mark.parametrize("loss_type", [x for x in SKIPPING if not POLICY_LOSSES[x].whole_sequences])

@@ -35,8 +35,8 @@ def forgotten_row(patch: pytest.MonkeyPatch) -> None:
     original = srpo.order_rows
 
     def order_rows(valid: Tensor, *rest: Any, **options: Any) -> Any:
-        order = original(valid, *rest, **options)
-        return order._replace(taught=order.taught[1:])
+        ordered = original(valid, *rest, **options)
+        return ordered._replace(order=ordered.order._replace(taught=ordered.order.taught[1:]))
 
     patch.setattr(srpo, "order_rows", order_rows)
 

@@ -42,6 +42,16 @@ def test_parity(divergence: str, softcap: float | None, dtype: torch.dtype, teac
     assert_as_accurate(tiled(inputs, **options), naive, exact)
 
 
+@pytest.mark.parametrize("lanes", [4, 16])
+def test_more_tiles_than_a_program_has_lanes(lanes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("srpo_kernels.kernels.launch.MERGE_TILES", lanes)
+    test_parity("reverse_kl", 5.0, torch.float32, 24)
+    inputs = inputs_of(torch.float32, None)
+    exact = reference.token_stats(**cast(inputs, torch.float64))
+    for name, value in tiled({key: x for key, x in inputs.items() if not key.startswith("teacher")}).items():
+        torch.testing.assert_close(value.double(), getattr(exact, name), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("missing", [("bias",), ("teacher_bias",), ("bias", "teacher_bias")], ids=str)
 def test_either_model_may_have_a_bias(missing: tuple[str, ...]) -> None:
     inputs = inputs_of(torch.float32) | dict.fromkeys(missing)

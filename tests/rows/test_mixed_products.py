@@ -11,12 +11,14 @@ import pytest
 import torch
 from torch import Tensor
 
+import reference
 from reference.logits import transform
-from srpo_kernels import SRPOConfig
+from srpo_kernels import SRPOConfig, fused_loss
 from srpo_kernels.engine import gemm
 from srpo_kernels.rows.contract import DIVERGENCES
+from tests.comparison import Results, assert_as_accurate, gradients, with_leaves
 from tests.parity import check_loss, check_stats
-from tests.strategies import Case, each_backend, head_inputs, loss_inputs, workspace_floor
+from tests.strategies import Case, Inputs, cast, each_backend, head_inputs, loss_inputs, workspace_floor
 
 WHERE = torch.device("cpu")
 ANSWERS = {"2.10": "addmm", "2.8": "mm", "before Ampere": "none"}
@@ -30,7 +32,7 @@ class Operators:
     calls: Counter[str] = field(default_factory=Counter)
 
     def mm(self, a: Tensor, b: Tensor, out_dtype: torch.dtype, *, out: Tensor | None = None) -> Tensor:
-        if self.version == "before Ampere":
+        if self.version == "before Ampere" and a.dtype == torch.bfloat16:
             raise RuntimeError("CUDA error: CUBLAS_STATUS_NOT_SUPPORTED when calling cublasGemmEx")
         check(a.dtype == b.dtype, "input dtypes must be the same")
         return self._product("mm", torch.zeros((), dtype=out_dtype), a, b, out_dtype, out)
@@ -69,7 +71,7 @@ def check(kept: bool, message: str) -> None:
         raise RuntimeError(message)
 
 
-@pytest.fixture(params=ANSWERS)
+@pytest.fixture(params=list(ANSWERS))
 def operators(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Operators]:
     """The CPU as a GPU of some version, in slabs of a few rows."""
     operators = Operators(request.param)
@@ -77,10 +79,10 @@ def operators(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
     for name in ("mm", "addmm"):
         for overload in ("dtype", "dtype_out"):
             library.impl(f"{name}.{overload}", getattr(operators, name), "CPU")
-    answer = gemm._ask.__wrapped__(WHERE)
-    monkeypatch.setattr(gemm, "mixed_products", lambda device: answer)
+    answers = {dtype: gemm._ask.__wrapped__(WHERE, dtype) for dtype in (torch.bfloat16, torch.float16)}
+    monkeypatch.setattr(gemm, "mixed_products", lambda device, dtype: answers[dtype])
     monkeypatch.setattr(gemm, "_SLAB_ELEMENTS", 100)
-    if answer != "none":
+    if answers[torch.bfloat16] != "none":
         monkeypatch.setattr("reference.logits.transform", with_rounded_gradient)
     operators.calls.clear()
     yield operators
@@ -101,12 +103,14 @@ def check_calls(operators: Operators) -> None:
 
 
 def test_a_device_is_asked(operators: Operators) -> None:
-    assert gemm.mixed_products(WHERE) == ANSWERS[operators.version]
+    assert gemm.mixed_products(WHERE, torch.bfloat16) == ANSWERS[operators.version]
+    # Turing and Volta have tensor cores for fp16.
+    assert gemm.mixed_products(WHERE, torch.float16) == ("mm" if operators.version == "2.8" else "addmm")
 
 
 def test_a_product_in_another_dtype_than_it_says_is_none(operators: Operators, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Operators, "_product", lambda self, name, addend, a, b, dtype, out: out.zero_())
-    assert gemm._ask.__wrapped__(WHERE) == "none"
+    assert gemm._ask.__wrapped__(WHERE, torch.bfloat16) == "none"
 
 
 OPTIONS: list[dict[str, Any]] = [
@@ -138,14 +142,105 @@ def test_the_statistics(operators: Operators, divergence: str, backend: str) -> 
     check_calls(operators)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64], ids=str)
+@each_backend
+@pytest.mark.parametrize("options", [{}, {"entropy_coef": 0.1, "softcap": 5.0}], ids=str)
+def test_fp16_operands_are_those_of_logits_alone(operators: Operators, options: dict[str, Any], backend: str) -> None:
+    config = SRPOConfig(**options)
+    inputs = loss_inputs(1, (4, 6), teacher_size=5, config=config)
+    workspace_bytes = 6 * workspace_floor(33, 4, 2, backend)
+    check_loss(Case(inputs, {"config": config}, workspace_bytes=workspace_bytes), torch.float16, backend)
+    assert set(operators.calls) == {"mm"}
+    operators.calls.clear()
+    check_stats(Case(head_inputs(0, (4, 6), 8, 33, 5), {"divergence": "jsd"}), torch.float16, backend)
+    assert set(operators.calls) == {"mm"}
+
+
+@each_backend
+def test_an_objective_of_the_caller_s(operators: Operators, backend: str) -> None:
+    inputs = head_inputs(0, (4, 6), 8, 33, 5)
+    rounded = {name: x for name, x in cast(inputs, torch.bfloat16).items() if not name.startswith("teacher_b")}
+    weights = torch.rand(4, 6)
+    workspace_bytes = 2 * workspace_floor(33, 4, 2, backend)
+
+    def run(function: Any, inputs: Inputs, **options: Any) -> Results:
+        leaves = with_leaves(inputs)
+        teacher = {name: leaves.pop(name) for name in list(leaves) if name.startswith("teacher")}
+        return function(leaves, teacher, **options)
+
+    def plain(leaves: Inputs, teacher: Inputs) -> Results:
+        stats = reference.token_stats(**leaves, **teacher, divergence="forward_kl")
+        loss = ((stats.divergence - 0.3 * stats.log_probs) * weights * leaves["mask"]).sum()
+        return {"loss": loss.detach(), "log_probs": stats.log_probs.detach()} | gradients(loss, leaves)
+
+    def ours(leaves: Inputs, teacher: Inputs, **options: Any) -> Results:
+        out = fused_loss(
+            **leaves,
+            **teacher,
+            objective=lambda rows: (rows.divergence - 0.3 * rows.log_probs) * rows.weights,
+            inputs={"weights": weights},
+            config=SRPOConfig(divergence="forward_kl"),
+            **options,
+        )
+        return {"loss": out.loss.detach(), "log_probs": out.log_probs} | gradients(out.loss, leaves)
+
+    exact = run(plain, cast(rounded, torch.float64))
+    actual = run(ours, rounded, backend=backend, workspace_bytes=workspace_bytes)
+    assert_as_accurate(actual, run(plain, rounded), exact)
+    check_calls(operators)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_other_dtypes_are_widened(operators: Operators, dtype: torch.dtype) -> None:
     inputs = loss_inputs(0, (4, 6), teacher_size=5)
     check_loss(Case(inputs, {"config": SRPOConfig()}), dtype, "torch")
     assert not operators.calls
 
 
+def without_its_addend(self: Operators, name: str, addend: Tensor, a: Tensor, b: Tensor, *rest: Any) -> Tensor:
+    """The product alone."""
+    return product(self, name, torch.zeros_like(addend), a, b, *rest)
+
+
+def rounded(
+    self: Operators, name: str, addend: Tensor, a: Tensor, b: Tensor, dtype: torch.dtype, out: Tensor | None
+) -> Tensor:
+    """A result in the operands' dtype, which then is widened."""
+    result = product(self, name, addend, a, b, dtype, None).to(a.dtype).to(dtype)
+    return result if out is None else out.copy_(result)
+
+
+def without_the_last_slab(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    *first, (ids, slab) = slabs(weight, dtype)
+    yield from [*first, (ids, torch.zeros_like(slab))]
+
+
+product, slabs = Operators._product, gemm._slabs
+FAULTS = {
+    "2.10": [(Operators, "_product", without_its_addend), (Operators, "_product", rounded)],
+    "2.8": [(Operators, "_product", rounded), (torch, "add", lambda x, rows, *, alpha, out: out.copy_(x))],
+    "before Ampere": [(gemm, "_slabs", without_the_last_slab)],
+}
+
+
+def test_a_planted_fault_in_a_product_is_found(operators: Operators, monkeypatch: pytest.MonkeyPatch) -> None:
+    test_the_loss(operators, {}, "torch")
+    for place, name, fault in FAULTS[operators.version]:
+        with monkeypatch.context() as patch, pytest.raises(AssertionError):
+            patch.setattr(place, name, fault)
+            test_the_loss(operators, {}, "torch")
+
+
+def test_what_a_device_cannot_do_is_an_error(operators: Operators, monkeypatch: pytest.MonkeyPatch) -> None:
+    more = {"2.8": ("addmm", "same dtype"), "before Ampere": ("mm", "NOT_SUPPORTED")}
+    if operators.version not in more:
+        pytest.skip("it can do all")
+    answer, message = more[operators.version]
+    monkeypatch.setattr(gemm, "mixed_products", lambda device, dtype: answer)
+    with pytest.raises(RuntimeError, match=message):
+        test_the_loss(operators, {}, "torch")
+
+
 def test_a_cpu_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     # Widened operands are faster there, whatever its operators can do.
     monkeypatch.setattr(gemm, "_ask", None)
-    assert gemm.mixed_products(WHERE) == "none"
+    assert gemm.mixed_products(WHERE, torch.bfloat16) == "none"

@@ -11,6 +11,7 @@ pytest.importorskip("triton")
 
 from srpo_kernels.kernels.variants import Variant
 from tools.gate import machine_code, rules
+from tools.gate.hazards import early_reads
 from tools.gate.targets import KINDS, TARGETS, Kind
 
 # A prologue, a loop that was unrolled twice with its cold path behind the exit, and what is left over.
@@ -107,3 +108,38 @@ def test_limits(constexprs: dict[str, object], change: dict[str, Any], broken: l
     variant = Variant("row_stats", "", None, {}, constexprs, (), 8, 1, 256 * 8, 4)
     line = rules.line_of(variant, TARGETS["sm_90"], replace(code, **changed), 0.0)
     assert line.broken == "; ".join(broken)
+
+
+def early(text: str, hazard: Any) -> int:
+    return early_reads("f:\n" + "".join(f"\t{line}\n" for line in text.split("; ")) + "\ts_endpgm\n", hazard)
+
+
+@pytest.mark.parametrize(
+    ("text", "state", "result"),
+    [
+        ("v_log_f32 v2, v1; v_add_f32_e32 v3, v2, v2", 1, 1),
+        # A wait state is any instruction; RDNA 3 wants the result.
+        ("v_log_f32 v2, v1; s_nop 0; v_add_f32_e32 v3, v2, v2", 0, 1),
+        ("v_log_f32 v2, v1; s_waitcnt_depctr 0xfff; v_add_f32_e32 v3, v2, v2", 0, 0),
+        ("v_rcp_f32_e32 v2, v1; s_nop 0; v_dual_mul_f32 v5, v6, v7 :: v_dual_add_f32 v3, v4, v2", 0, 1),
+        # What adds to a register reads it.
+        ("v_exp_f32_e32 v2, v1; v_fmac_f32_e32 v2, v3, v4", 1, 1),
+        ("v_exp_f32_e32 v2, v1; v_mov_b32_e32 v2, 0; v_add_f32_e32 v3, v2, v2", 0, 0),
+        ("v_exp_f32_e32 v2, v1; v_pk_add_f32 v[8:9], v[2:3], v[4:5]", 1, 1),
+        # Another transcendental follows at once on CDNA; on RDNA the second reads the first.
+        ("v_exp_f32_e32 v2, v1; v_log_f32_e32 v3, v2; s_nop 0; v_add_f32_e32 v4, v5, v5", 0, 1),
+        ("v_exp_f32_e32 v2, v1; " + "v_mul_f32_e32 v5, v6, v6; " * 6 + "v_add_f32_e32 v3, v2, v2", 0, 0),
+        ("v_exp_f32_e32 v2, v1; " + "v_mul_f32_e32 v5, v6, v6; " * 5 + "v_add_f32_e32 v3, v2, v2", 0, 1),
+    ],
+)
+def test_transcendentals_that_are_read_too_early(text: str, state: int, result: int) -> None:
+    assert (early(text, "state"), early(text, "result")) == (state, result)
+
+
+def test_a_reader_behind_a_branch_is_found() -> None:
+    text = (
+        "f:\n.LBB0_1:\n\tv_add_f32_e32 v3, v2, v2\n\tv_log_f32 v2, v1\n\ts_cbranch_scc1 .LBB0_1\n\ts_endpgm\n"
+        ".Lfunc_end0:\n"
+    )
+    assert early_reads(text, "result") == 1
+    assert early_reads(text, "state") == 0

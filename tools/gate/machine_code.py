@@ -59,7 +59,7 @@ class MachineCode:
     shared_bytes: int
     tensor_columns: int
     widest_load: int
-    # HMMA, HGMMA, UTCHMMA, MFMA or none.
+    # HMMA, HGMMA, UTCHMMA, MFMA, WMMA or none.
     tensor_core: str
     # Of one thread in one pass of the main loop.
     narrowest_loop_load: int
@@ -200,9 +200,11 @@ def _sass_kind(name: str) -> Kind:
 
 _AMD = re.compile(r"\s+(?P<opcode>[a-z]\w+)(?P<operands>[^;]*)")
 _AMD_LABEL = re.compile(r"(\.LBB\w+):")
-_AMD_MOVE = re.compile(r"(?:global|buffer|flat)_(?P<way>load|store)_(?:lds_)?(?P<width>dword(?:x\d)?|\w*short|\w*byte)")
+_AMD_MOVE = re.compile(
+    r"(?:global|buffer|flat)_(?P<way>load|store)_(?:lds_)?(?P<width>dword(?:x\d)?|\w*short|\w*byte|[biu]\d+|d16\w*)"
+)
 _AMD_SPECIAL = re.compile(r"v_(?:exp|log|rcp|rsq|sqrt|sin|cos)_")
-_AMD_SCALAR_CONTROL = re.compile(r"s_(?:\w*branch|barrier|endpgm|nop|setprio|sleep|waitcnt|sched)")
+_AMD_SCALAR_CONTROL = re.compile(r"s_(?:\w*branch|barrier|endpgm|nop|setprio|sleep|wait|sched|delay|clause)")
 
 
 def parse_amdgcn(text: str) -> Program:
@@ -231,6 +233,11 @@ def _amd(opcode: str, operands: str) -> Instruction:
 
 
 def _amd_width(width: str) -> int:
+    # RDNA's names say how many bits.
+    if bits := re.fullmatch(r"[biu](\d+)", width):
+        return int(bits[1]) // 8
+    if width.startswith("d16"):
+        return 1 if width.endswith("8") else 2
     if width.startswith("dword"):
         return 4 * int(width.removeprefix("dword").removeprefix("x") or 1)
     return 2 if width.endswith("short") else 1
@@ -243,7 +250,7 @@ def _amd_kind(opcode: str) -> Kind:
         return "control" if _AMD_SCALAR_CONTROL.match(opcode) else "scalar"
     if not opcode.startswith("v_"):
         return "memory"
-    if opcode.startswith("v_mfma"):
+    if opcode.startswith(("v_mfma", "v_wmma", "v_swmmac")):
         return "control"
     if _AMD_SPECIAL.match(opcode):
         return "special"
@@ -251,7 +258,7 @@ def _amd_kind(opcode: str) -> Kind:
 
 
 # A kernel with tcgen05 or wgmma may hold fragments of the older kind too: the newest one counts.
-_TENSOR_CORES = (("UTCHMMA", "UTCHMMA"), ("HGMMA", "HGMMA"), ("HMMA", "HMMA"), ("v_mfma", "MFMA"))
+_TENSOR_CORES = (("UTCHMMA", "UTCHMMA"), ("HGMMA", "HGMMA"), ("HMMA", "HMMA"), ("v_mfma", "MFMA"), ("v_wmma", "WMMA"))
 
 
 def _tensor_core(opcodes: Iterable[str]) -> str:

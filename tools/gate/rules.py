@@ -11,6 +11,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
 from srpo_kernels.kernels.variants import Variant
+from tools.gate.hazards import early_reads
 from tools.gate.machine_code import MachineCode, read
 from tools.gate.targets import ISSUE_RATIO, SOFTCAP_ISSUE_RATIO, Kind, Target, TargetName
 
@@ -76,13 +77,13 @@ def what_is_missing(target: Target) -> str | None:
     A wheel of Triton may come without the assembler or the linker of a target, or be older than the target.
     """
     try:
-        read(_compile(ASTSource(_nothing_kernel, {}), target))
+        read(_compile(ASTSource(_nothing_kernel, {}), target, {}))
     except Exception as error:
         return f"{type(error).__name__}: {error}".strip().splitlines()[0]
     return None
 
 
-def _compile(source: ASTSource, target: Target, **options: int) -> CompiledKernel:
+def _compile(source: ASTSource, target: Target, options: dict[str, int | bool]) -> CompiledKernel:
     return triton.compile(source, GPUTarget(target.backend, target.arch, target.warp_size), options)
 
 
@@ -97,15 +98,16 @@ def measure(variant: Variant, target: Target) -> Line:
     )
     start = time.perf_counter()
     try:
-        kernel = _compile(source, target, num_warps=variant.num_warps, num_stages=variant.num_stages)
+        kernel = _compile(source, target, variant.options)
     except Exception as error:
         raise RuntimeError(f"{variant.kernel}, {variant.label} does not compile for {target.name}") from error
     seconds = time.perf_counter() - start
-    return line_of(variant, target, read(kernel), seconds)
+    early = 0 if target.hazard is None else early_reads(kernel.asm["amdgcn"], target.hazard)
+    return line_of(variant, target, read(kernel), seconds, early)
 
 
-def line_of(variant: Variant, target: Target, code: MachineCode, seconds: float) -> Line:
-    """What the machine code of a configuration amounts to."""
+def line_of(variant: Variant, target: Target, code: MachineCode, seconds: float, early: int = 0) -> Line:
+    """What the machine code of a configuration amounts to; ``early`` transcendentals are read before they are there."""
     blocks = target.resident_blocks(code.registers, code.shared_bytes, code.tensor_columns, variant.num_warps)
     size = variant.bytes_per_element
     unrolled = total = ratio = pipe = None
@@ -140,7 +142,7 @@ def line_of(variant: Variant, target: Target, code: MachineCode, seconds: float)
         device=None if target.device is None else target.device.name,
         issue_ratio=ratio,
         pipe=pipe,
-        broken="; ".join(_broken_rules(variant, target, code, unrolled, total, ratio)),
+        broken="; ".join(_broken_rules(variant, target, code, unrolled, total, ratio, early)),
         compile_seconds=seconds,
     )
 
@@ -152,9 +154,12 @@ def _broken_rules(
     unrolled: float | None,
     total: float | None,
     ratio: float | None,
+    early: int,
 ) -> Iterator[str]:
     if code.spill_bytes:
         yield f"spills {code.spill_bytes} bytes"
+    if early:
+        yield f"{early} transcendentals are read before they are there"
     if code.shared_bytes > target.shared_per_block:
         yield f"{code.shared_bytes} bytes of shared memory, of {target.shared_per_block}"
     # Narrower loads of tiles are no asynchronous copies: they are not pipelined.

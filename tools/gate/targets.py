@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
+
+from tools.gate.hazards import Hazard
 
 # What an instruction occupies. On NVIDIA `fp32` is the FMA pipe, where integer multiply-adds run too, and `alu` the
 # integer pipe, where compares, minima, selects and conversions run too; on AMD they are the vector instructions on fp32
@@ -13,7 +15,9 @@ from typing import Literal, get_args
 Kind = Literal["fp32", "alu", "special", "scalar", "memory", "control"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
-TargetName = Literal["sm_80", "sm_90", "sm_100", "sm_120", "gfx942", "gfx950"]
+TargetName = Literal[
+    "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_103", "sm_120", "gfx90a", "gfx942", "gfx950", "gfx1100", "gfx1201"
+]
 
 # Memory has to be what limits a row pass: at most this much of its time in the busiest pipe, which leaves room for what
 # a count of instructions does not see.
@@ -74,6 +78,8 @@ class Target:
     # What a dot of bf16 or fp16 has to become.
     tensor_core: str
     tensor_memory_columns: int = 0
+    # What has to come between a transcendental and the use of its result.
+    hazard: Hazard | None = None
     device: Device | None = None
 
     def resident_blocks(self, registers: int, shared: int, tensor_columns: int, num_warps: int) -> int:
@@ -137,104 +143,85 @@ _MI300X = Device(
 
 
 # NVIDIA's limits are in the CUDA C++ Programming Guide, "Technical Specifications per Compute Capability"; the
-# instructions are what PTX's mma.sync (HMMA), wgmma (HGMMA) and tcgen05.mma (UTCHMMA) become. AMD's limits are those of
-# LLVM's AMDGPU backend: 512 registers for each lane of a SIMD, vector and accumulator registers together.
+# instructions are what PTX's mma.sync (HMMA), wgmma (HGMMA) and tcgen05.mma (UTCHMMA) become.
+def _cuda(
+    arch: int, kib: int, warps: int, blocks: int, core: str, columns: int = 0, device: Device | None = None
+) -> Target:
+    """``kib`` is the shared memory of a multiprocessor, of which the runtime keeps one for each block."""
+    return Target(
+        name=cast(TargetName, f"sm_{arch}"),
+        backend="cuda",
+        arch=arch,
+        warp_size=32,
+        shared_per_block=(kib - 1) * _KIB,
+        shared=kib * _KIB,
+        shared_reserved=_KIB,
+        shared_granule=128,
+        registers_per_partition=16_384,
+        register_granule=256,
+        warps=warps,
+        blocks=blocks,
+        tensor_core=core,
+        tensor_memory_columns=columns,
+        device=device,
+    )
+
+
+# AMD's limits are those of LLVM's AMDGPU backend: 512 registers for each lane of a SIMD, vector and accumulator
+# registers together; on RDNA, where a multiprocessor is a pair of compute units with four SIMDs, 1,536.
+def _cdna(name: TargetName, kib: int, granule: int, hazard: Hazard | None, device: Device | None = None) -> Target:
+    return Target(
+        name=name,
+        backend="hip",
+        arch=name,
+        warp_size=64,
+        shared_per_block=kib * _KIB,
+        shared=kib * _KIB,
+        shared_reserved=0,
+        shared_granule=granule,
+        registers_per_partition=32_768,
+        register_granule=512,
+        warps=32,
+        blocks=32,
+        tensor_core="MFMA",
+        hazard=hazard,
+        device=device,
+    )
+
+
+def _rdna(name: TargetName, hazard: Hazard | None) -> Target:
+    return Target(
+        name=name,
+        backend="hip",
+        arch=name,
+        warp_size=32,
+        shared_per_block=64 * _KIB,
+        shared=128 * _KIB,
+        shared_reserved=0,
+        shared_granule=1_024,
+        registers_per_partition=49_152,
+        register_granule=768,
+        warps=64,
+        blocks=32,
+        tensor_core="WMMA",
+        hazard=hazard,
+    )
+
+
 TARGETS: dict[TargetName, Target] = {
     target.name: target
     for target in (
-        Target(
-            name="sm_80",
-            backend="cuda",
-            arch=80,
-            warp_size=32,
-            shared_per_block=163 * _KIB,
-            shared=164 * _KIB,
-            shared_reserved=1 * _KIB,
-            shared_granule=128,
-            registers_per_partition=16_384,
-            register_granule=256,
-            warps=64,
-            blocks=32,
-            tensor_core="HMMA",
-            device=_A100,
-        ),
-        Target(
-            name="sm_90",
-            backend="cuda",
-            arch=90,
-            warp_size=32,
-            shared_per_block=227 * _KIB,
-            shared=228 * _KIB,
-            shared_reserved=1 * _KIB,
-            shared_granule=128,
-            registers_per_partition=16_384,
-            register_granule=256,
-            warps=64,
-            blocks=32,
-            tensor_core="HGMMA",
-            device=_H100,
-        ),
-        Target(
-            name="sm_100",
-            backend="cuda",
-            arch=100,
-            warp_size=32,
-            shared_per_block=227 * _KIB,
-            shared=228 * _KIB,
-            shared_reserved=1 * _KIB,
-            shared_granule=128,
-            registers_per_partition=16_384,
-            register_granule=256,
-            warps=64,
-            blocks=32,
-            tensor_core="UTCHMMA",
-            tensor_memory_columns=512,
-        ),
-        Target(
-            name="sm_120",
-            backend="cuda",
-            arch=120,
-            warp_size=32,
-            shared_per_block=99 * _KIB,
-            shared=100 * _KIB,
-            shared_reserved=1 * _KIB,
-            shared_granule=128,
-            registers_per_partition=16_384,
-            register_granule=256,
-            warps=48,
-            blocks=24,
-            tensor_core="HMMA",
-        ),
-        Target(
-            name="gfx942",
-            backend="hip",
-            arch="gfx942",
-            warp_size=64,
-            shared_per_block=64 * _KIB,
-            shared=64 * _KIB,
-            shared_reserved=0,
-            shared_granule=512,
-            registers_per_partition=32_768,
-            register_granule=512,
-            warps=32,
-            blocks=32,
-            tensor_core="MFMA",
-            device=_MI300X,
-        ),
-        Target(
-            name="gfx950",
-            backend="hip",
-            arch="gfx950",
-            warp_size=64,
-            shared_per_block=160 * _KIB,
-            shared=160 * _KIB,
-            shared_reserved=0,
-            shared_granule=1_280,
-            registers_per_partition=32_768,
-            register_granule=512,
-            warps=32,
-            blocks=32,
-            tensor_core="MFMA",
-        ),
+        _cuda(80, 164, 64, 32, "HMMA", device=_A100),
+        _cuda(86, 100, 48, 16, "HMMA"),
+        _cuda(89, 100, 48, 24, "HMMA"),
+        _cuda(90, 228, 64, 32, "HGMMA", device=_H100),
+        _cuda(100, 228, 64, 32, "UTCHMMA", columns=512),
+        _cuda(103, 228, 64, 32, "UTCHMMA", columns=512),
+        _cuda(120, 100, 48, 24, "HMMA"),
+        _cdna("gfx90a", 64, 512, None),
+        _cdna("gfx942", 64, 512, "state", _MI300X),
+        _cdna("gfx950", 160, 1_280, "state"),
+        _rdna("gfx1100", "result"),
+        _rdna("gfx1201", None),
     )
 }
