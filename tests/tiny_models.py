@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from srpo_kernels.integrations.trl.head import LogitTransform, add_hidden_output, head_operands
+from srpo_kernels.integrations.transformers import LogitTransform, call_with_hidden, head_operands
 
 ARCHITECTURES = tuple(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 VOCAB = 96
@@ -83,16 +83,9 @@ def tiny_model_of(architecture: str, **fields: Any) -> PreTrainedModel:
     return model
 
 
-def patched(name: str, **fields: Any) -> Any:
-    """Such a model that hands out its hidden states and head."""
-    model = tiny_model_of(name, **fields)
-    add_hidden_output(model)
-    return model
-
-
 def log_probs(model: Any, transform: LogitTransform, **inputs: Tensor) -> Tensor:
-    """From what the model hands to the trainer, ``[B, S, V]``."""
-    hidden, weight, bias = model(**inputs, on_hidden=lambda *args: head_operands(*args, in_head_dtype=True))
+    """From the hidden states and the head of a model, ``[B, S, V]``."""
+    hidden, weight, bias = call_with_hidden(model, lambda *args: head_operands(*args, in_head_dtype=True), **inputs)
     return transform(nn.functional.linear(hidden, weight, bias)).log_softmax(-1)
 
 
