@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from srpo_kernels.integrations.transformers import LogitTransform, call_with_hidden, head_operands
+from srpo_kernels.integrations.transformers import call_with_hidden, causal_model, head_operands, logit_transform
 
 ARCHITECTURES = tuple(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 VOCAB = 96
@@ -83,9 +83,10 @@ def tiny_model_of(architecture: str, **fields: Any) -> PreTrainedModel:
     return model
 
 
-def log_probs(model: Any, transform: LogitTransform, **inputs: Tensor) -> Tensor:
+def log_probs(model: Any, **inputs: Tensor) -> Tensor:
     """From the hidden states and the head of a model, ``[B, S, V]``."""
     hidden, weight, bias = call_with_hidden(model, lambda *args: head_operands(*args, in_head_dtype=True), **inputs)
+    transform = logit_transform(causal_model(model).config)
     return transform(nn.functional.linear(hidden, weight, bias)).log_softmax(-1)
 
 

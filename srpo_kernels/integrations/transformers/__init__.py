@@ -13,7 +13,7 @@ try:
         head_operands,
         logit_transform,
     )
-    from srpo_kernels.integrations.transformers.hidden import call_with_hidden, last_hidden_states
+    from srpo_kernels.integrations.transformers.hidden import call_with_hidden, causal_model, last_hidden_states
     from srpo_kernels.integrations.transformers.loss import (
         TeacherRows,
         response_loss,
@@ -33,6 +33,7 @@ __all__ = [
     "LogitTransform",
     "TeacherRows",
     "call_with_hidden",
+    "causal_model",
     "check_model",
     "config_for",
     "head_operands",

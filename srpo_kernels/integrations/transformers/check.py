@@ -79,7 +79,7 @@ class _Probe:
     def __init__(self, head: Any) -> None:
         self.head = head
         self.entered: Tensor | None = None
-        # How far the head's own product is from that of its operands, relative to its largest.
+        # How far an adapted head's own product is from that of its operands, relative to its largest.
         self.error, self.rounding = 0.0, 0.0
         self._stretch = torch.ones(())
 
@@ -95,10 +95,11 @@ class _Probe:
     def _multiply(self, hidden: Tensor) -> Tensor:
         self.entered = hidden
         products, bias = self._products(hidden)
-        own = self._forward(hidden) if self._forward is not None else type(self.head).forward(self.head, hidden)
-        error = own - (products if bias is None else products + bias)
-        self.error = float(error.abs().amax() / own.abs().amax().clamp(min=1e-30))
-        self.rounding = max(torch.finfo(dtype).eps for dtype in (own.dtype, hidden.dtype))
+        if not isinstance(self.head, nn.Linear):
+            own = self._forward(hidden) if self._forward is not None else type(self.head).forward(self.head, hidden)
+            error = own - (products if bias is None else products + bias)
+            self.error = float(error.abs().amax() / own.abs().amax().clamp(min=1e-30))
+            self.rounding = max(torch.finfo(dtype).eps for dtype in (own.dtype, hidden.dtype))
         reach = 4.0 ** torch.arange(hidden.shape[-2], device=hidden.device).remainder(8)[:, None]
         self._stretch = reach / products.abs().amax(-1, keepdim=True).clamp(min=1e-30)
         return self.products(hidden)

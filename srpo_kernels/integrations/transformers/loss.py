@@ -69,7 +69,7 @@ def response_stats(
             workspace_bytes=workspace_bytes,
         )
 
-    packed = call_with_hidden(model, stats, input_ids=input_ids, attention_mask=attention_mask, **model_inputs or {})
+    packed = call_with_hidden(model, stats, input_ids=input_ids, attention_mask=attention_mask, **(model_inputs or {}))
     return sk.TokenStats(*(None if values is None else responses.unpack(values) for values in packed))
 
 
@@ -99,7 +99,7 @@ def teacher_rows(
     source = teacher.model if isinstance(teacher, AverageTeacher) else teacher
     config = _checked_config(source, config, "teacher")
     responses = find_responses(input_ids, attention_mask, response_mask, labels, "teacher_")
-    inputs = {"input_ids": input_ids, "attention_mask": attention_mask, **model_inputs or {}}
+    inputs = {"input_ids": input_ids, "attention_mask": attention_mask, **(model_inputs or {})}
 
     def rows(hidden: Tensor, head: nn.Linear) -> TeacherRows:
         operands = head_operands(responses.hidden(hidden), head, in_head_dtype=in_head_dtype)
@@ -265,7 +265,7 @@ def response_loss(
             **shown,
         )
 
-    inputs = {"input_ids": input_ids, "attention_mask": attention_mask, **model_inputs or {}}
+    inputs = {"input_ids": input_ids, "attention_mask": attention_mask, **(model_inputs or {})}
     out = call_with_hidden(model, loss, **inputs)
     return out._replace(log_probs=responses.unpack(out.log_probs))
 
