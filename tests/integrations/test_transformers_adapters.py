@@ -115,19 +115,26 @@ def test_adapters_that_are_switched_off_or_merged(name: str) -> None:
             torch.testing.assert_close(log_probs(model, input_ids=ids), model(input_ids=ids).logits.log_softmax(-1))
 
 
-@pytest.mark.parametrize("name", ["lora", "dora", "tokens"])
-def test_a_head_in_bf16_keeps_small_updates(name: str) -> None:
-    """LoRA's own weights are in fp32: merged into the head's they would be rounded away."""
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_adapters_of_a_model_in_bf16(name: str) -> None:
     model = adapted(name, torch.bfloat16)
     check_model(model)
+    operands = head_operands(torch.randn(2, 32).bfloat16(), model.get_base_model().get_output_embeddings())
+    assert operands.hidden.dtype == operands.weight.dtype == torch.bfloat16
+
+
+def test_a_small_update_of_a_head_in_bf16_is_not_rounded_away() -> None:
+    """LoRA's own weights are in fp32; merged into the head's, an update of a thousandth would be lost."""
+    model = adapted("lora", torch.bfloat16)
     head, hidden = model.get_base_model().lm_head, torch.randn(64, 32).bfloat16()
+    down, up = head.lora_A["default"].weight, head.lora_B["default"].weight
     with torch.no_grad():
+        up.mul_(1e-3)
         operands = head_operands(hidden, head)
-        assert operands.hidden.dtype == operands.weight.dtype == torch.bfloat16
-        ours = operands.hidden.double() @ operands.weight.double().T + operands.bias.double() * (name != "tokens")
-        wide = model.double().get_base_model().lm_head
-        expected = wide(hidden.double())
-    assert (ours - expected).abs().max() < 2 * 2**-8 * expected.abs().max()
+        update = operands.hidden.double() @ operands.weight.double().T - hidden.double() @ head.weight.double().T
+        expected = head.scaling["default"] * hidden.double() @ down.double().T @ up.double().T
+    assert expected.abs().amax() < 1e-2 * (hidden @ head.weight.T).abs().amax()
+    torch.testing.assert_close(update, expected, rtol=0.0, atol=2 * 2**-8 * expected.abs().amax().item())
 
 
 def test_dropout_of_an_adapter_on_the_head() -> None:
