@@ -21,6 +21,7 @@ from srpo_kernels.integrations.transformers import (
     call_with_hidden,
     check_model,
     config_for,
+    head_operands,
     response_loss,
     response_normalizers,
     response_stats,
@@ -110,7 +111,9 @@ def test_loss_log_probs_and_gradients_are_those_of_the_models_logits(name: str) 
     assert not out.log_probs[~RESPONSES].any()
     for key, parameter in model.named_parameters():
         if parameter.grad is not None:
-            torch.testing.assert_close(gradients[key], parameter.grad, rtol=1e-7, atol=1e-10, msg=key)
+            error = (gradients[key] - parameter.grad).abs().amax() / parameter.grad.abs().amax().clamp(min=1e-12)
+            # The others have norms in fp32 whatever their dtype.
+            assert error < (1e-9 if name in ("gpt2", "phi") else 1e-5), key
 
 
 def test_labels_are_another_way_to_say_it() -> None:
@@ -219,7 +222,7 @@ def test_more_arguments_of_a_forward_go_with_their_rows() -> None:
     )
     # The same model on the same rows is its own teacher.
     assert out.metrics["divergence_sum"].item() == pytest.approx(0.0, abs=1e-12)
-    assert out.log_probs.sum().item() != pytest.approx(other.log_probs.sum().item(), rel=1e-3)
+    assert (out.log_probs - other.log_probs).abs().amax() > 0.1
 
 
 # What is refused.
@@ -322,9 +325,9 @@ def test_accelerates_autocast_is_not_lost() -> None:
         response_loss(model, IDS, MASK, **options)
     with accelerator.autocast():
         check_model(model)
-        dtypes = call_with_hidden(model, lambda hidden, _: hidden.dtype, input_ids=IDS)
+        dtype = call_with_hidden(model, lambda *args: head_operands(*args).hidden.dtype, input_ids=IDS)
         out = response_loss(model, IDS, MASK, **options)
         logits = model(input_ids=IDS[3:]).logits.log_softmax(-1)[0, :-1].gather(1, IDS[3, 1:, None])
-    assert dtypes == torch.bfloat16
+    assert dtype == torch.bfloat16
     torch.testing.assert_close(out.log_probs[3, 6:], logits[-3:, 0], rtol=0.0, atol=0.05)
     accelerate.state.AcceleratorState._reset_state(True)
