@@ -204,6 +204,10 @@ def test_nothing_to_distill_and_nothing_in_the_loss() -> None:
     plain = response_loss(model, IDS, MASK, response_mask=RESPONSES, **options)
     out = response_loss(model, IDS, MASK, response_mask=RESPONSES, sdpo_mask=nobody, teacher=model, **options)
     torch.testing.assert_close(out.loss, plain.loss, rtol=0.0, atol=0.0)
+    nothing = teacher_rows(model, IDS[nobody], MASK[nobody], response_mask=RESPONSES[nobody])
+    assert (nothing.hidden.shape, nothing.entropy.shape) == ((0, 32), (0,))
+    out = response_loss(model, IDS, MASK, response_mask=RESPONSES, sdpo_mask=nobody, teacher=nothing, **options)
+    torch.testing.assert_close(out.loss, plain.loss, rtol=0.0, atol=0.0)
     empty = response_loss(model, IDS, MASK, response_mask=torch.zeros_like(RESPONSES), **options)
     empty.loss.backward()
     assert empty.loss.item() == 0.0

@@ -14,9 +14,9 @@ try:
         logit_transform,
     )
     from srpo_kernels.integrations.transformers.hidden import call_with_hidden, causal_model, last_hidden_states
-    from srpo_kernels.integrations.transformers.loss import (
+    from srpo_kernels.integrations.transformers.loss import response_loss
+    from srpo_kernels.integrations.transformers.statistics import (
         TeacherRows,
-        response_loss,
         response_normalizers,
         response_stats,
         teacher_rows,

@@ -1,146 +1,20 @@
-"""The losses and log-probs of responses, from token ids: positions, shift, head and logit transform are the model's."""
+"""``srpo_loss`` of responses, from token ids: positions, shift, head and logit transform are the model's."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
-from weakref import WeakSet
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import srpo_kernels as sk
 from srpo_kernels.integrations.transformers.adapters import linear_head
-from srpo_kernels.integrations.transformers.check import check_model
 from srpo_kernels.integrations.transformers.head import head_operands, head_weight, resolve_config
-from srpo_kernels.integrations.transformers.hidden import call_with_hidden, causal_model, evaluating
-from srpo_kernels.integrations.transformers.responses import Responses, find_responses
+from srpo_kernels.integrations.transformers.hidden import call_with_hidden, causal_model
+from srpo_kernels.integrations.transformers.responses import find_responses
+from srpo_kernels.integrations.transformers.statistics import TeacherRows, checked_config, teacher_rows
 from srpo_kernels.integrations.transformers.teacher import AverageTeacher, is_sharded, whole_parameters
-
-_CHECKED: WeakSet[Any] = WeakSet()
-
-
-class TeacherRows(NamedTuple):
-    """What a teacher says of the N tokens that it teaches: ``teacher_rows`` makes it, ``response_loss`` takes it.
-
-    ``hidden``: ``[N, H_t]``, detached; ``target_ids``: ``[N]``; ``entropy``: ``[N]``, in nats, or None where no weight
-    needs it; ``teacher``: whose they are.
-    """
-
-    hidden: Tensor
-    target_ids: Tensor
-    entropy: Tensor | None
-    teacher: nn.Module | AverageTeacher
-
-
-def response_stats(
-    model: nn.Module,
-    input_ids: Tensor,
-    attention_mask: Tensor | None = None,
-    *,
-    response_mask: Tensor | None = None,
-    labels: Tensor | None = None,
-    config: sk.SRPOConfig | None = None,
-    in_head_dtype: bool = False,
-    model_inputs: Mapping[str, Any] | None = None,
-    backend: str = "auto",
-    workspace_bytes: int | None = None,
-) -> sk.TokenStats:
-    """Log-probs and entropies of responses, without the logits: those of an old or reference policy, or for a loss.
-
-    Takes what ``response_loss`` takes of that name.
-
-    Returns:
-        ``TokenStats`` without a teacher, in ``input_ids``' shape: a token's own log-prob and so on, 0 for tokens that
-        are in no response; with gradient unless it is called under ``torch.no_grad()``.
-    """
-    config = _checked_config(model, config)
-    responses = find_responses(input_ids, attention_mask, response_mask, labels)
-
-    def stats(hidden: Tensor, head: nn.Linear) -> sk.TokenStats:
-        rows, weight, bias = head_operands(responses.hidden(hidden), head, in_head_dtype=in_head_dtype)
-        return sk.token_stats(
-            rows,
-            weight,
-            responses.target_ids,
-            bias=bias,
-            config=config,
-            backend=backend,
-            workspace_bytes=workspace_bytes,
-        )
-
-    packed = call_with_hidden(model, stats, input_ids=input_ids, attention_mask=attention_mask, **(model_inputs or {}))
-    return sk.TokenStats(*(None if values is None else responses.unpack(values) for values in packed))
-
-
-def teacher_rows(
-    teacher: nn.Module | AverageTeacher,
-    input_ids: Tensor,
-    attention_mask: Tensor | None = None,
-    *,
-    response_mask: Tensor | None = None,
-    labels: Tensor | None = None,
-    config: sk.SRPOConfig | None = None,
-    entropy: bool = True,
-    in_head_dtype: bool = False,
-    model_inputs: Mapping[str, Any] | None = None,
-    backend: str = "auto",
-    workspace_bytes: int | None = None,
-) -> TeacherRows:
-    """A teacher's hidden states and entropies at the tokens that it teaches, without gradient and dropout.
-
-    For ``response_normalizers``, which come before the losses of several micro-batches or ranks. Takes what
-    ``response_loss`` takes of that name, of the teacher's own rows: another prompt, the same responses.
-
-    Args:
-        teacher: a causal language model, the trained one itself among them, or an ``AverageTeacher``.
-        entropy: whether to compute them, where ``config.dw_beta`` is not 0: one more matmul.
-    """
-    source = teacher.model if isinstance(teacher, AverageTeacher) else teacher
-    config = _checked_config(source, config, "teacher")
-    responses = find_responses(input_ids, attention_mask, response_mask, labels, "teacher_")
-    inputs = {"input_ids": input_ids, "attention_mask": attention_mask, **(model_inputs or {})}
-
-    def rows(hidden: Tensor, head: nn.Linear) -> TeacherRows:
-        operands = head_operands(responses.hidden(hidden), head, in_head_dtype=in_head_dtype)
-        entropies = None
-        if entropy and config.dw_beta != 0.0:
-            entropies = sk.teacher_stats(
-                operands.hidden,
-                operands.weight,
-                teacher_bias=operands.bias,
-                config=config,
-                backend=backend,
-                workspace_bytes=workspace_bytes,
-            ).entropy
-        return TeacherRows(operands.hidden, responses.target_ids, entropies, teacher)
-
-    if isinstance(teacher, AverageTeacher):
-        return teacher.call_with_hidden(rows, **inputs)
-    with evaluating(teacher):
-        return call_with_hidden(teacher, rows, **inputs)
-
-
-def response_normalizers(
-    response_mask: Tensor,
-    sdpo_mask: Tensor | None = None,
-    teacher: TeacherRows | None = None,
-    *,
-    config: sk.SRPOConfig,
-) -> sk.Normalizers:
-    """The ``Normalizers`` of a micro-batch, to be merged with those of the others of an optimizer step.
-
-    Args:
-        response_mask: ``[B, S]``, bool: the student's.
-        sdpo_mask: ``[B]``, bool: the sequences that are distilled.
-        teacher: the rows of these, in order; None where there are none, or no entropies are needed.
-        config: that of the loss.
-    """
-    entropy = None
-    if teacher is not None and teacher.entropy is not None and sdpo_mask is not None:
-        distilled = response_mask & sdpo_mask[:, None]
-        entropy = teacher.entropy.new_zeros(response_mask.shape).masked_scatter(distilled, teacher.entropy)
-    return sk.Normalizers.from_batch(response_mask, sdpo_mask, entropy, config=config)
 
 
 def response_loss(
@@ -198,7 +72,7 @@ def response_loss(
         TypeError, ValueError: an argument that does not fit, by name; a model that ``check_model`` refuses, a teacher
             with another vocabulary, logit transform or response, and what ``srpo_loss`` raises.
     """
-    config = _checked_config(model, config)
+    config = checked_config(model, config)
     responses = find_responses(input_ids, attention_mask, response_mask, labels)
     per_token = {
         name: responses.pack(name, values)
@@ -244,12 +118,14 @@ def response_loss(
         rows, weight, bias = head_operands(responses.hidden(hidden), head, in_head_dtype=in_head_dtype)
         shown: dict[str, Tensor | None] = {}
         if taught is not None:
-            teacher_weight, teacher_bias = _teacher_head(model, taught, in_head_dtype)
+            teacher_weight, teacher_bias = _teacher_head(model, taught, in_head_dtype) or (weight, bias)
             if len(taught.hidden):
+                # FSDP2 gathers a parameter in another dtype than that of its shards.
+                dtype = taught.hidden.dtype
                 shown = {
                     "teacher_hidden": taught.hidden,
-                    "teacher_weight": weight.detach() if teacher_weight is None else teacher_weight,
-                    "teacher_bias": bias if teacher_weight is None else teacher_bias,
+                    "teacher_weight": teacher_weight.detach().to(dtype),
+                    "teacher_bias": None if teacher_bias is None else teacher_bias.detach().to(dtype),
                 }
         return sk.srpo_loss(
             rows,
@@ -270,23 +146,13 @@ def response_loss(
     return out._replace(log_probs=responses.unpack(out.log_probs))
 
 
-def _checked_config(model: nn.Module, config: sk.SRPOConfig | None, name: str = "model") -> sk.SRPOConfig:
-    """``resolve_config``, for a model that has been checked."""
-    config = resolve_config(model, config, name)
-    base = causal_model(model)
-    if base not in _CHECKED:
-        check_model(model)
-        _CHECKED.add(base)
-    return config
-
-
 def _source(teacher: nn.Module | AverageTeacher | TeacherRows) -> nn.Module:
     """The model that a teacher runs."""
     teacher = teacher.teacher if isinstance(teacher, TeacherRows) else teacher
     return teacher.model if isinstance(teacher, AverageTeacher) else teacher
 
 
-def _teacher_head(model: nn.Module, taught: TeacherRows, in_head_dtype: bool) -> tuple[Tensor | None, Tensor | None]:
+def _teacher_head(model: nn.Module, taught: TeacherRows, in_head_dtype: bool) -> tuple[Tensor, Tensor | None] | None:
     """Weight and bias of the teacher's head; None for those of ``model`` as it is."""
     source = causal_model(_source(taught))
     head = source.get_output_embeddings()
@@ -294,7 +160,7 @@ def _teacher_head(model: nn.Module, taught: TeacherRows, in_head_dtype: bool) ->
         with taught.teacher.applied(head):
             return head_weight(head, in_head_dtype=in_head_dtype)
     if source is causal_model(model):
-        return None, None
+        return None
     with whole_parameters(head):
         return head_weight(head, in_head_dtype=in_head_dtype)
 
