@@ -120,8 +120,8 @@ def test_the_page_runs_and_says_the_loss(name: str) -> None:
     exec(micro_batches, names)
     head = model.get_output_embeddings().weight
     whole = names["response_loss"](
-        model, IDS, MASK, response_mask=RESPONSES, advantages=names["advantages"], sdpo_mask=ROUTED, config=names["config"],
-        teacher=names["teacher_rows"](names["teacher"], *SHOWN[:2], response_mask=SHOWN[2], config=names["config"]),
+        model, IDS, MASK, response_mask=RESPONSES, advantages=names["advantages"], sdpo_mask=ROUTED,
+        config=names["config"], teacher=names["teacher_rows"](names["teacher"], *SHOWN[:2], response_mask=SHOWN[2], config=names["config"]),
     )  # fmt: skip
     torch.testing.assert_close(head.grad, *torch.autograd.grad(whole.loss, [head]), rtol=1e-4, atol=1e-6)
     exec(own, names)

@@ -27,7 +27,9 @@ class Linear4bit(nn.Linear):
 def test_a_quantized_head_is_refused() -> None:
     model = tiny_model_of("llama")
     model.lm_head = Linear4bit(32, 96, bias=False)
-    with pytest.raises(ValueError, match=r"got tests\..*test_transformers_adapters\.Linear4bit: .*llm_int8_skip_modules"):
+    with pytest.raises(
+        ValueError, match=r"got tests\..*test_transformers_adapters\.Linear4bit: .*llm_int8_skip_modules"
+    ):
         check_model(model)
     model.lm_head = nn.Linear(32, 96, bias=False)
     model.lm_head.weight = nn.Parameter(torch.zeros(96 * 32 // 2, 1, dtype=torch.uint8), requires_grad=False)

@@ -1,4 +1,4 @@
-"""``response_loss`` and its parts: from token ids, the loss that the model's own logits of rows without padding have."""
+"""``response_loss`` and its parts: from token ids, the loss of the model's own logits of rows without padding."""
 
 from __future__ import annotations
 
@@ -57,7 +57,9 @@ def wide(name: str = "llama", **fields: Any) -> Any:
 
 def rows_alone(model: Any, ids: Tensor, mask: Tensor) -> list[Tensor]:
     """The log-softmax of the model's own logits, row by row without padding."""
-    return [model(input_ids=row[None, valid.bool()]).logits[0].log_softmax(-1) for row, valid in zip(ids, mask)]
+    return [
+        model(input_ids=row[None, valid.bool()]).logits[0].log_softmax(-1) for row, valid in zip(ids, mask, strict=True)
+    ]
 
 
 def packed_log_probs(model: Any, ids: Tensor, mask: Tensor, responses: Tensor) -> Tensor:
@@ -155,11 +157,9 @@ def test_a_teacher_with_another_prompt_and_micro_batches_that_add_up() -> None:
         expected = oracle(packed_log_probs(model, IDS, MASK, RESPONSES), teacher, config=sk.SRPOConfig())
     torch.testing.assert_close(rows.entropy, -(teacher.exp() * teacher).sum(1))
     losses = []
-    for part in (slice(0, 1), slice(1, 4)):
-        taught = teacher_rows(
-            other, routed_ids[losses and [1] or [0]], routed_mask[losses and [1] or [0]],
-            response_mask=responses[losses and [1] or [0]], entropy=False,
-        )  # fmt: skip
+    for index, part in enumerate((slice(0, 1), slice(1, 4))):
+        shown = [x[index : index + 1] for x in (routed_ids, routed_mask, responses)]
+        taught = teacher_rows(other, *shown[:2], response_mask=shown[2], entropy=False)
         out = response_loss(
             model, IDS[part], MASK[part], response_mask=RESPONSES[part], advantages=ADVANTAGES[part].double(),
             sdpo_mask=ROUTED[part], teacher=taught, normalizers=norms,
@@ -172,7 +172,9 @@ def test_a_teacher_with_another_prompt_and_micro_batches_that_add_up() -> None:
 def test_teachers_read_without_dropout_gradient_or_a_trace(kind: str) -> None:
     model = wide(attention_dropout=0.5).train()
     model.model.layers[0].eval()
-    teacher: Any = {"live": model, "average": AverageTeacher(model), "another": wide(attention_dropout=0.5).train()}[kind]
+    teacher: Any = {"live": model, "average": AverageTeacher(model), "another": wide(attention_dropout=0.5).train()}[
+        kind
+    ]
     source = teacher.model if kind == "average" else teacher
     modes = [module.training for module in source.modules()]
     before = {name: (id(p), p.detach().clone()) for name, p in source.named_parameters()}
@@ -262,7 +264,11 @@ BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "both": (changed(labels=IDS), ValueError, "response_mask or labels is required, got both"),
     "a float mask": (changed(response_mask=RESPONSES.float()), TypeError, "response_mask must be integers or bools"),
     "ids of a row": (changed(input_ids=IDS[0]), ValueError, r"input_ids must have shape \[B, S\], got \[9\]"),
-    "a short mask": (changed(attention_mask=MASK[:, 1:]), ValueError, "attention_mask must have the shape of input_ids"),
+    "a short mask": (
+        changed(attention_mask=MASK[:, 1:]),
+        ValueError,
+        "attention_mask must have the shape of input_ids",
+    ),
     "padding": (changed(response_mask=PADDED), ValueError, r"False at \[2, 6\], which is padding in attention_mask"),
     "no context": (changed(response_mask=FIRST), ValueError, r"False at \[0, 2\], which has no token before it"),
     "labels without context": (
@@ -275,7 +281,11 @@ BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "old numbers": (changed(old_log_probs=1.0), TypeError, "old_log_probs must be a torch.Tensor, got float"),
     "a teacher of none": (changed(teacher=wide()), ValueError, "teacher needs sdpo_mask"),
     "routes of tokens": (changed(sdpo_mask=RESPONSES), ValueError, r"sdpo_mask must have shape \[B\], \[4\], got"),
-    "routes of ints": (changed(sdpo_mask=ROUTED.long()), TypeError, "sdpo_mask must be a bool tensor or None, got torch"),
+    "routes of ints": (
+        changed(sdpo_mask=ROUTED.long()),
+        TypeError,
+        "sdpo_mask must be a bool tensor or None, got torch",
+    ),
     "vocabulary": (
         changed(sdpo_mask=ROUTED, teacher=wide(vocab_size=97)),
         ValueError,
@@ -292,16 +302,26 @@ BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         r"config must have the logit transform of model, .*GraniteForCausalLM, .*config_for\(model, ...\) makes one",
     ),
     "a config": (changed(config={}), TypeError, "config must be an SRPOConfig or None, got dict"),
-    "other responses": (changed(sdpo_mask=ROUTED, teacher=other_responses()), ValueError, "got 6 tokens for 6, or others"),
+    "other responses": (
+        changed(sdpo_mask=ROUTED, teacher=other_responses()),
+        ValueError,
+        "got 6 tokens for 6, or others",
+    ),
     "no head": (changed(model=with_embedding_alone), ValueError, "model must have an LM head, LlamaModel has none"),
     "no model": (changed(model=lambda: nn.Linear(2, 2)), TypeError, r"transformers\.PreTrainedModel, bare or wrapped"),
     "no module": (changed(model=lambda: "llama"), TypeError, "model of transformers, bare or wrapped, got str"),
     "an encoder": (
-        changed(model=lambda: T5ForConditionalGeneration(T5Config(vocab_size=96, d_model=8, d_kv=4, d_ff=8, num_layers=1))),
+        changed(
+            model=lambda: T5ForConditionalGeneration(T5Config(vocab_size=96, d_model=8, d_kv=4, d_ff=8, num_layers=1))
+        ),
         ValueError,
         "model must be a decoder alone, T5ForConditionalGeneration is an encoder and a decoder",
     ),
-    "another head": (changed(model=lambda: tiny_model_of("bert").double()), ValueError, "model must compute its logits"),
+    "another head": (
+        changed(model=lambda: tiny_model_of("bert").double()),
+        ValueError,
+        "model must compute its logits",
+    ),
 }
 
 

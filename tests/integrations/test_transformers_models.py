@@ -1,4 +1,4 @@
-"""Every causal architecture of transformers: hidden states and head make the model's own log-probs, or it is refused."""
+"""Every causal architecture of transformers: hidden states and head make its own log-probs, or it is refused."""
 
 from __future__ import annotations
 

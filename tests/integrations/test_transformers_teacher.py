@@ -127,7 +127,13 @@ def test_checkpoints(tmp_path: Path) -> None:
 
 def test_bad_teachers() -> None:
     model = model_of()
-    for rate, error in ((1.5, ValueError), (-0.1, ValueError), (float("nan"), ValueError), (True, TypeError), ("1", TypeError)):
+    for rate, error in (
+        (1.5, ValueError),
+        (-0.1, ValueError),
+        (float("nan"), ValueError),
+        (True, TypeError),
+        ("1", TypeError),
+    ):
         with pytest.raises(error, match="rate must be"):
             AverageTeacher(model, rate)
     with pytest.raises(TypeError, match=r"model must be a transformers\.PreTrainedModel"):

@@ -25,7 +25,13 @@ ADAPTERS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_adapters_on_the_head_train_as_trls(name: str, tmp_path: Path) -> None:
     # Learning rates at which the adapters are in the second step's loss.
-    shared = {"max_steps": 3, "scale_rewards": "none", "epsilon_high": 0.28, "beta": 0.5, "use_bias_correction_kl": False}
+    shared = {
+        "max_steps": 3,
+        "scale_rewards": "none",
+        "epsilon_high": 0.28,
+        "beta": 0.5,
+        "use_bias_correction_kl": False,
+    }
     results = []
     for cls, options in ((ScriptedGRPO, {}), (ScriptedSRPO, {"method": "grpo"})):
         torch.manual_seed(0)

@@ -1,7 +1,7 @@
 """Losses on any causal language model of transformers, from token ids: see docs/own_loop.md.
 
-`response_loss` is `srpo_loss` with the positions, the shift, the LM head and the logit transform of the model that it is
-given; `check_model` holds them to the model's own logits.
+`response_loss` is `srpo_loss` with the positions, the shift, the LM head and the logit transform of the model that it
+is given; `check_model` holds them to the model's own logits.
 """
 
 try:

@@ -65,15 +65,15 @@ def _check_is_plain(linear: Any, head: Any) -> None:
     kind = _kind(head)
     if kind.startswith("peft."):
         advice = (
-            "of PEFT's adapters LoRA, DoRA, trainable tokens and modules_to_save are supported there; keep others off it "
-            "and, where it is tied, off the embedding"
+            "of PEFT's adapters LoRA, DoRA, trainable tokens and modules_to_save are supported there; keep others off "
+            "it and, where it is tied, off the embedding"
         )
     elif isinstance(linear, nn.Linear) and getattr(linear.weight, "is_meta", False):
         advice = "its weight is offloaded, to a place where no gradient reaches it"
     else:
         advice = (
-            "quantized weights are no operand of the products of loss and gradient: a quantized model must leave it out "
-            "(llm_int8_skip_modules, modules_to_not_convert)"
+            "quantized weights are no operand of the products of loss and gradient: a quantized model must leave it "
+            "out (llm_int8_skip_modules, modules_to_not_convert)"
         )
     raise ValueError(f"model must have an LM head that is an nn.Linear, and no more than that, got {kind}: {advice}")
 
@@ -109,8 +109,8 @@ def _with_lora(layer: Any) -> LinearHead:
                 raise ValueError(f"model must have LoRA or DoRA on its LM head, got {kind} in the adapter {name!r}")
             if not isinstance(dropout, nn.Identity):
                 raise ValueError(
-                    f"model must have DoRA without lora_dropout on its LM head, got {dropout.p} in the adapter {name!r}: it "
-                    "also drops of what the head's own weight multiplies"
+                    f"model must have DoRA without lora_dropout on its LM head, got {dropout.p} in the adapter {name!r}: "
+                    "it also drops of what the head's own weight multiplies"
                 )
             factor = layer.lora_magnitude_vector[name].weight / _row_norms(weight, down, up, scaling)
             scale = factor if scale is None else scale + factor - 1.0

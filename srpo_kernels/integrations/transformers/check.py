@@ -123,7 +123,7 @@ def _check_operands(name: str, probe: _Probe) -> None:
     if not probe.error <= max(1e-5, 2 * probe.rounding):
         raise ValueError(
             f"model must have an LM head whose product is that of its operands; that of {name}, a "
-            f"{type(probe.head).__module__}.{type(probe.head).__qualname__}, differs by {probe.error:.2g} of its largest"
+            f"{type(probe.head).__module__}.{type(probe.head).__qualname__}, differs by {probe.error:.2g} of its size"
         )
 
 

@@ -55,8 +55,8 @@ def call_with_hidden(model: nn.Module, function: Callable[[Tensor, nn.Module], T
     Args:
         model: a causal language model of transformers, bare, of PEFT, compiled, in DDP, in DeepSpeed's engine, or
             sharded by ``fully_shard``. What is compiled as a whole runs eagerly; compiled layers stay compiled.
-        function: is given the hidden states ``[B, S, H]`` of ``last_hidden_states`` and the module of the LM head, which
-            ``head_operands`` reads.
+        function: is given the hidden states ``[B, S, H]`` of ``last_hidden_states`` and the module of the LM head,
+            which ``head_operands`` reads.
         inputs: ``input_ids`` or ``inputs_embeds``, ``attention_mask``, and what else the model takes.
 
     Returns:
@@ -71,8 +71,8 @@ def call_with_hidden(model: nn.Module, function: Callable[[Tensor, nn.Module], T
     # accelerate casts within the forward that the function replaces.
     if not torch.is_autocast_enabled(device) and any("_original_forward" in vars(x) for x in (base, adapted) if x):
         raise ValueError(
-            "model is prepared by accelerate for mixed precision, on the forward that this call replaces: make the call "
-            "within accelerator.autocast()"
+            "model is prepared by accelerate for mixed precision, on the forward that this call replaces: make the "
+            "call within accelerator.autocast()"
         )
 
     def run(**inputs: Any) -> T:
@@ -150,5 +150,3 @@ def last_hidden_states(model: Any, *, attention_mask: Tensor | None = None, **in
 def _take(values: Tensor, columns: Tensor) -> Tensor:
     """Columns ``[B, K]`` of each row of ``[B, S, ...]``."""
     return values.take_along_dim(columns.view(*columns.shape, *(1,) * (values.ndim - 2)), 1)
-
-

@@ -42,8 +42,8 @@ def response_loss(
     """``srpo_loss`` of responses in rows of token ids, with any causal language model of transformers.
 
     Padding may be anywhere in a row: a token has the log-prob that it has in a row without padding, given the tokens
-    before it. Per-token tensors are in ``input_ids``' shape, at the token's own place: the ``log_probs`` of one call are
-    the ``old_log_probs`` of another. The first call with a model runs ``check_model`` on it.
+    before it. Per-token tensors are in ``input_ids``' shape, at the token's own place: the ``log_probs`` of one call
+    are the ``old_log_probs`` of another. The first call with a model runs ``check_model`` on it.
 
     Args:
         model: bare, of PEFT, in DDP, after ``fully_shard``: see ``call_with_hidden``. Its mode, autocast and gradient

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 from weakref import WeakSet
 
-import torch
 from torch import Tensor, nn
 
 import srpo_kernels as sk

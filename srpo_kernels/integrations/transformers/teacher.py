@@ -48,7 +48,8 @@ class AverageTeacher:
     wider, where small steps are not rounded away. There is no second model: a call swaps the averages in. Of parameters
     that ``fully_shard`` has sharded, a rank averages its shards; calls are then those of every rank.
 
-    ``state_dict`` and ``load_state_dict`` are what a checkpoint needs: ``accelerator.register_for_checkpointing(teacher)``.
+    ``state_dict`` and ``load_state_dict`` are what a checkpoint needs, and what accelerate's
+    ``register_for_checkpointing(teacher)`` calls.
 
     Args:
         model: the trained model, bare, of PEFT, in DDP, or after ``fully_shard``.
@@ -85,9 +86,7 @@ class AverageTeacher:
                 )
             average = _Average(parameter, places[parameter], torch.empty(0))
             wide = torch.promote_types(parameter.dtype, torch.float32)
-            self._averages[name.replace("_orig_mod.", "")] = average._replace(
-                value=average.local().to(wide, copy=True)
-            )
+            self._averages[name.replace("_orig_mod.", "")] = average._replace(value=average.local().to(wide, copy=True))
         if not self._averages:
             raise ValueError("model must have a parameter that is trained, for an average of it, got none")
 
