@@ -15,6 +15,7 @@ pytest.importorskip("transformers", "5", reason="the integration needs transform
 
 import reference
 import srpo_kernels as sk
+from srpo_kernels.integrations.transformers import response_loss, teacher_rows
 from tests.tiny_models import tiny_model_of
 
 ROOT = Path(__file__).parents[2]
@@ -119,10 +120,15 @@ def test_the_page_runs_and_says_the_loss(name: str) -> None:
     model.zero_grad()
     exec(micro_batches, names)
     head = model.get_output_embeddings().weight
-    whole = names["response_loss"](
-        model, IDS, MASK, response_mask=RESPONSES, advantages=names["advantages"], sdpo_mask=ROUTED,
-        config=names["config"], teacher=names["teacher_rows"](names["teacher"], *SHOWN[:2], response_mask=SHOWN[2], config=names["config"]),
-    )  # fmt: skip
+    whole = response_loss(
+        model,
+        IDS,
+        MASK,
+        response_mask=RESPONSES,
+        advantages=names["advantages"],
+        sdpo_mask=ROUTED,
+        teacher=teacher_rows(names["teacher"], *SHOWN[:2], response_mask=SHOWN[2]),
+    )
     torch.testing.assert_close(head.grad, *torch.autograd.grad(whole.loss, [head]), rtol=1e-4, atol=1e-6)
     exec(own, names)
     assert names["entropy"].requires_grad

@@ -109,8 +109,8 @@ def _with_lora(layer: Any) -> LinearHead:
                 raise ValueError(f"model must have LoRA or DoRA on its LM head, got {kind} in the adapter {name!r}")
             if not isinstance(dropout, nn.Identity):
                 raise ValueError(
-                    f"model must have DoRA without lora_dropout on its LM head, got {dropout.p} in the adapter {name!r}: "
-                    "it also drops of what the head's own weight multiplies"
+                    f"model must have DoRA without lora_dropout on its LM head, got {dropout.p} in {name!r}, "
+                    "which drops of what the head's own weight multiplies too"
                 )
             factor = layer.lora_magnitude_vector[name].weight / _row_norms(weight, down, up, scaling)
             scale = factor if scale is None else scale + factor - 1.0
