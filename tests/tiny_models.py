@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from typing import Any
 
@@ -76,7 +77,8 @@ def tiny_model_of(architecture: str, **fields: Any) -> PreTrainedModel:
     config = config if isinstance(config, model_class.config_class) else model_class.config_class()
     shrink(config)
     for name, value in (FIELDS.get(architecture, {}) | fields).items():
-        setattr(config, name, value)
+        *parts, field = name.split(".")
+        setattr(functools.reduce(getattr, parts, config), field, value)
     model: PreTrainedModel = model_class(config).eval()
     for weight in model.get_output_embeddings().parameters():
         nn.init.normal_(weight, std=2.0 * weight.shape[-1] ** -0.5)

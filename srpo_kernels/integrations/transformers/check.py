@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -47,10 +47,9 @@ def check_model(model: Any, config: sk.SRPOConfig | None = None) -> None:
     rows[1, :3], mask[1, :3] = ids[0, 0], 0
     # Flash attention refuses fp32, in which a model may be loaded that is trained under autocast.
     is_wide, is_autocast = torch.finfo(base.dtype).bits >= 32, torch.is_autocast_enabled(device.type)
+    autocast: AbstractContextManager[Any] = nullcontext()
     if is_wide and not is_autocast and "flash" in (base.config.get_text_config()._attn_implementation or ""):
         autocast, is_autocast = torch.autocast(device.type, torch.bfloat16), True
-    else:
-        autocast = nullcontext()
     probe = _Probe(head)
     with evaluating(model), autocast, torch.compiler.set_stance("force_eager"):
         with probe:

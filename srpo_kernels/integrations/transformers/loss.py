@@ -74,7 +74,7 @@ def response_loss(
     """
     config = checked_config(model, config)
     responses = find_responses(input_ids, attention_mask, response_mask, labels)
-    per_token = {
+    per_token: dict[str, Any] = {
         name: responses.pack(name, values)
         for name, values in {
             "advantages": advantages,
@@ -114,9 +114,9 @@ def response_loss(
                 f"{len(taught.target_ids)} tokens for {int(per_token['sdpo_mask'].sum())}, or others"
             )
 
-    def loss(hidden: Tensor, head: nn.Linear) -> sk.SRPOOutput:
+    def loss(hidden: Tensor, head: nn.Module) -> sk.SRPOOutput:
         rows, weight, bias = head_operands(responses.hidden(hidden), head, in_head_dtype=in_head_dtype)
-        shown: dict[str, Tensor | None] = {}
+        shown: dict[str, Any] = {}
         if taught is not None:
             teacher_weight, teacher_bias = _teacher_head(model, taught, in_head_dtype) or (weight, bias)
             if len(taught.hidden):

@@ -56,7 +56,7 @@ def response_stats(
     config = checked_config(model, config)
     responses = find_responses(input_ids, attention_mask, response_mask, labels)
 
-    def stats(hidden: Tensor, head: nn.Linear) -> sk.TokenStats:
+    def stats(hidden: Tensor, head: nn.Module) -> sk.TokenStats:
         rows, weight, bias = head_operands(responses.hidden(hidden), head, in_head_dtype=in_head_dtype)
         return sk.token_stats(
             rows,
@@ -69,7 +69,8 @@ def response_stats(
         )
 
     packed = call_with_hidden(model, stats, input_ids=input_ids, attention_mask=attention_mask, **(model_inputs or {}))
-    return sk.TokenStats(*(None if values is None else responses.unpack(values) for values in packed))
+    unpacked = {name: None if x is None else responses.unpack(x) for name, x in packed._asdict().items()}
+    return sk.TokenStats(**unpacked)
 
 
 def teacher_rows(
@@ -101,7 +102,7 @@ def teacher_rows(
     responses = find_responses(input_ids, attention_mask, response_mask, labels, "teacher_")
     inputs = {"input_ids": input_ids, "attention_mask": attention_mask, **(model_inputs or {})}
 
-    def rows(hidden: Tensor, head: nn.Linear) -> TeacherRows:
+    def rows(hidden: Tensor, head: nn.Module) -> TeacherRows:
         operands = head_operands(responses.hidden(hidden), head, in_head_dtype=in_head_dtype)
         entropies = None
         if entropy and config.dw_beta != 0.0:

@@ -126,7 +126,7 @@ class AverageTeacher:
                 if exchanged:
                     self._reshard()
 
-    def call_with_hidden(self, function: Callable[[Tensor, nn.Linear], T], **inputs: Any) -> T:
+    def call_with_hidden(self, function: Callable[[Tensor, nn.Module], T], **inputs: Any) -> T:
         """``call_with_hidden`` of the model with the averages, without gradient and dropout."""
         with self.applied(), evaluating(self.model):
             return call_with_hidden(self.model, function, **inputs)
@@ -183,7 +183,7 @@ def swapped_parameters(values: list[tuple[Place, Tensor]]) -> Iterator[None]:
 def whole_parameters(module: nn.Module) -> Iterator[None]:
     """``module`` outside of its forward, with what FSDP2 has sharded gathered. Every rank makes the call."""
     sharded = [
-        ((part, name), parameter.full_tensor().detach())
+        ((part, name), parameter.full_tensor().detach())  # type: ignore[union-attr]
         for part in module.modules()
         for name, parameter in part._parameters.items()
         if isinstance(parameter, DTensor)
