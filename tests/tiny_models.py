@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from srpo_kernels.integrations.trl.head import LogitTransform, add_hidden_output, head_operands
+from srpo_kernels.integrations.transformers import call_with_hidden, causal_model, head_operands, logit_transform
 
 ARCHITECTURES = tuple(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 VOCAB = 96
@@ -76,23 +77,18 @@ def tiny_model_of(architecture: str, **fields: Any) -> PreTrainedModel:
     config = config if isinstance(config, model_class.config_class) else model_class.config_class()
     shrink(config)
     for name, value in (FIELDS.get(architecture, {}) | fields).items():
-        setattr(config, name, value)
+        *parts, field = name.split(".")
+        setattr(functools.reduce(getattr, parts, config), field, value)
     model: PreTrainedModel = model_class(config).eval()
     for weight in model.get_output_embeddings().parameters():
         nn.init.normal_(weight, std=2.0 * weight.shape[-1] ** -0.5)
     return model
 
 
-def patched(name: str, **fields: Any) -> Any:
-    """Such a model that hands out its hidden states and head."""
-    model = tiny_model_of(name, **fields)
-    add_hidden_output(model)
-    return model
-
-
-def log_probs(model: Any, transform: LogitTransform, **inputs: Tensor) -> Tensor:
-    """From what the model hands to the trainer, ``[B, S, V]``."""
-    hidden, weight, bias = model(**inputs, on_hidden=lambda *args: head_operands(*args, in_head_dtype=True))
+def log_probs(model: Any, **inputs: Tensor) -> Tensor:
+    """From the hidden states and the head of a model, ``[B, S, V]``."""
+    hidden, weight, bias = call_with_hidden(model, lambda *args: head_operands(*args, in_head_dtype=True), **inputs)
+    transform = logit_transform(causal_model(model).config)
     return transform(nn.functional.linear(hidden, weight, bias)).log_softmax(-1)
 
 

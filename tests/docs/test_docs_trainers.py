@@ -57,7 +57,7 @@ def hidden_alone(model: TinyModel, ids: Tensor, mask: Tensor, prompt_length: int
 @pytest.mark.parametrize("document", ["README.md", "docs/trainers.md"])
 def test_the_lines_for_a_loop_of_ones_own(document: str, config: sk.SRPOConfig) -> None:
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / document).read_text(), re.DOTALL)
-    (lines,) = (block for block in blocks if "route_samples(" in block)
+    (lines,) = (block for block in blocks if "route_samples(" in block and "sk.srpo_loss(" in block)
     rewards, response_ids = torch.tensor([1.0, 0.0, 0.0, 0.0]), torch.randint(13, (4, 5))
     model, teacher = TinyModel(), TinyModel()
     input_ids, attention_mask = left_padded(3, PADDING, response_ids)

@@ -13,18 +13,13 @@ pytest.importorskip("trl", "1.16", reason="the trl integration needs trl >= 1.16
 
 from transformers import (
     AutoModelForCausalLM,
-    CohereConfig,
     Gemma2Config,
-    GPT2Config,
-    GraniteConfig,
     MixtralConfig,
-    PreTrainedModel,
 )
 from trl import GRPOConfig
 
 import srpo_kernels as sk
 from srpo_kernels.integrations.trl import SRPOTrainer, SRPOTrainerConfig
-from srpo_kernels.integrations.trl.head import LogitTransform, add_hidden_output, check_head, logit_transform
 from srpo_kernels.integrations.trl.teacher import teacher_prompt
 from tests.tiny_trainer import ScriptedSRPO, graded, prompts, tiny_model, tiny_tokenizer, tiny_trainer
 
@@ -185,36 +180,6 @@ def test_the_teacher_reads_the_solution_in_the_last_user_message() -> None:
 
 SIZES: dict[str, Any] = {"vocab_size": 32, "hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1}
 HEADS: dict[str, Any] = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 4, "pad_token_id": 0}
-MODELS: dict[str, tuple[Any, LogitTransform]] = {
-    "cohere": (CohereConfig(**SIZES, **HEADS, logit_scale=0.25), LogitTransform(0.25, None)),
-    "granite": (GraniteConfig(**SIZES, **HEADS, logits_scaling=8.0), LogitTransform(0.125, None)),
-    "gemma2": (Gemma2Config(**SIZES, **HEADS, final_logit_softcapping=0.5), LogitTransform(1.0, 0.5)),
-    "gpt2": (GPT2Config(vocab_size=32, n_embd=8, n_layer=1, n_head=2), LogitTransform(1.0, None)),
-}
-
-
-def tiny_head(name: str) -> PreTrainedModel:
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(MODELS[name][0])
-    torch.nn.init.normal_(model.get_output_embeddings().weight, std=0.5)
-    add_hidden_output(model)
-    return model
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_the_logit_transform_is_the_models(name: str) -> None:
-    model = tiny_head(name)
-    transform = logit_transform(model.config)
-    assert transform == MODELS[name][1]
-    check_head(model, transform)
-    check_head(model.bfloat16(), transform)
-
-
-def test_a_head_that_does_something_else_is_refused() -> None:
-    model = tiny_head("gemma2")
-    with pytest.raises(ValueError, match="model must compute its logits from the last hidden states"):
-        check_head(model, LogitTransform(1.0, None))
-    with pytest.raises(ValueError, match="model must compute its logits from the last hidden states"):
-        check_head(model.bfloat16(), LogitTransform(2.0, 0.5))
 
 
 def test_the_forward_without_the_loss_is_what_it_was(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The self-teacher: the model itself, with the moving average of its trained parameters or with the current ones."""
+"""The self-teacher of the trainer, as a part of its checkpoints, and what it reads."""
 
 from __future__ import annotations
 
@@ -9,69 +9,43 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.func import functional_call
 from transformers import TrainerCallback
+
+from srpo_kernels.integrations.transformers import AverageTeacher
 
 FILE_NAME = "srpo_teacher.safetensors"
 
 
 class Teacher(TrainerCallback):
-    """Runs a model with averaged parameters: ``average += rate * (parameter - average)`` after each optimizer step.
-
-    Only parameters that are trained have an average, so that LoRA pays for its adapters alone; it is kept in fp32 or
-    wider, where small steps are not rounded away. There is no second model: a call swaps the parameters in.
+    """The moving average of a model, updated after each optimizer step, or the model as it is.
 
     Args:
         model: the trained model, not wrapped for distribution.
-        rate: in (0, 1]; None for the current parameters.
+        rate: of an `AverageTeacher`; None for the current parameters.
     """
 
     def __init__(self, model: Any, rate: float | None) -> None:
-        self.model = model
-        self.rate = rate
-        trained = {name: p for name, p in model.named_parameters() if p.requires_grad and rate is not None}
-        self._trained = trained
-        self._averages = {
-            name: p.detach().to(torch.promote_types(p.dtype, torch.float32), copy=True) for name, p in trained.items()
-        }
-
-    @torch.no_grad()
-    def __call__(self, **inputs: Any) -> Any:
-        """The model's forward without dropout, gradient or checkpointing."""
-        parameters = {name: self._averages[name].to(p.dtype) for name, p in self._trained.items()}
-        training = self.model.training
-        self.model.eval()
-        try:
-            return functional_call(self.model, parameters, kwargs=inputs)
-        finally:
-            self.model.train(training)
-
-    def value(self, parameter: Tensor) -> Tensor:
-        """The teacher's value of a parameter of the model, in its dtype, detached."""
-        value = parameter.detach()
-        for name, trained in self._trained.items():
-            if trained is parameter:
-                value = self._averages[name].to(value.dtype)
-        return value
+        self._average = None if rate is None else AverageTeacher(model, rate)
+        self.model: Any = model if self._average is None else self._average
 
     def averages(self) -> dict[str, Tensor]:
         """The average of each trained parameter, by its name in the model; empty with the current parameters."""
-        return dict(self._averages)
+        return {} if self._average is None else self._average.state_dict()
 
-    @torch.no_grad()
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
         """Move the averages towards the model."""
-        for name, average in self._averages.items():
-            average.lerp_(self._trained[name].to(average), self.rate)
+        if self._average is not None:
+            self._average.update()
 
     def save(self, folder: Path) -> None:
         """Write the averages, if there are any, into a checkpoint."""
-        if self._averages:
-            save_file({name: average.contiguous() for name, average in self._averages.items()}, folder / FILE_NAME)
+        if self._average is not None:
+            averages = {name: average.contiguous() for name, average in self.averages().items()}
+            save_file(averages, folder / FILE_NAME)
 
     def load(self, folder: Path) -> None:
         """Read them again; raises ValueError where a checkpoint has none, or those of other parameters."""
-        if not self._averages:
+        if self._average is None:
             return
         path = folder / FILE_NAME
         if not path.exists():
@@ -79,11 +53,7 @@ class Teacher(TrainerCallback):
                 f"resume_from_checkpoint must be a checkpoint of SRPOTrainer with teacher_model_kind='ema', "
                 f"{path} does not exist"
             )
-        saved = load_file(path)
-        if saved.keys() != self._averages.keys():
-            raise ValueError(f"{path} must hold the averages of the trained parameters, got those of others")
-        for name, average in self._averages.items():
-            average.copy_(saved[name])
+        self._average.load_state_dict(load_file(path))
 
 
 def teacher_prompt(prompt: Any, solution: str, template: str) -> Any:

@@ -7,15 +7,15 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from accelerate.utils import gather_object, is_peft_model
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOTrainer
 
 import srpo_kernels as sk
+from srpo_kernels.integrations.transformers import check_model, logit_transform, response_normalizers
 from srpo_kernels.integrations.trl.config import SRPOTrainerConfig
 from srpo_kernels.integrations.trl.forwards import Forwards, valid_tokens
-from srpo_kernels.integrations.trl.head import add_hidden_output, check_head, logit_transform
 from srpo_kernels.integrations.trl.metrics import micro_batch_metrics, step_means
 from srpo_kernels.integrations.trl.rewards import correctness_scores, equal_groups, route_completions
 from srpo_kernels.integrations.trl.solutions import Solutions
@@ -90,12 +90,8 @@ class SRPOTrainer(GRPOTrainer):
             peft_config=peft_config,
         )
         self._refuse_models()
-        transform = logit_transform(self.model.config)
-        add_hidden_output(self.model.get_base_model() if is_peft_model(self.model) else self.model)
-        if self.ref_model is not None:
-            add_hidden_output(self.ref_model)
-        check_head(self.model, transform)
-        self.loss_config = args.loss_config(*transform)
+        self.loss_config = args.loss_config(*logit_transform(self.model.config))
+        check_model(self.model, self.loss_config)
         self._forwards = Forwards(
             self.accelerator,
             self.loss_config,
@@ -242,9 +238,8 @@ class SRPOTrainer(GRPOTrainer):
         normalizers = []
         for part in parts:
             part["teacher"] = self._forwards.teacher_rows(self.teacher, part, self._tokenizer.pad_token_id)
-            entropy = None if part["teacher"] is None else part["teacher"].entropy
             mask = valid_tokens(part)
-            counts = sk.Normalizers.from_batch(mask, part["sdpo_mask"], entropy, config=self.loss_config)
+            counts = response_normalizers(mask, part["sdpo_mask"], part["teacher"], config=self.loss_config)
             # TRL's mean over completions is over masked ones too.
             normalizers.append(counts._replace(sequence_count=torch.tensor(len(mask), device=mask.device)))
         step = normalizers[0].merge(*normalizers[1:]).all_reduce()
@@ -254,7 +249,7 @@ class SRPOTrainer(GRPOTrainer):
     # The loss.
 
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
-        out = self._forwards.loss(model, self.teacher, inputs)
+        out = self._forwards.loss(model, inputs)
         self._log_micro_batch(inputs, out)
         if self.model.training and self.num_iterations > 1:
             # Not there in the first pass, whose model is the one that generated them.

@@ -1,4 +1,4 @@
-"""What a trainer reads off a model: the hidden states and the head make the model's own log-probs, or it is refused."""
+"""Every causal architecture of transformers: hidden states and head make its own log-probs, or it is refused."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-pytest.importorskip("trl", "1.16", reason="the trl integration needs trl >= 1.16")
+pytest.importorskip("transformers", "5", reason="the integration needs transformers >= 5")
 
 import transformers
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -20,11 +20,10 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from srpo_kernels.integrations.trl import head as head_module
-from srpo_kernels.integrations.trl.head import LogitTransform, check_head, logit_transform
-from tests.integrations.test_trl_trainer import scored_batch
-from tests.tiny_models import ARCHITECTURES, log_probs, patched, tiny_model_of
-from tests.tiny_trainer import ScriptedSRPO, tiny_trainer
+import srpo_kernels as sk
+from srpo_kernels.integrations.transformers import LogitTransform, check_model, logit_transform, response_stats
+from srpo_kernels.integrations.transformers.head import DIVISORS, FACTORS, SOFTCAPS
+from tests.tiny_models import ARCHITECTURES, log_probs, tiny_model_of
 
 # Positions that are learnt, counted from a mask or an offset, rotary, in the attention's bias, or a state's.
 ACCEPTED = (
@@ -39,58 +38,73 @@ REFUSED = {
     "xlnet": "model must be causal",
     "cpmant": "model must be causal",
 }
-OTHERS = tuple(name for name in ARCHITECTURES if name not in (*ACCEPTED, *REFUSED))
+# What keeps a tiny model of it from being built or run on a CPU.
+NOT_TINY: dict[str, str] = {}
+OTHERS = tuple(name for name in ARCHITECTURES if name not in (*ACCEPTED, *REFUSED, *NOT_TINY))
 
 # Of 3, 8 and 5 tokens, with padding before them, behind them, and on both sides.
 STARTS, LENGTHS, WIDTH = (0, 2, 3), (3, 8, 5), 10
 
 
+def config_of(transform: LogitTransform) -> sk.SRPOConfig:
+    return sk.SRPOConfig(logit_scale=transform.logit_scale, softcap=transform.softcap)
+
+
 @torch.no_grad()
-def padding_error(model: Any, transform: LogitTransform) -> float:
-    """How far the log-probs of padded rows are from those that the model itself gives the rows alone."""
+def padding_error(model: Any) -> float:
+    """How far the log-probs of padded rows are from those that the model itself gives the rows alone.
+
+    Of the whole vocabulary, and of the tokens that are there by `response_stats`.
+    """
     padded = torch.randint(10, 90, (3, WIDTH))
     mask = torch.zeros_like(padded)
     for row, (start, length) in enumerate(zip(STARTS, LENGTHS, strict=True)):
         mask[row, start : start + length] = 1
-    ours = log_probs(model, transform, input_ids=padded, attention_mask=mask)
+    ours = log_probs(model, input_ids=padded, attention_mask=mask)
+    # All but the first of a row.
+    responses = (mask == 1) & (mask.cumsum(1) > 1)
+    tokens = response_stats(model, padded, mask, response_mask=responses).log_probs
     errors = []
     for row in range(3):
         valid = mask[row].bool()
         expected = model(input_ids=padded[row : row + 1, valid]).logits.float().log_softmax(-1)[0]
         errors.append((ours[row, valid] - expected).abs().max().item())
+        own = expected[:-1].gather(1, padded[row, valid][1:, None])[:, 0]
+        errors.append((tokens[row][responses[row]] - own).abs().max().item())
     return max(errors)
 
 
 @pytest.mark.parametrize("name", ACCEPTED)
 def test_padded_rows_have_the_log_probs_of_rows_alone(name: str) -> None:
-    model = patched(name)
-    transform = logit_transform(model.config)
-    check_head(model, transform)
-    assert padding_error(model, transform) < 1e-5
+    model = tiny_model_of(name)
+    check_model(model)
+    assert padding_error(model) < 1e-5
 
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_a_model_that_does_something_else_is_refused(name: str) -> None:
-    model = patched(name)
+    model = tiny_model_of(name)
     with pytest.raises(ValueError, match=REFUSED[name]):
-        check_head(model, logit_transform(model.config))
+        check_model(model)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", OTHERS)
 def test_every_other_architecture_has_right_log_probs_or_is_refused(name: str) -> None:
+    model = tiny_model_of(name)
     try:
-        model = patched(name)
-        model(input_ids=torch.arange(1, 9)[None])
-    except Exception as error:
-        pytest.skip(f"does not run with a tiny config: {error!r:.120}")
-    transform = logit_transform(model.config)
-    try:
-        check_head(model, transform)
+        check_model(model)
     except ValueError as refusal:
         assert str(refusal).startswith("model must ")
     else:
-        assert padding_error(model, transform) < 1e-5
+        assert padding_error(model) < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NOT_TINY)
+def test_the_architectures_without_a_tiny_model_still_have_none(name: str) -> None:
+    with pytest.raises(Exception, match=NOT_TINY[name]):
+        tiny_model_of(name)(input_ids=torch.arange(1, 9)[None])
 
 
 TRANSFORMS: dict[str, tuple[dict[str, float], LogitTransform]] = {
@@ -119,27 +133,27 @@ IN_BF16 = [name for name in TRANSFORMS if name not in ("inkling2_text", "xlstm")
 )
 def test_scales_and_softcaps_have_to_be_known(name: str, dtype: torch.dtype) -> None:
     fields, transform = TRANSFORMS[name]
-    model = patched(name, **fields).to(dtype)
+    model = tiny_model_of(name, **fields).to(dtype)
     assert logit_transform(model.config) == pytest.approx(transform)
-    check_head(model, transform)
+    check_model(model, config_of(transform))
     scale, softcap = transform
     for wrong in (LogitTransform(1.1 * scale, softcap), LogitTransform(scale, 25.0)):
         with pytest.raises(ValueError, match="model must compute its logits"):
-            check_head(model, wrong)
+            check_model(model, config_of(wrong))
 
 
 def test_a_refusal_says_what_the_model_does() -> None:
-    model = patched("recurrent_gemma").bfloat16()
+    model = tiny_model_of("recurrent_gemma").bfloat16()
     with pytest.raises(
         ValueError, match=r"RecurrentGemmaForCausalLM makes -?30 of a product of -?1.638e\+04, where Logit"
     ):
-        check_head(model, LogitTransform(1.0, None))
+        check_model(model, config_of(LogitTransform(1.0, None)))
 
 
 def test_every_name_of_a_scale_or_softcap_in_transformers_is_known() -> None:
     # Of losses and generation, and Inkling's module that applies `final_logit_softcapping`.
     known = {"logits", "router_logits", "output_router_logits", "num_logits_to_keep", "_get_logits_processor"}
-    known |= {"guidance_scale", "logit_softcap", *head_module._FACTORS, *head_module._DIVISORS, *head_module._SOFTCAPS}
+    known |= {"guidance_scale", "logit_softcap", *FACTORS, *DIVISORS, *SOFTCAPS}
     names = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
     classes = {one for name in names for one in ([name] if isinstance(name, str) else name)}
     for path in Path(transformers.__file__).parent.glob("models/*/modeling_*.py"):
@@ -172,21 +186,21 @@ def flash_attention() -> Iterator[str]:
 def test_a_model_with_flash_attention_is_checked_in_a_dtype_that_it_takes(
     dtype: torch.dtype, flash_attention: str
 ) -> None:
-    model = patched("gemma3_text", final_logit_softcapping=20.0).to(dtype)
+    model = tiny_model_of("gemma3_text", final_logit_softcapping=20.0).to(dtype)
     model.config._attn_implementation = flash_attention
-    check_head(model, logit_transform(model.config))
+    check_model(model)
     with pytest.raises(ValueError, match="model must compute its logits"):
-        check_head(model, LogitTransform(1.0, None))
+        check_model(model, config_of(LogitTransform(1.0, None)))
     assert model.lm_head.weight.dtype == dtype
 
 
 def test_it_leaves_the_model_as_it_was() -> None:
-    model = patched("llama", attention_dropout=0.5).train()
+    model = tiny_model_of("llama", attention_dropout=0.5).train()
     model.lm_head.forward = forward = model.lm_head.forward
-    check_head(model, LogitTransform(1.0, None))
+    check_model(model, config_of(LogitTransform(1.0, None)))
     assert model.training and model.lm_head.__dict__["forward"] is forward
     with pytest.raises(ValueError, match="model must compute its logits"):
-        check_head(model, LogitTransform(2.0, None))
+        check_model(model, config_of(LogitTransform(2.0, None)))
     assert model.training and model.lm_head.__dict__["forward"] is forward
 
 
@@ -203,57 +217,29 @@ class LargestTensor(TorchDispatchMode):
 
 
 def test_it_does_not_copy_a_large_head() -> None:
-    model = patched("llama", vocab_size=100_000, hidden_size=64).bfloat16()
+    model = tiny_model_of("llama", vocab_size=100_000, hidden_size=64).bfloat16()
     with LargestTensor() as largest:
-        check_head(model, LogitTransform(1.0, None))
+        check_model(model, config_of(LogitTransform(1.0, None)))
     # A slice of 8,192 rows, or the logits of eight tokens, in fp32; the head itself has 12.8 MB.
     assert largest.bytes <= 4 * max(8192 * 64, 8 * 100_000)
 
 
 def test_positions_and_embeddings_that_are_given_stay_with_their_tokens() -> None:
-    model, ids = patched("gpt2"), torch.randint(10, 90, (1, 6))
-    transform = logit_transform(model.config)
+    model, ids = tiny_model_of("gpt2"), torch.randint(10, 90, (1, 6))
     with torch.no_grad():
         expected = model(input_ids=ids, position_ids=torch.arange(4, 10)[None]).logits.log_softmax(-1)
         padded = torch.cat([ids.new_zeros(1, 2), ids], 1)
         mask = (padded != 0).long()
         positions = torch.arange(2, 10)[None]
-        ours = log_probs(model, transform, input_ids=padded, attention_mask=mask, position_ids=positions)
+        ours = log_probs(model, input_ids=padded, attention_mask=mask, position_ids=positions)
         embedded = model.get_input_embeddings()(padded)
-        same = log_probs(model, transform, inputs_embeds=embedded, attention_mask=mask, position_ids=positions)
+        same = log_probs(model, inputs_embeds=embedded, attention_mask=mask, position_ids=positions)
     torch.testing.assert_close(ours[:, 2:], expected)
     torch.testing.assert_close(same[:, 2:], expected)
 
 
 def test_a_row_of_padding_alone_is_finite() -> None:
-    model, ids = patched("gpt2"), torch.randint(10, 90, (2, 4))
+    model, ids = tiny_model_of("gpt2"), torch.randint(10, 90, (2, 4))
     mask = torch.tensor([[0, 0, 0, 0], [0, 1, 1, 0]])
-    assert log_probs(model, LogitTransform(1.0, None), input_ids=ids, attention_mask=mask).isfinite().all()
-    assert log_probs(model, LogitTransform(1.0, None), input_ids=ids[:1], attention_mask=mask[:1]).shape == (1, 4, 96)
-
-
-@pytest.mark.parametrize("name", ["gpt2", "recurrent_gemma", "bart"])
-def test_the_trainer_scores_completions_alike_behind_any_padding(name: str, tmp_path: Path) -> None:
-    model = tiny_model_of(name, vocab_size=47, pad_token_id=0, eos_token_id=1, is_encoder_decoder=False)
-    trainer = tiny_trainer(ScriptedSRPO, tmp_path, model=model)
-    # Without dropout, of which another shape of the batch would draw another.
-    trainer.model.eval()
-    batch = scored_batch(trainer)
-    trainer.model.eval()
-    teacher = batch["teacher"].hidden
-    results = []
-    for padding in (0, 3):
-        for name in ("prompt_ids", "prompt_mask"):
-            batch[name] = nn.functional.pad(batch[name], (padding, 0))
-        trainer.model.zero_grad()
-        loss = trainer._compute_loss(trainer.model, batch)
-        loss.backward()
-        results.append([loss, *(p.grad.clone() for p in trainer.model.parameters() if p.grad is not None)])
-    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-6)
-
-    alone = []
-    for row in batch["sdpo_mask"].nonzero().flatten().tolist():
-        part = {key: value[row : row + 1] for key, value in batch.items() if isinstance(value, Tensor) and value.ndim}
-        part["teacher_prompt_ids"] = [batch["teacher_prompt_ids"][row]]
-        alone.append(trainer._forwards.teacher_rows(trainer.teacher, part, trainer._tokenizer.pad_token_id).hidden)
-    torch.testing.assert_close(teacher, torch.cat(alone), rtol=1e-4, atol=1e-5)
+    assert log_probs(model, input_ids=ids, attention_mask=mask).isfinite().all()
+    assert log_probs(model, input_ids=ids[:1], attention_mask=mask[:1]).shape == (1, 4, 96)

@@ -1,0 +1,141 @@
+"""Whether the hidden states and the head that a loss is given make a model's own logits."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import srpo_kernels as sk
+from srpo_kernels.integrations.transformers.adapters import SLICE, linear_head
+from srpo_kernels.integrations.transformers.head import Head, LogitTransform, head_operands, resolve_config
+from srpo_kernels.integrations.transformers.hidden import call_with_hidden, causal_model, evaluating, peft_model
+
+
+def check_model(model: Any, config: sk.SRPOConfig | None = None) -> None:
+    """Raise ValueError unless a loss from hidden states and LM head is one of the model's own logits.
+
+    The LM head must be a linear layer, with an adapter that ``head_operands`` knows or none. The logits must be
+    ``config``'s transform of its product, compared in fp32 whatever the model's dtype, for products of 1 to 16,384. The
+    hidden states of a token must depend on the tokens up to it alone, in a row without padding and in one with it. A
+    model that is different in any of this would be trained towards another distribution than its own.
+
+    Runs eight tokens, and widens a slice of the head at a time; ``response_loss`` calls it the first time that it is
+    given a model. Of a model that is sharded, every rank makes the call.
+
+    Args:
+        model: a causal language model of transformers, bare or wrapped: see ``call_with_hidden``.
+        config: its ``logit_scale`` and ``softcap`` are checked. None: those that the model's config declares.
+
+    Raises:
+        TypeError: no model of transformers.
+        ValueError: a model that is different, with what it does instead.
+    """
+    base = causal_model(model)
+    # Without the wrappers that talk to other ranks, or compile for eight tokens.
+    model = peft_model(model) or base
+    if config is None:
+        config = resolve_config(model, None)
+    head = base.get_output_embeddings()
+    weight = linear_head(head).weight
+    name, device = type(base).__name__, weight.device
+    ids = torch.arange(1, 9, device=device).remainder(len(weight))[None]
+    # The second row is the first five tokens of the first one, behind padding that is no token of its end.
+    rows, mask = torch.cat([ids, ids.roll(3)]), torch.ones(2, 8, dtype=torch.long, device=device)
+    rows[1, :3], mask[1, :3] = ids[0, 0], 0
+    # Flash attention refuses fp32, in which a model may be loaded that is trained under autocast.
+    is_wide, is_autocast = torch.finfo(base.dtype).bits >= 32, torch.is_autocast_enabled(device.type)
+    autocast: AbstractContextManager[Any] = nullcontext()
+    if is_wide and not is_autocast and "flash" in (base.config.get_text_config()._attn_implementation or ""):
+        autocast, is_autocast = torch.autocast(device.type, torch.bfloat16), True
+    probe = _Probe(head)
+    with evaluating(model), autocast, torch.compiler.set_stance("force_eager"):
+        with probe:
+            logits = model(input_ids=ids).logits
+        if probe.entered is None:
+            raise ValueError(f"model must call its LM head for its logits, {name} does not")
+        alone, products = call_with_hidden(model, lambda hidden, _: (hidden, probe.products(hidden)), input_ids=ids)
+        padded = call_with_hidden(model, lambda hidden, _: hidden, input_ids=rows, attention_mask=mask)
+    # A model that divides its hidden states has rounded them once more.
+    is_same = torch.equal(alone.float(), probe.entered.float())
+    tolerance = 1e-5 if is_same else max(1e-5, 4 * torch.finfo(probe.entered.dtype).eps)
+    _check_operands(name, probe)
+    _check_logits(name, LogitTransform(config.logit_scale, config.softcap), products, logits, tolerance)
+    whole, part = padded[0, -8:-3].float(), padded[1, -5:].float()
+    error = float(torch.dist(part, whole) / whole.norm())
+    if not error <= (1e-4 if is_wide and not is_autocast else 1e-2):
+        raise ValueError(
+            f"model must be causal, its hidden states must depend on the tokens up to their own alone; those of {name} "
+            f"change by {error:.2g} of their norm when later tokens become padding"
+        )
+
+
+class _Probe:
+    """In its context a head multiplies in fp32, and its products reach 1, 4, 16, ... 16,384, by position."""
+
+    def __init__(self, head: Any) -> None:
+        self.head = head
+        self.entered: Tensor | None = None
+        # How far an adapted head's own product is from that of its operands, relative to its largest.
+        self.error, self.rounding = 0.0, 0.0
+        self._stretch = torch.ones(())
+
+    def __enter__(self) -> None:
+        self._forward = self.head.__dict__.get("forward")
+        self.head.forward = self._multiply
+
+    def __exit__(self, *_: object) -> None:
+        del self.head.forward
+        if self._forward is not None:
+            self.head.forward = self._forward
+
+    def _multiply(self, hidden: Tensor) -> Tensor:
+        self.entered = hidden
+        products, bias = self._products(hidden)
+        if not isinstance(self.head, nn.Linear):
+            own = self._forward(hidden) if self._forward is not None else type(self.head).forward(self.head, hidden)
+            error = own - (products if bias is None else products + bias)
+            self.error = float(error.abs().amax() / own.abs().amax().clamp(min=1e-30))
+            self.rounding = max(torch.finfo(dtype).eps for dtype in (own.dtype, hidden.dtype))
+        reach = 4.0 ** torch.arange(hidden.shape[-2], device=hidden.device).remainder(8)[:, None]
+        self._stretch = reach / products.abs().amax(-1, keepdim=True).clamp(min=1e-30)
+        return self.products(hidden)
+
+    def products(self, hidden: Tensor) -> Tensor:
+        """``[..., V]`` in fp32, stretched as those of what has entered the head."""
+        products, bias = self._products(hidden)
+        products = products * self._stretch
+        return products if bias is None else products + bias
+
+    def _products(self, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
+        with torch.autocast(hidden.device.type, enabled=False):
+            operands: Head = head_operands(hidden, self.head)
+            wide = operands.hidden.float()
+            parts = [nn.functional.linear(wide, rows.float()) for rows in operands.weight.split(SLICE)]
+        return torch.cat(parts, -1), None if operands.bias is None else operands.bias.float()
+
+
+def _check_operands(name: str, probe: _Probe) -> None:
+    """Adapters of the head are in its own product."""
+    if not probe.error <= max(1e-5, 2 * probe.rounding):
+        raise ValueError(
+            f"model must have an LM head whose product is that of its operands; that of {name}, a "
+            f"{type(probe.head).__module__}.{type(probe.head).__qualname__}, differs by {probe.error:.2g} of its size"
+        )
+
+
+def _check_logits(name: str, transform: LogitTransform, products: Tensor, logits: Tensor, tolerance: float) -> None:
+    must = "model must compute its logits from the last hidden states and the LM head, up to a scale and a softcap"
+    expected = transform(products)
+    if logits.shape != expected.shape:
+        raise ValueError(f"{must}; those of {name} are {list(logits.shape)}, the product is {list(expected.shape)}")
+    errors, sizes = (expected - logits).abs(), torch.maximum(expected.abs(), logits.abs()).amax(-1, keepdim=True)
+    if (errors <= tolerance * sizes).all():
+        return
+    worst = divmod(int((errors / sizes).nan_to_num(0.0, torch.inf).argmax()), errors.shape[-1])
+    product, logit, instead = (float(x.flatten(0, -2)[worst]) for x in (products, logits, expected))
+    raise ValueError(
+        f"{must}; {name} makes {logit:.4g} of a product of {product:.4g}, where {transform} makes {instead:.4g}"
+    )

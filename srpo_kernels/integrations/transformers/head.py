@@ -1,0 +1,130 @@
+"""The LM head of a model as operands of a product, and what the model does to that product."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+import srpo_kernels as sk
+from srpo_kernels.integrations.transformers.adapters import linear_head
+from srpo_kernels.integrations.transformers.hidden import causal_model
+
+# What the configs of transformers call a factor, a divisor and a softcap of the logits.
+FACTORS = ("logit_scale", "lm_head_multiplier", "output_multiplier")
+DIVISORS = ("logits_scaling", "logits_mup_width_multiplier")
+SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+
+
+class LogitTransform(NamedTuple):
+    """What a model does to the product of hidden states and head: ``softcap * tanh(x * logit_scale / softcap)``."""
+
+    logit_scale: float
+    softcap: float | None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The logits of a product."""
+        x = x * self.logit_scale
+        return x if self.softcap is None else self.softcap * torch.tanh(x / self.softcap)
+
+
+class Head(NamedTuple):
+    """The operands of the logits: ``[..., H]``, ``[V, H]`` and ``[V]`` or None."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+
+
+def logit_transform(config: Any) -> LogitTransform:
+    """The transform that a model's config declares, under any of the names that transformers has for it."""
+    text = config.get_text_config()
+    declared = {
+        name: float(value)
+        for name in (*FACTORS, *DIVISORS, *SOFTCAPS)
+        # MPT's models ignore their scale.
+        if (value := getattr(text, name, None)) is not None and text.model_type != "mpt"
+    }
+    scale = math.prod(declared.get(name, 1.0) for name in FACTORS)
+    divisor = math.prod(declared.get(name, 1.0) for name in DIVISORS)
+    return LogitTransform(
+        scale * divisor if text.model_type == "hyperclovax" else scale / divisor,
+        next((declared[name] for name in SOFTCAPS if name in declared), None),
+    )
+
+
+def config_for(model: Any, **options: Any) -> sk.SRPOConfig:
+    """The config of a loss on ``model``: its logit scale and softcap, and ``options``, the other fields.
+
+    It stands here, and not at ``SRPOConfig``, because the names of a scale or a softcap are those of transformers.
+
+    Args:
+        model: a causal language model, bare or wrapped; or the config of one.
+        options: fields of ``SRPOConfig`` other than ``logit_scale`` and ``softcap``.
+
+    Raises:
+        TypeError, ValueError: as ``SRPOConfig`` does, and for a model that ``causal_model`` refuses.
+    """
+    config = model if hasattr(model, "get_text_config") else causal_model(model).config
+    transform = logit_transform(config)
+    return sk.SRPOConfig(logit_scale=transform.logit_scale, softcap=transform.softcap, **options)
+
+
+def resolve_config(model: Any, config: sk.SRPOConfig | None, name: str = "model") -> sk.SRPOConfig:
+    """``config``, or the default one of ``model``. Raises ValueError for the logit transform of another model."""
+    if config is None:
+        return config_for(model)
+    if not isinstance(config, sk.SRPOConfig):
+        raise TypeError(f"config must be an SRPOConfig or None, got {type(config).__name__}")
+    base = causal_model(model)
+    declared = logit_transform(base.config)
+    if (config.logit_scale, config.softcap) != declared:
+        raise ValueError(
+            f"config must have the logit transform of {name}, {declared} of {type(base).__name__}, got logit_scale="
+            f"{config.logit_scale} and softcap={config.softcap}: config_for(model, ...) makes one that has it"
+        )
+    return config
+
+
+def head_operands(hidden: Tensor, head: nn.Module, *, in_head_dtype: bool = False) -> Head:
+    """``hidden`` and the LM head in the dtype in which the model would multiply them.
+
+    That is autocast's where it is on, and the head's otherwise or with ``in_head_dtype``. LoRA on the head is r more
+    columns of both: ``W h + s B A h = [W, B] [h, s A h]``, so that a small update is not rounded away with the weight;
+    DoRA scales the rows of ``[W, B]``; trainable tokens replace rows. Gradients reach the adapters.
+
+    Args:
+        hidden: ``[..., H]``.
+        head: an ``nn.Linear``, bare or in PEFT's ``modules_to_save``, LoRA, DoRA or trainable tokens.
+        in_head_dtype: no autocast.
+
+    Returns:
+        ``hidden``, ``[..., H + r]``; ``weight``, ``[V, H + r]``; ``bias``.
+
+    Raises:
+        ValueError: a head that is more than that, or quantized; it says what to do.
+    """
+    parts = linear_head(head)
+    device = hidden.device.type
+    autocast = torch.is_autocast_enabled(device) and not in_head_dtype
+    dtype = torch.get_autocast_dtype(device) if autocast else parts.weight.dtype
+    bias = None if parts.bias is None else parts.bias.to(dtype)
+    weight = parts.weight if parts.row_scale is None else parts.row_scale[:, None] * parts.weight
+    if not parts.low_rank:
+        return Head(hidden.to(dtype), weight.to(dtype), bias)
+    columns, rows = [hidden.to(dtype)], [weight.to(dtype)]
+    for part in parts.low_rank:
+        down = nn.functional.linear(part.dropout(hidden.to(part.down.dtype)), part.down)
+        columns.append((part.scaling * down).to(dtype))
+        rows.append(part.up.to(dtype))
+    return Head(torch.cat(columns, -1), torch.cat(rows, 1), bias)
+
+
+def head_weight(head: nn.Module, *, in_head_dtype: bool = False) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of ``head_operands``, detached."""
+    weight = linear_head(head).weight
+    with torch.no_grad():
+        operands = head_operands(weight.new_empty(0, weight.shape[1]), head, in_head_dtype=in_head_dtype)
+    return operands.weight, operands.bias

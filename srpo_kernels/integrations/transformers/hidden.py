@@ -1,0 +1,152 @@
+"""The hidden states of a transformers model, inside of its forward and of everything that it is wrapped in."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
+from transformers import PreTrainedModel
+
+import srpo_kernels as sk
+
+T = TypeVar("T")
+
+
+def causal_model(model: Any) -> PreTrainedModel:
+    """The language model of transformers that ``model`` is, or that its wrappers hold.
+
+    Raises TypeError where there is none, ValueError for one without an LM head, for an encoder-decoder, and for FSDP1.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a model of transformers, bare or wrapped, got {type(model).__name__}")
+    for module in model.modules():
+        if isinstance(module, FullyShardedDataParallel):
+            raise ValueError(
+                "model must not be in FSDP1's FullyShardedDataParallel, whose flat parameters hide the LM head; "
+                "FSDP2's fully_shard is supported"
+            )
+        if isinstance(module, PreTrainedModel):
+            name = type(module).__name__
+            if module.config.is_encoder_decoder:
+                raise ValueError(f"model must be a decoder alone, {name} is an encoder and a decoder")
+            if module.get_output_embeddings() is None:
+                raise ValueError(f"model must have an LM head, {name} has none: load it by AutoModelForCausalLM")
+            return module
+    raise TypeError(f"model must be a transformers.PreTrainedModel, bare or wrapped, got {type(model).__name__}")
+
+
+def peft_model(model: nn.Module) -> Any:
+    """The PEFT model that ``model`` is or holds; None where there is none."""
+    peft = sys.modules.get("peft")
+    return next((x for x in model.modules() if isinstance(x, peft.PeftModel)), None) if peft is not None else None
+
+
+def call_with_hidden(model: nn.Module, function: Callable[[Tensor, nn.Module], T], **inputs: Any) -> T:
+    """``function(hidden, head)``, in the place of the model's forward.
+
+    It runs where wrappers have their hooks: a parameter that FSDP2 has sharded is whole there, DDP reduces the
+    gradients of what is returned, and PEFT has put its virtual tokens before the others.
+
+    Args:
+        model: a causal language model of transformers, bare, of PEFT, compiled, in DDP, in DeepSpeed's engine, or
+            sharded by ``fully_shard``. What is compiled as a whole runs eagerly; compiled layers stay compiled.
+        function: is given the hidden states ``[B, S, H]`` of ``last_hidden_states`` and the module of the LM head,
+            which ``head_operands`` reads.
+        inputs: ``input_ids`` or ``inputs_embeds``, ``attention_mask``, and what else the model takes.
+
+    Returns:
+        What ``function`` returned.
+
+    Raises:
+        TypeError, ValueError: a model that ``causal_model`` or ``call_as_forward`` refuses; one that accelerate has
+            prepared for mixed precision, outside of its autocast.
+    """
+    base, adapted = causal_model(model), peft_model(model)
+    device = base.device.type
+    # accelerate casts within the forward that the function replaces.
+    if not torch.is_autocast_enabled(device) and any("_original_forward" in vars(x) for x in (base, adapted) if x):
+        raise ValueError(
+            "model is prepared by accelerate for mixed precision, on the forward that this call replaces: make the "
+            "call within accelerator.autocast()"
+        )
+
+    def run(**inputs: Any) -> T:
+        return function(last_hidden_states(base, **inputs), base.get_output_embeddings())
+
+    def run_adapted(**inputs: Any) -> T:
+        with _forward_of(base, run):
+            result: T = adapted.forward(**inputs)
+        return result
+
+    return sk.call_as_forward(model, run if adapted is None else run_adapted, **inputs)
+
+
+@contextmanager
+def _forward_of(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    own = {name: value for name, value in vars(module).items() if name == "forward"}
+    vars(module)["forward"] = forward
+    try:
+        yield
+    finally:
+        del vars(module)["forward"]
+        vars(module).update(own)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Without gradient, dropout or gradient checkpointing; each module's mode comes back."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def last_hidden_states(model: Any, *, attention_mask: Tensor | None = None, **inputs: Any) -> Tensor:
+    """The hidden states ``[B, S, H]`` of a batch, each of them what it is in a row without padding.
+
+    The model reads each row's tokens first and its padding last, where no token of a causal model sees it. Positions
+    and a mask would not do for every model: RWKV ignores the mask, Bart's decoders count padding as positions, and
+    the state of RecurrentGemma runs through it.
+
+    Args:
+        model: a causal language model of transformers.
+        attention_mask: ``[B, S]``, 0 at padding, which may be anywhere in a row. None: there is none.
+        inputs: ``input_ids`` or ``inputs_embeds``, and what else the backbone takes; per token it is ``[B, S, ...]``.
+
+    Returns:
+        hidden states in the order of the inputs, with gradient. Those at padding mean nothing.
+    """
+    # PEFT names every argument that it knows of, and not every model takes them all.
+    inputs = {name: value for name, value in inputs.items() if value is not None}
+    # Llama 4's base model is itself.
+    backbone = model.base_model if model.base_model is not model else model.model
+    if attention_mask is None:
+        hidden: Tensor = backbone(**inputs, use_cache=False)[0]
+        return hidden
+    shape = inputs["input_ids" if "input_ids" in inputs else "inputs_embeds"].shape[:2]
+    # Prefix tuning has keys and values, and a mask, of tokens that come before the first one.
+    prefix, mask = attention_mask.tensor_split([attention_mask.shape[1] - shape[1]], 1)
+    is_padding = (mask == 0).int()
+    order = is_padding.argsort(dim=1, stable=True)
+    longest = max(1, shape[1] - int(is_padding.sum(1).min()))
+    tokens_first = order[:, :longest]
+    for name, value in inputs.items():
+        if isinstance(value, Tensor) and value.shape[:2] == shape:
+            inputs[name] = _take(value, tokens_first)
+    mask = torch.cat([prefix, _take(mask, tokens_first)], 1)
+    hidden = backbone(**inputs, attention_mask=mask, use_cache=False)[0]
+    return _take(hidden, order.argsort(dim=1).clamp(max=longest - 1))
+
+
+def _take(values: Tensor, columns: Tensor) -> Tensor:
+    """Columns ``[B, K]`` of each row of ``[B, S, ...]``."""
+    return values.take_along_dim(columns.view(*columns.shape, *(1,) * (values.ndim - 2)), 1)

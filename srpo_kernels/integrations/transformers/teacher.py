@@ -1,0 +1,192 @@
+"""Teachers: another model, the model itself, or the moving average of its trained parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from srpo_kernels.integrations.transformers.hidden import call_with_hidden, causal_model, evaluating, peft_model
+
+T = TypeVar("T")
+
+# A module, and the name that it has for a parameter.
+Place = tuple[nn.Module, str]
+
+
+class _Average(NamedTuple):
+    """A trained parameter, all of its places, and the average of this rank's part of it."""
+
+    parameter: nn.Parameter
+    places: list[Place]
+    value: Tensor
+
+    @torch.no_grad()
+    def local(self) -> Tensor:
+        """This rank's part of the parameter."""
+        return self.parameter.to_local() if isinstance(self.parameter, DTensor) else self.parameter.detach()
+
+    def whole(self) -> Tensor:
+        """The average of the whole parameter, in fp32 or wider. Of a sharded one, every rank makes the call."""
+        like = self.parameter
+        if not isinstance(like, DTensor):
+            return self.value
+        return DTensor.from_local(
+            self.value, like.device_mesh, like.placements, shape=like.shape, stride=like.stride()
+        ).full_tensor()
+
+
+class AverageTeacher:
+    """A model with averaged parameters: ``average += rate * (parameter - average)`` at each ``update``.
+
+    Only parameters that are trained have an average, so that LoRA pays for its adapters alone; it is kept in fp32 or
+    wider, where small steps are not rounded away. There is no second model: a call swaps the averages in. Of parameters
+    that ``fully_shard`` has sharded, a rank averages its shards; calls are then those of every rank.
+
+    ``state_dict`` and ``load_state_dict`` are what a checkpoint needs, and what accelerate's
+    ``register_for_checkpointing(teacher)`` calls.
+
+    Args:
+        model: the trained model, bare, of PEFT, in DDP, or after ``fully_shard``.
+        rate: in [0, 1]. 0 is a frozen teacher, the model as it is now.
+
+    Raises:
+        TypeError: no model of transformers, or a rate that is no number.
+        ValueError: a rate out of its range, a model without a trained parameter, ZeRO-3's partitioned parameters.
+    """
+
+    def __init__(self, model: nn.Module, rate: float = 0.05) -> None:
+        if isinstance(rate, bool) or not isinstance(rate, int | float):
+            raise TypeError(f"rate must be a number, got {type(rate).__name__}")
+        if not 0.0 <= rate <= 1.0:
+            raise ValueError(f"rate must be in [0, 1], got {rate!r}")
+        # The averages are the same on every rank of DDP, whose hooks a teacher does not need.
+        self.model: Any = peft_model(model) or causal_model(model)
+        self.rate = float(rate)
+        self._units = [module for module in self.model.modules() if isinstance(module, FSDPModule)]
+        self._reshard()
+        places: dict[nn.Parameter, list[Place]] = {}
+        for module in self.model.modules():
+            for attribute, parameter in module._parameters.items():
+                if parameter is not None and parameter.requires_grad:
+                    places.setdefault(parameter, []).append((module, attribute))
+        self._averages: dict[str, _Average] = {}
+        for name, parameter in self.model.named_parameters():
+            if parameter not in places:
+                continue
+            if hasattr(parameter, "ds_id"):
+                raise ValueError(
+                    "model must not have parameters that DeepSpeed's ZeRO-3 has partitioned: AverageTeacher reads them "
+                    "between forwards, where a rank has none; ZeRO-2 and fully_shard are supported"
+                )
+            average = _Average(parameter, places[parameter], torch.empty(0))
+            wide = torch.promote_types(parameter.dtype, torch.float32)
+            self._averages[name.replace("_orig_mod.", "")] = average._replace(value=average.local().to(wide, copy=True))
+        if not self._averages:
+            raise ValueError("model must have a parameter that is trained, for an average of it, got none")
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Move the averages towards the model: after ``optimizer.step()``."""
+        for average in self._averages.values():
+            average.value.lerp_(average.local().to(average.value), self.rate)
+
+    @contextmanager
+    def applied(self, module: nn.Module | None = None) -> Iterator[None]:
+        """The model, or ``module`` of it alone, has the averages for its parameters, without gradient.
+
+        Shards are exchanged in place, and gathered again; those of ``module`` are gathered.
+        """
+        within = None if module is None else set(module.modules())
+        swapped, exchanged = [], []
+        for average in self._averages.values():
+            places = [place for place in average.places if within is None or place[0] in within]
+            if within is None and isinstance(average.parameter, DTensor):
+                exchanged.append((average, average.local().clone()))
+            elif places:
+                value = average.whole().to(average.parameter.dtype)
+                swapped += [(place, value) for place in places]
+        with swapped_parameters(swapped):
+            try:
+                with torch.no_grad():
+                    for average, _ in exchanged:
+                        average.local().copy_(average.value)
+                if exchanged:
+                    self._reshard()
+                yield
+            finally:
+                with torch.no_grad():
+                    for average, kept in exchanged:
+                        average.local().copy_(kept)
+                if exchanged:
+                    self._reshard()
+
+    def call_with_hidden(self, function: Callable[[Tensor, nn.Module], T], **inputs: Any) -> T:
+        """``call_with_hidden`` of the model with the averages, without gradient and dropout."""
+        with self.applied(), evaluating(self.model):
+            return call_with_hidden(self.model, function, **inputs)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The average of each trained parameter, whole, by its name in the model without wrappers."""
+        return {name: average.whole() for name, average in self._averages.items()}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take the averages of another ``state_dict``. Raises ValueError for those of other parameters."""
+        if state.keys() != self._averages.keys():
+            missing, unknown = self._averages.keys() - state.keys(), state.keys() - self._averages.keys()
+            raise ValueError(
+                f"state must hold the averages of the trained parameters: missing are {sorted(missing)[:3]}, unknown "
+                f"{sorted(unknown)[:3]}"
+            )
+        for name, average in self._averages.items():
+            like, value = average.parameter, state[name]
+            if value.shape != like.shape:
+                raise ValueError(f"state[{name!r}] must have shape {list(like.shape)}, got {list(value.shape)}")
+            if isinstance(like, DTensor):
+                value = value.to(average.value)
+                # Every rank has the whole tensor: nothing is sent.
+                value = distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None).to_local()
+            average.value.copy_(value)
+
+    def _reshard(self) -> None:
+        """What a rank has gathered is that of other values; the root stays gathered after a forward."""
+        for unit in self._units:
+            unit.reshard()
+
+
+def is_sharded(teacher: nn.Module | AverageTeacher) -> bool:
+    """Whether every rank has to make the calls of a teacher."""
+    model = teacher.model if isinstance(teacher, AverageTeacher) else teacher
+    return any(isinstance(module, FSDPModule) for module in model.modules())
+
+
+@contextmanager
+def swapped_parameters(values: list[tuple[Place, Tensor]]) -> Iterator[None]:
+    """Modules have these values for their parameters."""
+    kept = [(module, name, module._parameters[name]) for (module, name), _ in values]
+    try:
+        for (module, name), value in values:
+            module._parameters[name] = nn.Parameter(value, requires_grad=False)
+        yield
+    finally:
+        for module, name, parameter in kept:
+            module._parameters[name] = parameter
+
+
+@contextmanager
+def whole_parameters(module: nn.Module) -> Iterator[None]:
+    """``module`` outside of its forward, with what FSDP2 has sharded gathered. Every rank makes the call."""
+    sharded = [
+        ((part, name), parameter.full_tensor().detach())  # type: ignore[union-attr]
+        for part in module.modules()
+        for name, parameter in part._parameters.items()
+        if isinstance(parameter, DTensor)
+    ]
+    with swapped_parameters(sharded):
+        yield
