@@ -213,9 +213,9 @@ def prepare_stats(
     given, support_ids = None, None if call.support_ids is None else flat_rows(call.support_ids).long()
     if call.teacher_topk_ids is not None and call.teacher_topk_log_probs is not None:
         given = _support(call.teacher_topk_ids, call.teacher_topk_log_probs.to(dtype))
-    for name, ids in (("teacher_topk_ids", None if given is None else given.ids), ("support_ids", support_ids)):
-        if check and ids is not None:
-            check_support(name, ids[rows], vocabulary.size)
+    for name, few in (("teacher_topk_ids", None if given is None else given.ids), ("support_ids", support_ids)):
+        if check and few is not None:
+            check_support(name, few[rows], vocabulary.size)
     prepared = StatsCall(
         target_ids=targets,
         rows=rows,
@@ -231,8 +231,11 @@ def prepare_stats(
         position=None if support_ids is None else position_in(support_ids, targets),
     )
     tokens = 0 if support_ids is None else support_ids.shape[1] + (0 if given is None else given.ids.shape[1])
-    few = prepared.derivation.by_columns(prepared.names) and columns.cheaper(tokens, vocabulary.size)
-    return prepared._replace(spec=row_spec(call, config, vocabulary, prepared.sources), columns=few)
+    suffices = prepared.derivation.by_columns(prepared.names)
+    return prepared._replace(
+        spec=row_spec(call, config, vocabulary, prepared.sources),
+        columns=suffices and columns.cheaper(tokens, vocabulary.size),
+    )
 
 
 def row_spec(

@@ -69,8 +69,7 @@ def response_stats(
         )
 
     packed = call_with_hidden(model, stats, input_ids=input_ids, attention_mask=attention_mask, **(model_inputs or {}))
-    unpacked = {name: None if x is None else responses.unpack(x) for name, x in packed._asdict().items()}
-    return sk.TokenStats(**unpacked)
+    return sk.TokenStats._make(None if x is None else responses.unpack(x) for x in packed)
 
 
 def teacher_rows(
