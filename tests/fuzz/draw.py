@@ -18,6 +18,7 @@ from srpo_kernels.rows.contract import DIVERGENCES
 from srpo_kernels.rows.mixture import has_mixture
 from tests.fuzz.case import Case, Draw
 from tests.fuzz.models import Inputs, ModelShape, draw_model, to_dtypes
+from tests.fuzz.own import CLIPS, own_numbers
 from tests.strategies import (
     CORRECTIONS,
     MODEL_TENSORS,
@@ -67,6 +68,7 @@ def draw_config(draw: Draw) -> SRPOConfig:
     loss_type, reduction = one_of("loss_type", *LOSS_TYPES), one_of("reduction", *REDUCTIONS)
     clipped = "delta" in POLICY_LOSSES[loss_type].fields
     divergence = one_of("divergence", *DIVERGENCES)
+    mode = one_of("distillation_mode", "full", *DISTILLATION_MODES)
     # No two clips meet at one ratio: there the derivative is either side's.
     return SRPOConfig(
         loss_type=loss_type,
@@ -81,7 +83,8 @@ def draw_config(draw: Draw) -> SRPOConfig:
         entropy_coef=one_of("entropy_coef", 0.0, 0.0, 0.01, -0.1),
         divergence=divergence,
         alpha=one_of("alpha", 0.5, 0.5, 0.1, 0.9, 1e-3, 0.999, 1e-6, 1 - 1e-6),
-        distillation_mode=one_of("distillation_mode", "full", *DISTILLATION_MODES),
+        divergence_clip=None if mode == "sampled" else one_of("divergence_clip", None, None, None, *CLIPS),
+        distillation_mode=mode,
         topk=one_of("topk", 1, 2, 5, 20, 100, 1000),
         topk_of=one_of("topk_of", "student", "teacher"),
         add_tail=one_of("add_tail", True, False),
@@ -147,6 +150,8 @@ def _loss_case(draw: Draw, seed: int, backend: str) -> Case:
         row_dtype = torch.promote_types(model.accumulation_dtype, torch.float32)
         given["teacher_topk_log_probs"] = given["teacher_topk_log_probs"].to(row_dtype)
         inputs |= {name: value for name, value in given.items() if name.startswith("teacher_")}
+    if distills:
+        inputs |= own_numbers(draw, config, rows, torch.promote_types(model.accumulation_dtype, torch.float32))
     support = draw.one_of("support", None, None, None, 1, 5, 1000)
     if support is not None:
         allowed = inputs["target_ids"].clamp(0, model.vocab_size - 1)
