@@ -1,4 +1,4 @@
-"""``python -m tools.peers.suites --liger CHECKOUT ...``: the peers' own loss tests, with this library in their place."""
+"""``python -m tools.peers.suites --liger CHECKOUT ...``: the loss tests of peers, run with this library."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from rich.console import Console
 from tools.documents import rich_table
 from tools.peers.suites.suite import Suite
 
+_PEERS = ("liger", "cce", "quack", "trl", "verl")
 _ROOT = Path(__file__).parents[3]
 
 
@@ -31,8 +32,16 @@ class Options:
     where one fails. Sizes are reduced to what a CPU can do, and further for Triton, which runs in its interpreter.
     """
 
+    liger: Path | None = None
+    """A checkout of linkedin/Liger-Kernel."""
     cce: Path | None = None
     """A checkout of apple/ml-cross-entropy."""
+    quack: Path | None = None
+    """A checkout of Dao-AILab/quack."""
+    trl: Path | None = None
+    """A checkout of huggingface/trl."""
+    verl: Path | None = None
+    """A checkout of volcengine/verl."""
     backend: Literal["torch", "triton"] = "torch"
     select: str = ""
     """Of their tests those that pytest's -k takes."""
@@ -41,7 +50,7 @@ class Options:
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; the exit code."""
     options = tyro.cli(Options, args=arguments, prog="python -m tools.peers.suites")
-    checkouts = {peer: checkout for peer in ("cce",) if (checkout := getattr(options, peer)) is not None}
+    checkouts = {peer: checkout for peer in _PEERS if (checkout := getattr(options, peer)) is not None}
     outcomes = [
         outcome
         for peer, checkout in checkouts.items()
@@ -55,8 +64,7 @@ def main(arguments: list[str] | None = None) -> int:
 def run(peer: str, checkout: Path, backend: str, select: str = "") -> list[dict[str, str]]:
     """The outcome of every test: ``peer``, ``file``, ``test``, ``outcome``, ``reason``."""
     suite: Suite = importlib.import_module(f"tools.peers.suites.{peer}").SUITE
-    tests = [test for test in suite.tests if (checkout / test).is_file()]
-    missing = sorted(set(suite.tests) - set(tests))
+    missing = [test for test in suite.tests if not (checkout / test.split("::")[0]).is_file()]
     if missing:
         raise SystemExit(f"{checkout} has no {missing}: another version of {suite.peer}?")
     with tempfile.TemporaryDirectory() as folder:
@@ -68,8 +76,17 @@ def run(peer: str, checkout: Path, backend: str, select: str = "") -> list[dict[
         }  # fmt: skip
         # Of their settings of pytest none is read: they are for their own runs.
         command = [sys.executable, "-m", "pytest", "-p", "tools.peers.suites.plugin", "-c", os.devnull, "-q"]
-        command += ["--rootdir", str(checkout), "--tb=short", "-p", "no:cacheprovider", *(["-k", select] if select else [])]
-        subprocess.run([*command, *tests], cwd=checkout, env=environment, check=False)
+        command += [
+            "--rootdir",
+            str(checkout),
+            "--tb=short",
+            "--continue-on-collection-errors",
+            "-p",
+            "no:cacheprovider",
+            *(["-k", select] if select else []),
+        ]
+        command += [] if suite.conftest else ["--noconftest"]
+        subprocess.run([*command, *suite.tests], cwd=checkout, env=environment, check=False)
         if not report.is_file():
             raise SystemExit(f"pytest did not run the tests of {suite.peer}")
         found = json.loads(report.read_text())

@@ -35,9 +35,11 @@ def cross_entropy(
     z_coefficient: float = 0.0,
     reduction: str = "mean",
     softcap: float | None = None,
+    by_probability: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Cross entropy plus ``z_coefficient * logsumexp**2``, and the latter alone.
 
+    ``by_probability``: times the target's probability, detached.
     ``"mean"`` and ``"sum"`` are ``fused_loss``, unless the second value is asked for; ``"none"`` is ``token_stats``.
     """
     mask = targets != ignore_index
@@ -46,18 +48,31 @@ def cross_entropy(
     total = (factors * mask).sum() if reduction == "mean" else torch.ones(())
     count = mask.sum().clamp_min(1) if reduction == "mean" else 1
     factors = factors / total
+
+    def objective(rows: sk.ObjectiveRows) -> Tensor:
+        likely = rows.log_probs.detach().exp() if by_probability else 1.0
+        return -rows.factors * likely * rows.log_probs
+
     if reduction != "none" and not z_coefficient:
         out = sk.fused_loss(
-            hidden, weight, targets, lambda rows: -rows.factors * rows.log_probs, inputs={"factors": factors},
+            hidden, weight, targets, objective, inputs={"factors": factors},
             mask=mask, bias=bias, config=sk.SRPOConfig(softcap=softcap), backend=BACKEND,
         )  # fmt: skip
         return out.loss, torch.zeros_like(out.loss)
     stats = token_stats(hidden, weight, targets, mask=mask, bias=bias, softcap=softcap)
     z_losses = z_coefficient * stats.logsumexp.square() / count
+    if by_probability:
+        factors = factors * stats.log_probs.detach().exp()
     losses = z_losses - factors * stats.log_probs
     if reduction == "none":
         return losses, z_losses
     return losses.sum(), z_losses.sum()
+
+
+def divergence_config(beta: float, temperature: float) -> sk.SRPOConfig:
+    """Their generalised JSD: ``beta`` of 0 and 1 are the two KLs."""
+    name = {0.0: "forward_kl", 1.0: "reverse_kl"}.get(float(beta), "jsd")
+    return sk.SRPOConfig(divergence=name, alpha=float(beta), temperature=float(temperature))  # type: ignore[arg-type]
 
 
 def shifted(hidden: Tensor, targets: Tensor, shift: int) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""What tests for a GPU need of a machine without one: the CPU under the name of cuda, and packages that are not there."""
+"""What tests for a GPU need on a machine without one: the CPU under the name of cuda, and packages to import."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ def pretend_cuda() -> None:
         "get_device_properties": lambda *_: properties,
         "is_bf16_supported": lambda *_, **__: True,
         "synchronize": lambda *_: None,
-        "manual_seed": torch.manual_seed,
-        "manual_seed_all": torch.manual_seed,
+        "manual_seed": torch.default_generator.manual_seed,
+        "manual_seed_all": lambda *_: None,
         "empty_cache": lambda: None,
     }
     for name, function in pretended.items():
@@ -53,7 +53,7 @@ def pretend_cuda() -> None:
 class _Anything(ModuleType):
     """A module, class, decorator or value: whatever is read of it, called or subscripted is another one."""
 
-    __path__: list[str] = []
+    __path__: tuple[str, ...] = ()
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):

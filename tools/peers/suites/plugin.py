@@ -49,7 +49,7 @@ class Runner:
         for item in items:
             callspec = getattr(item, "callspec", None)
             if callspec is not None:
-                callspec.params.update(self.suite.shrink(callspec.params, self.smallest))
+                callspec.params.update(self.suite.shrink(callspec.params, self.smallest, item.nodeid))
             for pattern, reason in self.suite.without:
                 if re.search(pattern, item.nodeid):
                     item.add_marker(pytest.mark.skip(reason=NO_COUNTERPART + reason))
@@ -77,7 +77,7 @@ class Runner:
         said = _last_line(report).removeprefix("Skipped: ")
         if report.outcome == "skipped" and said.startswith(NO_COUNTERPART):
             return "no counterpart", said.removeprefix(NO_COUNTERPART)
-        return "failed", f"skips itself: {said}" if report.outcome == "skipped" else said
+        return ("no counterpart", f"skipped by the test: {said}") if report.outcome == "skipped" else ("failed", said)
 
     def _note(self, test: str, outcome: str, reason: str) -> None:
         self.outcomes.append({"test": test, "outcome": outcome, "reason": reason})

@@ -18,13 +18,14 @@ class Suite:
     Args:
         peer: its name.
         paths: folders of the checkout that its tests import from.
-        tests: the files of the checkout that are run.
+        tests: the files of the checkout that are run, or ``file::class``.
         stand_ins: ours by ``"module:name"`` of theirs. Every module that has theirs, under any name, gets ours.
         without: ``(pattern, reason)``: tests whose id the pattern is found in have no counterpart.
-        shrink: other values for a test's parameters; the last argument says whether to make them smallest, for Triton's
-            interpreter.
+        shrink: other values for the parameters of a test; whether to make them smallest, for Triton's interpreter; and
+            the test's id.
         absent: packages to fake, which a machine without a GPU does not have.
         asks_for_cuda: its tests name the device "cuda", and are given the CPU.
+        conftest: their conftest.py is loaded.
         prepare: called before a module of theirs is imported.
     """
 
@@ -33,24 +34,13 @@ class Suite:
     tests: tuple[str, ...]
     stand_ins: Mapping[str, object]
     without: tuple[tuple[str, str], ...] = ()
-    shrink: Callable[[Mapping[str, Any], bool], Mapping[str, Any]] = lambda parameters, smallest: {}
+    shrink: Callable[[Mapping[str, Any], bool, str], Mapping[str, Any]] = lambda parameters, smallest, name: {}
     absent: tuple[str, ...] = ()
     asks_for_cuda: bool = False
+    conftest: bool = True
     prepare: Callable[[], None] = field(default=lambda: None)
 
 
 def no_counterpart(reason: str) -> NoReturn:
     """End the running test: what it asks for is not in this library."""
     pytest.skip(NO_COUNTERPART + reason)
-
-
-class Stub:
-    """A function of theirs that has no counterpart, whatever it is called with."""
-
-    def __init__(self, reason: str) -> None:
-        self.reason = reason
-
-    def __call__(self, *args: object, **keywords: object) -> NoReturn:
-        no_counterpart(self.reason)
-
-    apply = __call__
