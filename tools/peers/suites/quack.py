@@ -1,13 +1,17 @@
-"""QuACK (Dao-AILab/quack), whose kernels are in CuTe: its modules are imported with that faked."""
+"""QuACK (Dao-AILab/quack), whose kernels import on a GPU alone: ours are all that is there of it."""
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
+from tools.peers.sources import functions_of
 from tools.peers.suites.losses import cross_entropy, head_of, token_stats
 from tools.peers.suites.suite import Suite, no_counterpart
 
@@ -59,6 +63,13 @@ def _shrink(parameters: Mapping[str, Any], smallest: bool, name: str) -> Mapping
     return {name: min(parameters[name], most[name]) for name in most if name in parameters}
 
 
+def _prepare() -> None:
+    """The reference of their tests, which stands beside their kernels."""
+    name = "linear_cross_entropy_func_ref"
+    found = functions_of(Path("quack/linear_cross_entropy.py"), [name], F=functional)
+    setattr(importlib.import_module("quack.linear_cross_entropy"), name, getattr(found, name))
+
+
 SUITE = Suite(
     peer="QuACK",
     paths=(".",),
@@ -75,7 +86,8 @@ SUITE = Suite(
         (r"torch_compile_dispatch", "which of their kernels is taken"),
     ),
     shrink=_shrink,
-    absent=("cutlass", "cuda", "tvm_ffi", "torch_c_dlpack_ext", "nvMatmulHeuristics"),
+    absent=("quack",),
     conftest=False,
     asks_for_cuda=True,
+    prepare=_prepare,
 )  # fmt: skip
