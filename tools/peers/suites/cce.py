@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.spawn import start_processes
 
 import srpo_kernels as sk
 from tools.peers.suites.losses import BACKEND, cross_entropy, shifted, token_stats
@@ -58,7 +59,7 @@ def forked(function: Callable[..., None], args: tuple[Any, ...], nprocs: int, jo
         torch.cuda.is_available = lambda: False
         function(*arguments)
 
-    torch.multiprocessing.start_processes(on_cpu, args, nprocs, join, start_method="fork")
+    start_processes(on_cpu, args, nprocs, join, start_method="fork")
 
 
 def shrink(parameters: Mapping[str, Any], smallest: bool, name: str) -> Mapping[str, Any]:

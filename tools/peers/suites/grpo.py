@@ -52,7 +52,8 @@ class Options:
         by_sequence = self.importance_sampling_level == "sequence"
         if by_sequence and self.use_bias_correction_kl and self.beta:
             no_counterpart("a KL term weighted by the sequence's ratio: k3_weighted takes the token's")
-        name, options, others = "gspo" if by_sequence else "grpo", {}, {"delta": self.delta}
+        name, options = "gspo" if by_sequence else "grpo", {}
+        others: dict[str, Any] = {"delta": self.delta}
         if self.loss_type == "luspo" and by_sequence and not per_token:
             name = "luspo"
         if self.loss_type == "cispo":

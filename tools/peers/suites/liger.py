@@ -34,11 +34,15 @@ def _linear_cross_entropy(
     return loss.to(dtype), z_loss.to(dtype) if return_z_loss else None, None, None
 
 
-def _cross_entropy(logits: Tensor, target: Tensor, weight: Tensor | None = None, *options: Any) -> tuple[Any, ...]:
-    # Of the other function's options only accum_dtype and use_token_scaling are missing.
-    before, after = options[:6], options[6:]
-    head = head_of(logits)
-    loss, z_loss, *others = _linear_cross_entropy(logits, head, target, None, weight, *before, None, False, *after)
+def _cross_entropy(
+    logits: Tensor, target: Tensor, weight: Tensor | None = None, ignore_index: int = -100,
+    lse_square_scale: float = 0.0, label_smoothing: float = 0.0, reduction: str = "mean", softcap: float | None = None,
+    return_z_loss: bool = False, return_token_accuracy: bool = False, return_predicted_tokens: bool = False,
+) -> tuple[Any, ...]:  # fmt: skip
+    loss, z_loss, *others = _linear_cross_entropy(
+        logits, head_of(logits), target, None, weight, ignore_index, lse_square_scale, label_smoothing, reduction,
+        softcap, return_z_loss, None, False, return_token_accuracy, return_predicted_tokens,
+    )  # fmt: skip
     return loss.to(logits.dtype), None if z_loss is None else z_loss.to(logits.dtype), *others
 
 

@@ -53,7 +53,9 @@ def pretend_cuda() -> None:
 class _Anything(ModuleType):
     """A module, class, decorator or value: whatever is read of it, called or subscripted is another one."""
 
-    __path__: tuple[str, ...] = ()
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.__path__ = []
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):

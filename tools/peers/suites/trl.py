@@ -54,9 +54,9 @@ def _jsd(
     ).loss  # fmt: skip
     if reduction == "sum":
         return loss
-    if num_items_in_batch is not None:
-        return loss / num_items_in_batch
-    return loss / (len(student_logits) if labels is None else mask.sum().clamp_min(1))
+    count = len(student_logits) if labels is None else mask.sum().clamp_min(1)
+    average: Tensor = loss / (count if num_items_in_batch is None else num_items_in_batch)
+    return average
 
 
 def _dft(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:

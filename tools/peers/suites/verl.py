@@ -15,9 +15,10 @@ def _grpo_advantages(
     token_level_rewards: Tensor, response_mask: Tensor, index: Any, epsilon: float = 1e-6,
     norm_adv_by_std_in_grpo: bool = True, config: object = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    groups = torch.as_tensor(index)
-    scale = "group" if norm_adv_by_std_in_grpo else "none"
-    values = sk.group_advantages(token_level_rewards.sum(-1), groups, scale=scale, eps=epsilon)[:, None] * response_mask
+    values = sk.group_advantages(
+        token_level_rewards.sum(-1), torch.as_tensor(index), eps=epsilon,
+        scale="group" if norm_adv_by_std_in_grpo else "none",
+    )[:, None] * response_mask  # fmt: skip
     return values, values
 
 
