@@ -112,29 +112,19 @@ def _corrections(helper: Path, around: dict[str, Any]) -> list[Comparison]:
     nothing: dict[str, Any] = {"compute_is_metrics": lambda **_: {}, "compute_rs_metrics": lambda **_: {}}
     found = functions_of(helper, names, **around, **constants, **nothing)
 
-    def weights(level: str, bound: float | str) -> Function:
-        def theirs(batch: Batch, log_probs: Tensor) -> Tensor:
-            result: Tensor = found.compute_rollout_correction_weights(
-                log_ratio=batch.old_log_probs - batch.other_log_probs,
-                response_mask=batch.mask.float(),
-                rollout_is=level,
-                rollout_is_threshold=bound,
-            )[0]
-            return result
-
-        return theirs
-
-    def kept(name: str, bound: str) -> Function:
-        def theirs(batch: Batch, log_probs: Tensor) -> Tensor:
-            result: Tensor = found.compute_rollout_rejection_mask(
-                log_ratio=batch.old_log_probs - batch.other_log_probs,
-                response_mask=batch.mask.float(),
-                rollout_rs=name,
-                rollout_rs_threshold=bound,
-            )[0]
+    def theirs(function: Callable[..., Any], **options: float | str) -> Function:
+        def values(batch: Batch, log_probs: Tensor) -> Tensor:
+            log_ratio = batch.old_log_probs - batch.other_log_probs
+            result: Tensor = function(log_ratio=log_ratio, response_mask=batch.mask.float(), **options)[0]
             return result.float()
 
-        return theirs
+        return values
+
+    def weights(level: str, bound: float | str) -> Function:
+        return theirs(found.compute_rollout_correction_weights, rollout_is=level, rollout_is_threshold=bound)
+
+    def kept(name: str, bound: str) -> Function:
+        return theirs(found.compute_rollout_rejection_mask, rollout_rs=name, rollout_rs_threshold=bound)
 
     def ours(correction: sk.RolloutCorrection) -> Function:
         config = sk.SRPOConfig(loss_type="reinforce", rollout_correction=correction)
