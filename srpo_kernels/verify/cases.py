@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import product
 from typing import Any, get_args
 
-from srpo_kernels import SRPOConfig
+from srpo_kernels import RolloutCorrection, SRPOConfig
 from srpo_kernels.losses.options import KL_TYPES
 from srpo_kernels.losses.registry import POLICY_LOSSES
 from srpo_kernels.rows.contract import DIVERGENCES
 from srpo_kernels.rows.mixture import MIXTURE_DIVERGENCES, has_mixture
+from srpo_kernels.verify import forms
 from srpo_kernels.verify.inputs import (
     REALISTIC,
     Case,
@@ -93,10 +95,33 @@ def _loss_cases(size: Size) -> Iterator[Case]:
     yield Case("srpo_loss", "form of the inputs", "teacher rows of routed sequences alone", size, edit=routed_teacher)
     yield Case("srpo_loss", "form of the inputs", "routes and advantages per token", size, edit=per_token)
     yield Case("srpo_loss", "form of the inputs", "no old log-probs", size, edit=without("old_log_probs"))
+    yield from _other_forms(size)
     yield Case("srpo_loss", "form of the inputs", "policy alone", size, edit=without("sdpo_mask", "teacher_hidden"))
     for options in (*whole, {"dw_beta": 30.0}):
         name = ", ".join(map(str, options.values()))
         yield Case("srpo_loss", "chunks of rows", name, size, SRPOConfig(**options), chunked=True)
+
+
+def _other_forms(size: Size) -> Iterator[Case]:
+    """What a policy was sampled by or from, and a teacher that is no hidden states, or another one in each row."""
+    for correction in (RolloutCorrection.tis(), RolloutCorrection.mis(), RolloutCorrection.icepop()):
+        config = SRPOConfig(rollout_correction=correction)
+        name = f"{correction.outside} in [{correction.weight_min}, {correction.weight_max}]"
+        yield Case("srpo_loss", "rollout", name, size, config, edit=forms.rollout)
+    of_teacher: dict[str, Any] = {"distillation_mode": "topk", "topk_of": "teacher"}
+    for tail, divergence in product((True, False), DIVERGENCES):
+        config = SRPOConfig(divergence=divergence, add_tail=tail, **of_teacher)
+        name = f"{divergence}, {'tail' if tail else 'no tail'}"
+        yield Case("srpo_loss", "a teacher's likeliest tokens", name, size, config, edit=forms.likeliest)
+    for config in (SRPOConfig(), SRPOConfig(entropy_coef=0.1), SRPOConfig(loss_type="gspo")):
+        name = f"{config.loss_type}, entropy_coef={config.entropy_coef}"
+        yield Case("srpo_loss", "sampled support", name, size, config, edit=forms.sampled_support)
+    for config in (SRPOConfig(), SRPOConfig(softcap=5.0)):
+        name = f"softcap={config.softcap}"
+        yield Case("srpo_loss", "a divergence by row", name, size, config, edit=forms.own_divergences)
+    for divergence in DIVERGENCES:
+        config = SRPOConfig(divergence=divergence, divergence_clip=0.02)
+        yield Case("srpo_loss", "a divergence by row", f"{divergence} with a bound", size, config)
 
 
 def _fused_cases(size: Size) -> Iterator[Case]:
