@@ -23,8 +23,8 @@ class Batch(NamedTuple):
 
     ``inputs`` are the objective's, ``[N]`` by name; ``sequences`` is None where no sequence matters. ``teacher_rows``
     ``[N]`` says where in ``teacher_hidden`` ``[M, H_t]``, or in ``teacher_support``, a row's teacher is; all are unused
-    when no row has a teacher. ``support_ids`` ``[N, S]``: the tokens that rows were sampled from, in ``srpo_loss`` those
-    without a teacher; ``inputs`` then say where in them a row's own token is.
+    when no row has a teacher. ``support_ids`` ``[N, S]``: the tokens that rows were sampled from, in
+    ``srpo_loss`` those without a teacher; ``inputs`` then say where in them a row's own token is.
     """
 
     hidden: Tensor

@@ -25,9 +25,7 @@ def prepare_custom(
 ) -> tuple[Batch, Plan, CustomObjective]:
     """Lay out a call of ``fused_loss``."""
     whole = options.whole_sequences
-    rows, batch, memory = flatten(
-        call, options, passes, by_sequence=whole, needs_advantages=False, taught_support=True
-    )
+    rows, batch, memory = flatten(call, options, passes, by_sequence=whole, needs_advantages=False, taught_support=True)
     function: Callable[[ObjectiveRows], Tensor]
     if isinstance(options.objective, str):
         function, name = partial(_registered, config, options.objective), f"the policy loss {options.objective!r}"

@@ -229,7 +229,10 @@ def prepare_stats(
 
 
 def row_spec(
-    call: LossArguments | StatsArguments, config: SRPOConfig, vocabulary: Vocabulary, names: frozenset[str] | None = None
+    call: LossArguments | StatsArguments,
+    config: SRPOConfig,
+    vocabulary: Vocabulary,
+    names: frozenset[str] | None = None,
 ) -> RowSpec:
     """What is computed of rows; without the divergence or the top-k where ``names``, what is wanted, have none."""
     given = call.teacher_topk_ids

@@ -130,9 +130,7 @@ def _gradients(call: StatsCall, own: contract.Statistics, rows: Tensor, upstream
         grads = [g.to(x.dtype) for g, x in zip(upstream.values(), outputs, strict=True)]
         found = torch.autograd.grad(outputs, [leaves[name] for name in variables], grads, allow_unused=True)
     dtype = own.log_probs.dtype
-    return RowGradients(
-        **{name: None if x is None else x.to(dtype) for name, x in zip(variables, found, strict=True)}
-    )
+    return RowGradients(**{name: None if x is None else x.to(dtype) for name, x in zip(variables, found, strict=True)})
 
 
 def _forward_tiled(hidden: Tensor, head: Head, call: StatsCall) -> contract.Statistics:

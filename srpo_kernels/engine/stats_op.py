@@ -15,7 +15,6 @@ from srpo_kernels.engine.prepare import flat_rows, prepare_stats, tiles
 from srpo_kernels.engine.stats import Statistics
 from srpo_kernels.rows.dtypes import accumulation_dtype, wide_dtype
 
-
 _DIFFERENTIABLE = ("log_probs", "entropy", "divergence", "logsumexp")
 
 

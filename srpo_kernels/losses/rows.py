@@ -74,8 +74,7 @@ class ObjectiveRows:
         if name in self._inputs:
             return self._inputs[name]
         raise AttributeError(
-            f"rows have no {name!r}: they have the statistics {PUBLIC}, and as inputs "
-            f"{tuple(self._inputs)}"
+            f"rows have no {name!r}: they have the statistics {PUBLIC}, and as inputs {tuple(self._inputs)}"
         )
 
     def tensors(self) -> dict[str, Tensor]:

@@ -16,10 +16,13 @@ from srpo_kernels.verify.inputs import (
     Case,
     Op,
     Size,
+    given_topk,
+    given_topk_and_support,
     of_a_larger_batch,
     per_token,
     poison,
     routed_teacher,
+    support,
     without,
 )
 
@@ -60,7 +63,12 @@ _LOSS_OPTIONS: dict[str, list[dict[str, Any]]] = {
     "reduction": [{"reduction": "sequence"}, {"reduction": "constant", "max_length": 9}],
 }
 # Of the statistics, and of an objective of all of them.
-_STATS_OPTIONS = {"divergence": _DIVERGENCES, "logit transform": _TRANSFORMS}
+_STATS_OPTIONS = {
+    "divergence": _DIVERGENCES,
+    "distillation mode": _LOSS_OPTIONS["distillation mode"],
+    "logit transform": _TRANSFORMS,
+}
+_GIVEN: dict[str, Any] = {"distillation_mode": "topk", "topk_of": "teacher"}
 
 
 def cases(size: Size, *, large: bool, realistic: bool) -> list[Case]:
@@ -69,6 +77,8 @@ def cases(size: Size, *, large: bool, realistic: bool) -> list[Case]:
     ``realistic`` adds the head of a current model.
     """
     small = [*_loss_cases(size), *_fused_cases(size), *_stats_cases(size)]
+    for op in ("srpo_loss", "fused_loss", "token_stats"):
+        small += _token_cases(op, size)
     small += [Case("teacher_stats", "logit transform", "defaults", size)]
     small += _option_cases("teacher_stats", {"logit transform": _TRANSFORMS}, size)
     shaped = [case for op in get_args(Op) for case in _shape_cases(op, size, large, realistic)]
@@ -97,6 +107,21 @@ def _loss_cases(size: Size) -> Iterator[Case]:
     for options in (*whole, {"dw_beta": 30.0}):
         name = ", ".join(map(str, options.values()))
         yield Case("srpo_loss", "chunks of rows", name, size, SRPOConfig(**options), chunked=True)
+
+
+def _token_cases(op: Op, size: Size) -> Iterator[Case]:
+    """What rows were sampled from, and teachers that are their likeliest tokens: by logits, and by columns."""
+    bonus = SRPOConfig(entropy_coef=0.1, softcap=5.0)
+    for name, shape in {"": size, ", columns of the head": size._replace(vocab_size=1009)}.items():
+        yield Case(op, "sampling support", f"6 tokens{name}", shape, bonus, edit=support)
+    for divergence in DIVERGENCES:
+        for add_tail in (True, False):
+            config = SRPOConfig(divergence=divergence, add_tail=add_tail, **_GIVEN)
+            name = f"{divergence}, add_tail={add_tail}"
+            yield Case(op, "teacher as top-k", name, size, config, edit=given_topk)
+    yield Case(op, "teacher as top-k", "beside a support", size, config, edit=given_topk_and_support)
+    columns = size._replace(vocab_size=1009)
+    yield Case(op, "teacher as top-k", "by columns", columns, config, edit=given_topk_and_support)
 
 
 def _fused_cases(size: Size) -> Iterator[Case]:
