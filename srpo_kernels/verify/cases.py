@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from itertools import product
 from typing import Any, get_args
 
 from srpo_kernels import RolloutCorrection, SRPOConfig
@@ -18,10 +17,13 @@ from srpo_kernels.verify.inputs import (
     Case,
     Op,
     Size,
+    given_topk,
+    given_topk_and_support,
     of_a_larger_batch,
     per_token,
     poison,
     routed_teacher,
+    support,
     without,
 )
 
@@ -62,7 +64,12 @@ _LOSS_OPTIONS: dict[str, list[dict[str, Any]]] = {
     "reduction": [{"reduction": "sequence"}, {"reduction": "constant", "max_length": 9}],
 }
 # Of the statistics, and of an objective of all of them.
-_STATS_OPTIONS = {"divergence": _DIVERGENCES, "logit transform": _TRANSFORMS}
+_STATS_OPTIONS = {
+    "divergence": _DIVERGENCES,
+    "distillation mode": _LOSS_OPTIONS["distillation mode"],
+    "logit transform": _TRANSFORMS,
+}
+_GIVEN: dict[str, Any] = {"distillation_mode": "topk", "topk_of": "teacher"}
 
 
 def cases(size: Size, *, large: bool, realistic: bool) -> list[Case]:
@@ -71,6 +78,8 @@ def cases(size: Size, *, large: bool, realistic: bool) -> list[Case]:
     ``realistic`` adds the head of a current model.
     """
     small = [*_loss_cases(size), *_fused_cases(size), *_stats_cases(size)]
+    for op in ("srpo_loss", "fused_loss", "token_stats"):
+        small += _token_cases(op, size)
     small += [Case("teacher_stats", "logit transform", "defaults", size)]
     small += _option_cases("teacher_stats", {"logit transform": _TRANSFORMS}, size)
     shaped = [case for op in get_args(Op) for case in _shape_cases(op, size, large, realistic)]
@@ -95,33 +104,40 @@ def _loss_cases(size: Size) -> Iterator[Case]:
     yield Case("srpo_loss", "form of the inputs", "teacher rows of routed sequences alone", size, edit=routed_teacher)
     yield Case("srpo_loss", "form of the inputs", "routes and advantages per token", size, edit=per_token)
     yield Case("srpo_loss", "form of the inputs", "no old log-probs", size, edit=without("old_log_probs"))
-    yield from _other_forms(size)
+    yield from _own_cases(size)
     yield Case("srpo_loss", "form of the inputs", "policy alone", size, edit=without("sdpo_mask", "teacher_hidden"))
     for options in (*whole, {"dw_beta": 30.0}):
         name = ", ".join(map(str, options.values()))
         yield Case("srpo_loss", "chunks of rows", name, size, SRPOConfig(**options), chunked=True)
 
 
-def _other_forms(size: Size) -> Iterator[Case]:
-    """What a policy was sampled by or from, and a teacher that is no hidden states, or another one in each row."""
+def _own_cases(size: Size) -> Iterator[Case]:
+    """Log-probs of a rollout engine, and divergences that rows have of their own."""
     for correction in (RolloutCorrection.tis(), RolloutCorrection.mis(), RolloutCorrection.icepop()):
         config = SRPOConfig(rollout_correction=correction)
         name = f"{correction.outside} in [{correction.weight_min}, {correction.weight_max}]"
         yield Case("srpo_loss", "rollout", name, size, config, edit=forms.rollout)
-    of_teacher: dict[str, Any] = {"distillation_mode": "topk", "topk_of": "teacher"}
-    for tail, divergence in product((True, False), DIVERGENCES):
-        config = SRPOConfig(divergence=divergence, add_tail=tail, **of_teacher)
-        name = f"{divergence}, {'tail' if tail else 'no tail'}"
-        yield Case("srpo_loss", "a teacher's likeliest tokens", name, size, config, edit=forms.likeliest)
-    for config in (SRPOConfig(), SRPOConfig(entropy_coef=0.1), SRPOConfig(loss_type="gspo")):
-        name = f"{config.loss_type}, entropy_coef={config.entropy_coef}"
-        yield Case("srpo_loss", "sampled support", name, size, config, edit=forms.sampled_support)
     for config in (SRPOConfig(), SRPOConfig(softcap=5.0)):
         name = f"softcap={config.softcap}"
         yield Case("srpo_loss", "a divergence by row", name, size, config, edit=forms.own_divergences)
     for divergence in DIVERGENCES:
         config = SRPOConfig(divergence=divergence, divergence_clip=0.02)
         yield Case("srpo_loss", "a divergence by row", f"{divergence} with a bound", size, config)
+
+
+def _token_cases(op: Op, size: Size) -> Iterator[Case]:
+    """What rows were sampled from, and teachers that are their likeliest tokens: by logits, and by columns."""
+    bonus = SRPOConfig(entropy_coef=0.1, softcap=5.0)
+    for name, shape in {"": size, ", columns of the head": size._replace(vocab_size=1009)}.items():
+        yield Case(op, "sampling support", f"6 tokens{name}", shape, bonus, edit=support)
+    for divergence in DIVERGENCES:
+        for add_tail in (True, False):
+            config = SRPOConfig(divergence=divergence, add_tail=add_tail, **_GIVEN)
+            name = f"{divergence}, add_tail={add_tail}"
+            yield Case(op, "teacher as top-k", name, size, config, edit=given_topk)
+    yield Case(op, "teacher as top-k", "beside a support", size, config, edit=given_topk_and_support)
+    columns = size._replace(vocab_size=1009)
+    yield Case(op, "teacher as top-k", "by columns", columns, config, edit=given_topk_and_support)
 
 
 def _fused_cases(size: Size) -> Iterator[Case]:

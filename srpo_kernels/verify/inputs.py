@@ -18,7 +18,7 @@ Inputs = dict[str, Any]
 
 # What the options of token_stats and teacher_stats are called in a config.
 TRANSFORM = ("temperature", "logit_scale", "softcap")
-DIVERGENCE = ("divergence", "alpha")
+COMPARED = ("divergence", "alpha", "distillation_mode", "topk", "topk_of", "add_tail")
 
 _MODEL_TENSORS = ("hidden", "weight", "bias", "teacher_hidden", "teacher_weight", "teacher_bias")
 _LEAVES = ("hidden", "weight", "bias")
@@ -187,6 +187,31 @@ def of_a_larger_batch(inputs: Inputs) -> Inputs:
 def routed_teacher(inputs: Inputs) -> Inputs:
     """The teacher's states of routed sequences alone."""
     return inputs | {"teacher_hidden": inputs["teacher_hidden"][inputs["sdpo_mask"]]}
+
+
+def given_topk(inputs: Inputs, k: int = 5) -> Inputs:
+    """The teacher's likeliest tokens in the place of its hidden states, fewer of them in the first row."""
+    own = inputs["teacher_weight"] is not None
+    head = [inputs[name] for name in (("teacher_weight", "teacher_bias") if own else ("weight", "bias"))]
+    logits = reference.logits.head_logits(inputs["teacher_hidden"], *head)
+    log_probs, ids = logits.log_softmax(-1).topk(min(k, logits.shape[-1]), dim=-1)
+    ids.view(-1, ids.shape[-1])[0, 1:] = -1
+    given = {"teacher_topk_ids": ids, "teacher_topk_log_probs": log_probs}
+    return inputs | dict.fromkeys(("teacher_hidden", "teacher_weight", "teacher_bias")) | given
+
+
+def support(inputs: Inputs, k: int = 6) -> Inputs:
+    """Some tokens that rows were sampled from, the row's own among most of them, fewer in the first row."""
+    targets, vocab_size = inputs["target_ids"], len(inputs["weight"])
+    scores = torch.rand(*targets.shape, vocab_size, generator=torch.Generator().manual_seed(0))
+    ids = scores.scatter(-1, targets[..., None], 0.9).topk(min(k, vocab_size), dim=-1).indices
+    ids.view(-1, ids.shape[-1])[0, :-1] = -1
+    return inputs | {"support_ids": ids}
+
+
+def given_topk_and_support(inputs: Inputs) -> Inputs:
+    """Both."""
+    return support(given_topk(inputs))
 
 
 def per_token(inputs: Inputs) -> Inputs:
