@@ -206,8 +206,8 @@ def prepare_stats(
     if call.mask is not None or (check and call.target_ids is not None):
         valid = torch.ones_like(rows, dtype=torch.bool) if call.mask is None else call.mask.reshape(-1)
         nowhere = torch.zeros_like(valid)
-        ids = targets if check else nowhere.long()
-        checks = RowChecks.of(ids, valid, nowhere, vocabulary.size, has_teacher=True, has_advantages=True)
+        checked = targets if check else nowhere.long()
+        checks = RowChecks.of(checked, valid, nowhere, vocabulary.size, has_teacher=True, has_advantages=True)
         rows = order_rows(valid, nowhere, None, None, 1, checks).order.alone
     config = options.config()
     given, support_ids = None, None if call.support_ids is None else flat_rows(call.support_ids).long()

@@ -67,6 +67,19 @@ def test_a_loss_reads_once(options: dict[str, Any], others: list[str]) -> None:
     assert sorted(reads_of(call)) == sorted([ORDER, *others])
 
 
+def test_tokens_that_are_given_are_looked_at() -> None:
+    inputs = cast(head_inputs(0, (4, 6), 8, 33), torch.float32)
+    support = torch.stack([inputs["target_ids"], (inputs["target_ids"] + 1) % 33], dim=-1)
+    call = {name: inputs[name] for name in ("hidden", "weight", "target_ids", "mask")}
+    lines = reads_of(partial(token_stats, **call, support_ids=support, backend="triton"))
+    assert lines == [ORDER, "row_values.check_support: tolist"]
+    config = SRPOConfig()
+    rows = inputs_of(config) | {"sdpo_mask": None, "teacher_hidden": None, "teacher_weight": None, "teacher_bias": None}
+    rows["support_ids"] = torch.stack([rows["target_ids"], (rows["target_ids"] + 1) % 33], dim=-1)
+    lines = reads_of(partial(srpo_loss, **rows, config=config, backend="triton"))
+    assert lines == ["prepare.flatten: index", "row_values.check_support: tolist", ORDER]
+
+
 def test_a_backward_reads_nothing() -> None:
     config = SRPOConfig()
     loss = srpo_loss(**with_leaves(inputs_of(config)), config=config, backend="triton").loss
