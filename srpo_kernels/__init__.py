@@ -5,6 +5,7 @@ from srpo_kernels.api.metrics import summarize_metrics
 from srpo_kernels.api.modules import SRPOLoss
 from srpo_kernels.api.srpo import srpo_loss
 from srpo_kernels.api.statistics import teacher_stats, token_stats, topk_entropy
+from srpo_kernels.api.support import pad_support
 from srpo_kernels.api.token_losses import policy_loss, sampled_distillation_loss
 from srpo_kernels.api.types import FusedOutput, SRPOOutput, TeacherStats, TokenStats
 from srpo_kernels.engine.workspace import release as release_workspace
@@ -35,6 +36,7 @@ __all__ = [
     "call_as_forward",
     "fused_loss",
     "group_advantages",
+    "pad_support",
     "policy_loss",
     "register_policy_loss",
     "release_workspace",

@@ -376,5 +376,10 @@ def stats_cases(draw: st.DrawFn) -> Case:
         "logit_scale": draw(st.sampled_from([1.0, 0.5])),
         "softcap": draw(st.sampled_from([None, 5.0])),
     }
+    if inputs["teacher_hidden"] is not None and not draw(st.integers(0, 3)):
+        config = SRPOConfig(**{name: options[name] for name in ("temperature", "logit_scale", "softcap")})
+        inputs = with_given_topk(inputs, config, draw(st.sampled_from([1, 3, 200])))
+    if not draw(st.integers(0, 3)):
+        inputs["support_ids"] = random_support(inputs["target_ids"], vocab_size, draw(st.sampled_from([1, 3, 200])))
     leaves = draw(st.sampled_from([LEAVES, ("hidden", "bias"), ("weight",), ()]))
     return Case(inputs, options, leaves, draw(workspaces(vocab_size)))

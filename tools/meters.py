@@ -23,18 +23,21 @@ _LOOKUPS = ("gather", "index", "index_select", "scatter", "scatter_add", "index_
 
 
 class ProductMeter(TorchDispatchMode):
-    """Multiply-adds of products of two matrices; torch's own counter misses ``addmm_``."""
+    """Multiply-adds of products of two matrices; torch's own counter misses ``addmm_``.
 
-    def __init__(self) -> None:
+    Batches of products, those of ``columns`` of the head, are no such, and are an error where none are expected.
+    """
+
+    def __init__(self, *, columns: bool = False) -> None:
         super().__init__()
-        self.multiply_adds = 0
+        self.multiply_adds, self.columns = 0, columns
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = _name(func)
         if name in _PRODUCTS:
             left, right = args[:2] if name == "mm" else args[1:3]
             self.multiply_adds += left.shape[0] * left.shape[1] * right.shape[1]
-        elif name in ("bmm", "baddbmm", "addbmm", "addr"):
+        elif name in ("bmm", "baddbmm", "addbmm", "addr") and not self.columns:
             raise NotImplementedError(f"{func} is a product that is not counted")
         return func(*args, **(kwargs or {}))
 

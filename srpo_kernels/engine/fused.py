@@ -173,12 +173,8 @@ class FusedPass:
         if num_taught:
             names |= self.objective.reads(taught=True)[0]
         statistics = {name: self._statistic(name, parts) for name in names}
-        self.log_probs[rows] = torch.cat(
-            [
-                self._own_log_probs(statistics, rows, slice(num_taught), taught=True),
-                self._own_log_probs(statistics, rows, slice(num_taught, None), taught=False),
-            ]
-        )
+        kinds = (slice(num_taught), True), (slice(num_taught, None), False)
+        self.log_probs[rows] = torch.cat([self._own_log_probs(statistics, rows, *kind) for kind in kinds])
         return evaluate(
             self.objective,
             statistics,
@@ -189,14 +185,13 @@ class FusedPass:
             active=active,
         )
 
-    def _own_log_probs(self, statistics: dict[str, Tensor], rows: Tensor, kind: slice, *, taught: bool) -> Tensor:
+    def _own_log_probs(self, statistics: dict[str, Tensor], rows: Tensor, kind: slice, taught: bool) -> Tensor:
         """Of rows of a kind, over the tokens that they were sampled from where these matter."""
         log_probs = statistics["log_probs"][kind]
         if "sampled_log_probs" not in self.objective.reads(taught)[0]:
             return log_probs
-        return over_support(log_probs, statistics["sampled_log_probs"][kind], self.batch.inputs[POSITION][rows[kind]])[
-            0
-        ]
+        position = self.batch.inputs[POSITION][rows[kind]]
+        return over_support(log_probs, statistics["sampled_log_probs"][kind], position)[0]
 
     def _statistic(self, name: str, parts: list[Part]) -> Tensor:
         """Of all parts; 0 in those that do not have it."""

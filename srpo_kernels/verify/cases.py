@@ -62,7 +62,12 @@ _LOSS_OPTIONS: dict[str, list[dict[str, Any]]] = {
     "reduction": [{"reduction": "sequence"}, {"reduction": "constant", "max_length": 9}],
 }
 # Of the statistics, and of an objective of all of them.
-_STATS_OPTIONS = {"divergence": _DIVERGENCES, "logit transform": _TRANSFORMS}
+_STATS_OPTIONS = {
+    "divergence": _DIVERGENCES,
+    "distillation mode": _LOSS_OPTIONS["distillation mode"],
+    "logit transform": _TRANSFORMS,
+}
+_OF_TEACHER: dict[str, Any] = {"distillation_mode": "topk", "topk_of": "teacher"}
 
 
 def cases(size: Size, *, large: bool, realistic: bool) -> list[Case]:
@@ -71,6 +76,8 @@ def cases(size: Size, *, large: bool, realistic: bool) -> list[Case]:
     ``realistic`` adds the head of a current model.
     """
     small = [*_loss_cases(size), *_fused_cases(size), *_stats_cases(size)]
+    for op in ("srpo_loss", "fused_loss", "token_stats"):
+        small += _few_tokens(op, size)
     small += [Case("teacher_stats", "logit transform", "defaults", size)]
     small += _option_cases("teacher_stats", {"logit transform": _TRANSFORMS}, size)
     shaped = [case for op in get_args(Op) for case in _shape_cases(op, size, large, realistic)]
@@ -108,9 +115,8 @@ def _other_forms(size: Size) -> Iterator[Case]:
         config = SRPOConfig(rollout_correction=correction)
         name = f"{correction.outside} in [{correction.weight_min}, {correction.weight_max}]"
         yield Case("srpo_loss", "rollout", name, size, config, edit=forms.rollout)
-    of_teacher: dict[str, Any] = {"distillation_mode": "topk", "topk_of": "teacher"}
     for tail, divergence in product((True, False), DIVERGENCES):
-        config = SRPOConfig(divergence=divergence, add_tail=tail, **of_teacher)
+        config = SRPOConfig(divergence=divergence, add_tail=tail, **_OF_TEACHER)
         name = f"{divergence}, {'tail' if tail else 'no tail'}"
         yield Case("srpo_loss", "a teacher's likeliest tokens", name, size, config, edit=forms.likeliest)
     for config in (SRPOConfig(), SRPOConfig(entropy_coef=0.1), SRPOConfig(loss_type="gspo")):
@@ -122,6 +128,21 @@ def _other_forms(size: Size) -> Iterator[Case]:
     for divergence in DIVERGENCES:
         config = SRPOConfig(divergence=divergence, divergence_clip=0.02)
         yield Case("srpo_loss", "a divergence by row", f"{divergence} with a bound", size, config)
+
+
+def _few_tokens(op: Op, size: Size) -> Iterator[Case]:
+    """The same of the other functions, by logits, and by columns of the head."""
+    wide = size._replace(vocab_size=1009)
+    capped = SRPOConfig(entropy_coef=0.1, softcap=5.0)
+    for name, shape in {"by logits": size, "by columns of the head": wide}.items():
+        yield Case(op, "sampled support", name, shape, capped, edit=forms.sampled_support)
+    for tail, divergence in product((True, False), DIVERGENCES if op != "srpo_loss" else ()):
+        config = SRPOConfig(divergence=divergence, add_tail=tail, **_OF_TEACHER)
+        name = f"{divergence}, {'tail' if tail else 'no tail'}"
+        yield Case(op, "a teacher's likeliest tokens", name, size, config, edit=forms.likeliest)
+    config = SRPOConfig(add_tail=False, **_OF_TEACHER)
+    for name, shape in {"beside a support": size, "beside a support, by columns": wide}.items():
+        yield Case(op, "a teacher's likeliest tokens", name, shape, config, edit=forms.likeliest_and_support)
 
 
 def _fused_cases(size: Size) -> Iterator[Case]:

@@ -17,7 +17,7 @@ import srpo_kernels_reference as reference
 from srpo_kernels import SRPOConfig
 from srpo_kernels.engine.backends import BackendName
 from srpo_kernels.verify import objective
-from srpo_kernels.verify.inputs import DIVERGENCE, TRANSFORM, Case, Inputs, Op, Size, cast, make_inputs
+from srpo_kernels.verify.inputs import COMPARED, TRANSFORM, Case, Inputs, Op, Size, cast, make_inputs
 from srpo_kernels.verify.plain import project_rounded
 
 Results = dict[str, Tensor]
@@ -134,17 +134,17 @@ def dtype_name(dtype: torch.dtype) -> str:
 def _library(case: Case, backend: BackendName, dtype: torch.dtype) -> Callable[..., Any]:
     """The public function with the options of a case."""
     function = objective.library if case.op == "fused_loss" else getattr(srpo_kernels, case.op)
-    options = _options(case)
+    options: dict[str, Any] = {"config": case.config} if case.op == "token_stats" else _options(case)
     if case.op in ("token_stats", "teacher_stats"):
         options["engine"] = case.engine
     return partial(function, backend=backend, workspace_bytes=case.workspace_bytes(dtype), **options)
 
 
 def _options(case: Case) -> dict[str, Any]:
-    """The options of a case as both the library and the oracle take them."""
+    """The options of a case as the oracle takes them, and the library but for ``token_stats``."""
     if case.op in ("srpo_loss", "fused_loss"):
         return {"config": case.config}
-    names = (*TRANSFORM, *DIVERGENCE) if case.op == "token_stats" else TRANSFORM
+    names = (*TRANSFORM, *COMPARED) if case.op == "token_stats" else TRANSFORM
     return {name: getattr(case.config, name) for name in names}
 
 

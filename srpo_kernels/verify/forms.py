@@ -32,6 +32,11 @@ def sampled_support(inputs: Inputs) -> Inputs:
     return inputs | {"support_ids": ids.view(*inputs["target_ids"].shape, -1)}
 
 
+def likeliest_and_support(inputs: Inputs) -> Inputs:
+    """Both."""
+    return sampled_support(likeliest(inputs))
+
+
 def _distinct(target_ids: Tensor, vocab_size: int) -> Tensor:
     """``[n, K]``: ids that follow the target, without itself in every other row, -1 where the vocabulary ends."""
     step = torch.arange(_TOKENS) + (torch.arange(len(target_ids)) % 2)[:, None]

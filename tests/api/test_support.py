@@ -2,16 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-import reference
 import srpo_kernels as sk
-from tests.comparison import assert_as_accurate, assert_same, condition_of, run_loss
-from tests.strategies import Inputs, cast, each_backend, for_backend, loss_inputs, random_support
+from tests.comparison import assert_same, run_loss, run_stats, with_leaves
+from tests.meters import ProductMeter
+from tests.parity import check_loss, check_loss_in, check_stats, check_stats_in, coefficients
+from tests.strategies import (
+    LEAVES,
+    Case,
+    Inputs,
+    cast,
+    each_backend,
+    head_inputs,
+    loss_inputs,
+    random_support,
+    with_given_topk,
+)
 
 OPTIONS: list[dict[str, Any]] = [
     {},
@@ -22,9 +37,22 @@ OPTIONS: list[dict[str, Any]] = [
 ]
 
 
+GIVEN: dict[str, Any] = {"distillation_mode": "topk", "topk_of": "teacher"}
+
+
+def with_support(inputs: Inputs, k: int) -> Inputs:
+    return inputs | {"support_ids": random_support(inputs["target_ids"], len(inputs["weight"]), k)}
+
+
+def by_columns(call: Callable[[], Any]) -> bool:
+    """Whether a call has no product with the whole head."""
+    with ProductMeter(columns=True) as meter:
+        call()
+    return not meter.multiply_adds
+
+
 def batch(config: sk.SRPOConfig, k: int, rows: tuple[int, ...] = (5, 6)) -> Inputs:
-    inputs = loss_inputs(1, rows, teacher_size=5, config=config)
-    return inputs | {"support_ids": random_support(inputs["target_ids"], 33, k)}
+    return with_support(loss_inputs(1, rows, teacher_size=5, config=config), k)
 
 
 @each_backend
@@ -33,14 +61,19 @@ def batch(config: sk.SRPOConfig, k: int, rows: tuple[int, ...] = (5, 6)) -> Inpu
 def test_parity(options: dict[str, Any], k: int, backend: str) -> None:
     config = sk.SRPOConfig(**options)
     for rows in ((5, 6), (23,)):
-        inputs = for_backend(batch(config, k, rows), backend)
-        exact = run_loss(reference.srpo_loss, cast(inputs, torch.float64), config=config)
-        actual = run_loss(sk.srpo_loss, inputs, config=config, backend=backend)
-        if backend == "torch":
-            assert_same(actual, exact, 1e-9)
-        else:
-            naive = run_loss(reference.srpo_loss, inputs, config=config)
-            assert_as_accurate(actual, naive, exact, condition=condition_of(config, exact))
+        check_loss_in(batch(config, k, rows), config, backend)
+
+
+@each_backend
+@pytest.mark.parametrize("k", [1, 5, 33])
+@pytest.mark.parametrize("teacher", [True, False])
+def test_statistics(teacher: bool, k: int, backend: str) -> None:
+    for rows in ((5, 6), (23,)):
+        inputs = with_support(head_inputs(1, rows, 8, 33, teacher_size=5), k)
+        if not teacher:
+            inputs |= dict.fromkeys(("teacher_hidden", "teacher_weight", "teacher_bias"))
+        for options in ({}, {"softcap": 5.0, "temperature": 0.7, "divergence": "reverse_kl"}):
+            check_stats_in(inputs, backend, **options)
 
 
 def test_the_whole_vocabulary_changes_nothing() -> None:
@@ -96,14 +129,26 @@ def test_the_columns_of_the_head_are_as_exact_as_all_of_it(softcap: float | None
     inputs = loss_inputs(1, (5, 6), vocab_size=400, teacher_size=5, config=config)
     inputs["support_ids"] = random_support(inputs["target_ids"], 400, 6)
     leaves = tuple(name for name in ("hidden", "weight", "bias") if name != frozen)
-    expected = run_loss(reference.srpo_loss, inputs, leaves, config=config)
-    assert_same(run_loss(sk.srpo_loss, inputs, leaves, config=config), expected, 1e-9)
+    check_loss_in(inputs, config, "torch", leaves)
     for dtype in (torch.float32, torch.bfloat16):
-        rounded = cast(inputs, dtype)
-        exact = run_loss(reference.srpo_loss, cast(rounded, torch.float64), leaves, config=config)
-        naive = run_loss(reference.srpo_loss, rounded, leaves, config=config)
-        actual = run_loss(sk.srpo_loss, rounded, leaves, config=config)
-        assert_as_accurate(actual, naive, exact, condition=condition_of(config, exact))
+        check_loss(Case(inputs, {"config": config}, leaves), dtype, "torch")
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("frozen", ["", "hidden", "weight"])
+def test_statistics_by_columns(softcap: float | None, frozen: str) -> None:
+    leaves = tuple(name for name in LEAVES if name != frozen)
+    config = sk.SRPOConfig(softcap=softcap, logit_scale=0.5, add_tail=False, **GIVEN)
+    teachers: list[tuple[Inputs, dict[str, Any]]] = []
+    for rows in ((5, 6), (23,)):
+        inputs = with_support(head_inputs(1, rows, 8, 400, teacher_size=5), 6)
+        nobody = dict.fromkeys(("teacher_hidden", "teacher_weight", "teacher_bias"))
+        teachers += [(inputs | nobody, {"softcap": softcap}), (with_given_topk(inputs, config, 4), {"config": config})]
+    for inputs, options in teachers:
+        assert by_columns(partial(run_stats, sk.token_stats, inputs, coefficients(inputs), leaves, **options))
+        check_stats_in(inputs, "torch", leaves, **options)
+        for dtype in (torch.float32, torch.bfloat16):
+            check_stats(Case(inputs, options, leaves), dtype, "torch")
 
 
 def test_the_columns_cost_no_product() -> None:
@@ -119,3 +164,59 @@ def test_the_columns_cost_no_product() -> None:
         return counter.get_total_flops()
 
     assert floating(4000) == floating(400) < floating(90)
+
+
+class Passes(TorchDispatchMode):
+    """The operators that go over a tensor of a shape, by name."""
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.shape, self.names = shape, list[str]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor) and result.shape == self.shape:
+            self.names.append(func.overloadpacket.__name__)
+        return result
+
+
+@pytest.mark.parametrize(("dtype", "last"), [(torch.float32, []), (torch.bfloat16, ["_to_copy"])])
+def test_the_gradient_of_the_head_by_columns_is_zeros_to_which_rows_are_added(
+    dtype: torch.dtype, last: list[str]
+) -> None:
+    inputs = loss_inputs(1, (5, 6), vocab_size=400) | {"sdpo_mask": None, "teacher_hidden": None, "mask": None}
+    inputs = with_leaves(cast(with_support(inputs, 2), dtype), ("hidden", "weight"))
+    with Passes((400, 8)) as passes:
+        sk.srpo_loss(**inputs).loss.backward()
+    # No other operator goes over all of it: neither to write zeros, nor to scale by an upstream gradient of 1.
+    assert [x for x in passes.names if x not in ("detach", "empty", "alias")] == ["zeros", "index_add_", *last]
+
+
+@pytest.mark.parametrize("lists", [[[3, 1], [], [7, 0, 5]], [[], []], [[4]], []])
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_lists_of_tokens(lists: list[list[int]], dtype: torch.dtype) -> None:
+    ends = [sum(map(len, lists[:n])) for n in range(len(lists) + 1)]
+    ids = torch.tensor([x for own in lists for x in own], dtype=dtype)
+    padded = sk.pad_support(ids, torch.tensor(ends, dtype=dtype))
+    assert padded.dtype == torch.int64
+    width = max([1, *map(len, lists)])
+    assert padded.tolist() == [x + [-1] * (width - len(x)) for x in lists]
+
+
+@pytest.mark.parametrize(
+    ("ids", "offsets", "message"),
+    [
+        ([1, 2], [1, 2], "offsets must lead from 0 to the 2 ids and never back, got 1 to 2"),
+        ([1, 2], [0, 1], "got 0 to 1"),
+        ([1, 2], [0, 2, 1, 2], "and back by 1"),
+        ([1, -1], [0, 2], "ids must not be negative.*got -1"),
+        ([[1, 2]], [0, 2], r"ids must have shape \[M\], got \[1, 2\]"),
+        ([1, 2], [[0, 2]], "offsets must have shape"),
+        ([1, 2], [], "offsets must have shape"),
+    ],
+)
+def test_lists_that_are_none(ids: list[int], offsets: list[int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        sk.pad_support(torch.tensor(ids), torch.tensor(offsets, dtype=torch.int64))
+    with pytest.raises(TypeError, match="offsets must be"):
+        sk.pad_support(torch.tensor(ids).flatten(), torch.ones(2))

@@ -8,13 +8,19 @@ from typing import Any
 import pytest
 import torch
 
-import reference
 import srpo_kernels as sk
 from srpo_kernels.rows.contract import DIVERGENCES
-from tests.comparison import assert_as_accurate, assert_same, condition_of, run_loss
-from tests.strategies import Inputs, cast, each_backend, for_backend, loss_inputs, with_given_topk
+from tests.comparison import assert_same, run_loss, run_stats
+from tests.parity import check_loss_in, check_stats_in, coefficients
+from tests.strategies import Inputs, cast, each_backend, head_inputs, loss_inputs, random_support, with_given_topk
 
 GIVEN: dict[str, Any] = {"distillation_mode": "topk", "topk_of": "teacher"}
+MODES: list[dict[str, Any]] = [
+    GIVEN | {"topk": 4},
+    GIVEN | {"topk": 4, "add_tail": False},
+    {"distillation_mode": "topk", "topk": 4},
+    {"distillation_mode": "sampled"},
+]
 
 
 def batch(config: sk.SRPOConfig, k: int, rows: tuple[int, ...] = (5, 6), *, fewer: bool = True) -> Inputs:
@@ -28,14 +34,31 @@ def batch(config: sk.SRPOConfig, k: int, rows: tuple[int, ...] = (5, 6), *, fewe
 def test_parity(divergence: str, k: int, add_tail: bool, backend: str) -> None:
     config = sk.SRPOConfig(divergence=divergence, add_tail=add_tail, softcap=20.0, temperature=0.8, **GIVEN)  # type: ignore[arg-type]
     for rows in ((5, 6), (23,)):
-        inputs = for_backend(batch(config, k, rows), backend)
-        exact = run_loss(reference.srpo_loss, cast(inputs, torch.float64), config=config)
-        actual = run_loss(sk.srpo_loss, inputs, config=config, backend=backend)
-        if backend == "torch":
-            assert_same(actual, exact, 1e-9)
-        else:
-            naive = run_loss(reference.srpo_loss, inputs, config=config)
-            assert_as_accurate(actual, naive, exact, condition=condition_of(config, exact))
+        check_loss_in(batch(config, k, rows), config, backend)
+        given = with_given_topk(head_inputs(1, rows, 8, 33, teacher_size=5), config, k)
+        check_stats_in(given, backend, config=config)
+
+
+@each_backend
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_statistics_of_every_mode(divergence: str, backend: str) -> None:
+    """Beside a support: tokens that are compared are among those that were sampled from, or are not."""
+    for options in MODES:
+        config = sk.SRPOConfig(divergence=divergence, softcap=9.0, **options)  # type: ignore[arg-type]
+        for rows in ((5, 6), (23,)):
+            inputs = head_inputs(1, rows, 8, 33, teacher_size=5)
+            support = {"support_ids": random_support(inputs["target_ids"], 33, 5)}
+            check_stats_in(inputs, backend, config=config)
+            check_stats_in(inputs | support, backend, config=config)
+            if config.topk_of == "teacher":
+                check_stats_in(with_given_topk(inputs, config, 4) | support, backend, config=config)
+
+
+def test_without_a_config_the_rest_is_one_more_token() -> None:
+    inputs = with_given_topk(head_inputs(1, (5, 6), 8, 33), CONFIG, 4)
+    upstream = coefficients(inputs)
+    expected = run_stats(sk.token_stats, inputs, upstream, config=sk.SRPOConfig(divergence="forward_kl", **GIVEN))
+    assert_same(run_stats(sk.token_stats, inputs, upstream, divergence="forward_kl"), expected, 0.0)
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
@@ -130,3 +153,11 @@ def test_what_is_refused(change: dict[str, Any], error: type[Exception], message
     inputs = cast(batch(CONFIG, 1), torch.float32)
     with pytest.raises(error, match=message):
         sk.srpo_loss(**{**inputs, "config": CONFIG, **change})
+    change = {name: x for name, x in change.items() if name != "sdpo_mask"}
+    if not change:
+        return
+    own = {name: inputs[name] for name in ("hidden", "weight", "target_ids", "bias", "mask")}
+    own |= {name: inputs[name] for name in ("teacher_topk_ids", "teacher_topk_log_probs")} | {"config": CONFIG}
+    for function, more in ((sk.token_stats, {}), (sk.fused_loss, {"objective": lambda rows: rows.divergence})):
+        with pytest.raises(error, match=message):
+            function(**{**own, **more, **change})

@@ -12,7 +12,7 @@ from torch import Tensor
 import srpo_kernels as sk
 from tests.distributed.test_vocab_parallel import assembled, shard_of
 from tests.processes import needs_gloo, run_ranks
-from tests.strategies import head_inputs
+from tests.strategies import head_inputs, random_support, with_given_topk
 
 pytestmark = needs_gloo
 
@@ -65,6 +65,44 @@ def test_shards_of_the_vocabulary() -> None:
     ]
     for a, e in zip(actual, expected, strict=True):
         torch.testing.assert_close(a, e, rtol=1e-10, atol=1e-10)
+
+
+def of_a_few_tokens(vocab_size: int) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Any]]:
+    """A support, and a teacher that is its likeliest tokens, without a tail where the vocabulary is large."""
+    _, extra, has, _ = batch()
+    config = sk.SRPOConfig(distillation_mode="topk", topk_of="teacher", add_tail=vocab_size == 33, softcap=9.0)
+    inputs = with_given_topk(head_inputs(3, (23,), 8, vocab_size, teacher_size=5), config, 4)
+    inputs["support_ids"] = random_support(inputs["target_ids"], vocab_size, 5)
+    return inputs, extra, {"teacher_mask": has, "config": config}
+
+
+def few(rows: sk.ObjectiveRows) -> Tensor:
+    loss = -(rows.log_probs - rows.old_log_probs).exp() * rows.advantages - 0.1 * rows.entropy
+    return loss + rows.divergence * rows.teacher_entropy
+
+
+def few_and_all(rows: sk.ObjectiveRows) -> Tensor:
+    return few(rows) + rows.full_log_probs * rows.full_entropy + 0.1 * rows.logsumexp
+
+
+def shards_of_a_few(rank: int) -> list[Results]:
+    group = {"vocab_parallel_group": dist.group.WORLD}
+    results = []
+    for vocab_size, objective in FEW:
+        inputs, extra, options = of_a_few_tokens(vocab_size)
+        own = shard_of(inputs, [vocab_size // 3, vocab_size - vocab_size // 3], rank)
+        results.append(run(own, extra, objective, **options, **group))
+    return results
+
+
+# The last ones by columns of the head.
+FEW = [(33, few), (33, few_and_all), (600, few_and_all), (600, few)]
+
+
+def test_shards_of_a_few_tokens() -> None:
+    for actual, (vocab_size, objective) in zip(assembled(run_ranks(shards_of_a_few, 2)), FEW, strict=True):
+        inputs, extra, options = of_a_few_tokens(vocab_size)
+        torch.testing.assert_close(actual, run(inputs, extra, objective, **options), rtol=1e-10, atol=1e-10)
 
 
 def parts(rank: int, ends: tuple[int, ...]) -> Results:

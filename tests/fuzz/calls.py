@@ -12,17 +12,27 @@ from torch import Tensor
 
 import reference
 import srpo_kernels as sk
-from reference import distillation, policy
+from reference import distillation
 from reference.layout import per_row, teacher_rows
 from reference.logits import head_logits, teacher_head
-from reference.rollout import correct
 from tests.comparison import Results
 from tests.fuzz.case import Case
 from tests.fuzz.models import Inputs
 from tests.fuzz.routes import library_routing, oracle_routing
+from tests.fuzz.token_losses import (
+    library_parts,
+    library_policy,
+    library_sampled,
+    oracle_parts,
+    oracle_policy,
+    oracle_sampled,
+)
+from tests.parity import oracle_options
 from tests.strategies import SHARED, transform_of
 
-STATISTICS = ("log_probs", "entropy", "divergence")
+STATISTICS = ("log_probs", "entropy", "divergence", "logsumexp")
+# What the objective of ``fused_loss`` reads besides.
+FULL = ("log_probs", "entropy")
 
 
 class OracleNormalizers(NamedTuple):
@@ -72,10 +82,11 @@ def _shuffled(inputs: Inputs, order: torch.Generator) -> Inputs:
     shuffled |= {"hidden": inputs["hidden"][..., columns], "weight": shuffled["weight"][:, columns]}
     if inputs.get("teacher_hidden") is not None and inputs["teacher_weight"] is None:
         shuffled["teacher_hidden"] = inputs["teacher_hidden"][..., columns]
-    if "target_ids" in inputs:
-        targets = inputs["target_ids"]
-        inside = (targets >= 0) & (targets < vocab_size)
-        shuffled["target_ids"] = torch.where(inside, ids.argsort()[targets.clamp(0, vocab_size - 1)], targets)
+    for name in ("target_ids", "support_ids", "teacher_topk_ids"):
+        tokens = inputs.get(name)
+        if tokens is not None:
+            inside = (tokens >= 0) & (tokens < vocab_size)
+            shuffled[name] = torch.where(inside, ids.argsort()[tokens.clamp(0, vocab_size - 1)], tokens)
     return inputs | shuffled
 
 
@@ -155,17 +166,54 @@ def _stats_values(case: Case, out: Any) -> Results:
     return values | {"total": total}
 
 
-def _stats_options(case: Case) -> dict[str, Any]:
-    return transform_of(case.config) | {"divergence": case.config.divergence, "alpha": case.config.alpha}
-
-
 def _library_stats(case: Case, inputs: Inputs) -> Results:
     assert case.keywords is not None
-    return _stats_values(case, sk.token_stats(**inputs, **_stats_options(case), **case.keywords))
+    return _stats_values(case, sk.token_stats(**inputs, config=case.config, **case.keywords))
 
 
 def _oracle_stats(case: Case, inputs: Inputs) -> Results:
-    return _stats_values(case, reference.token_stats(**inputs, **_stats_options(case)))
+    return _stats_values(case, reference.token_stats(**inputs, **oracle_options({"config": case.config})))
+
+
+def _library_fused(case: Case, inputs: Inputs) -> Results:
+    assert case.keywords is not None
+    taught, has_teacher = _teacher_mask(case, inputs)
+    names = [name for name in STATISTICS if has_teacher or name != "divergence"] + [f"full_{name}" for name in FULL]
+    # A gradient that is 0 everywhere is still one.
+    weights = {f"by_{name}": c.to(case.dtype) for name, c in zip(names, case.upstream, strict=False)}
+
+    def objective(rows: sk.ObjectiveRows) -> Tensor:
+        terms = [getattr(rows, f"by_{name}") * getattr(rows, name) for name in names]
+        return torch.stack(terms).sum(0)
+
+    out = sk.fused_loss(
+        **inputs, objective=objective, inputs=weights, teacher_mask=taught, config=case.config, **case.keywords
+    )
+    return {"losses": out.losses, "log_probs": out.log_probs, "total": out.loss}
+
+
+def _oracle_fused(case: Case, inputs: Inputs) -> Results:
+    taught, has_teacher = _teacher_mask(case, inputs)
+    options = oracle_options({"config": case.config})
+    own = reference.token_stats(**inputs, **options)
+    full = reference.token_stats(**inputs | {"support_ids": None}, **options)
+    values = {name: getattr(own, name) for name in STATISTICS if has_teacher or name != "divergence"}
+    if taught is not None:
+        values["divergence"] = values["divergence"] * taught
+    values |= {f"full_{name}": getattr(full, name) for name in FULL}
+    terms = [x * c.to(x) for x, c in zip(values.values(), case.upstream, strict=False)]
+    losses = torch.stack(terms).sum(0)
+    return {"losses": losses, "log_probs": own.log_probs, "total": losses.sum()}
+
+
+def _teacher_mask(case: Case, inputs: Inputs) -> tuple[Tensor | None, bool]:
+    """The rows that have a teacher, None for all, and whether there is one."""
+    share, targets = case.options["teacher_mask"], inputs["target_ids"]
+    has_teacher = inputs.get("teacher_hidden") is not None or inputs.get("teacher_topk_ids") is not None
+    if share is None or not has_teacher:
+        return None, has_teacher
+    chance = torch.rand(targets.shape, generator=torch.Generator().manual_seed(case.seed))
+    return chance < share, True
 
 
 def _library_teacher(case: Case, inputs: Inputs) -> Results:
@@ -187,103 +235,23 @@ def _oracle_teacher(case: Case, inputs: Inputs) -> Results:
     return {name: spread.masked_scatter(valid, value) for name, value in values.items()}
 
 
-def _with_total(case: Case, loss: Tensor) -> Results:
-    return {"total": (loss * case.upstream.to(loss)).sum()}
-
-
-def _library_policy(case: Case, inputs: Inputs) -> Results:
-    out = sk.policy_loss(**inputs, config=case.config)
-    return {name: value.to(out.loss.dtype) for name, value in out._asdict().items()} | _with_total(case, out.loss)
-
-
-def _oracle_policy(case: Case, inputs: Inputs) -> Results:
-    config, rows = case.config, inputs["log_probs"]
-    valid = torch.ones_like(rows, dtype=torch.bool) if inputs["mask"] is None else inputs["mask"]
-    sequences = inputs["sequence_ids"]
-    if sequences is None:
-        sequences = torch.arange(len(rows))[:, None].expand_as(rows)
-    log_probs, sequences = rows[valid], sequences[valid]
-    advantages = per_row(inputs["advantages"], rows)[valid]
-    old, ref, weights, entropy = (
-        None if inputs[name] is None else inputs[name][valid]
-        for name in ("old_log_probs", "ref_log_probs", "is_weights", "entropy")
-    )
-    loss = policy.policy_loss(log_probs, old, advantages, config, sequences)
-    if config.rollout_correction is not None:
-        everywhere = torch.ones_like(log_probs, dtype=torch.bool)
-        loss = loss * correct(
-            log_probs, old, inputs["rollout_log_probs"][valid], advantages, everywhere, everywhere, sequences,
-            config.rollout_correction,
-        )[0]  # fmt: skip
-    loss = loss * (1.0 if weights is None else weights)
-    ref_kl = (
-        torch.zeros_like(loss)
-        if ref is None
-        else policy.kl_estimate(log_probs, ref, config.kl_type, config.log_ratio_clamp, old)
-    )
-    loss = loss + (config.kl_coef * ref_kl if config.kl_coef else 0.0)
-    loss = loss - (0.0 if entropy is None else config.entropy_coef * entropy)
-    approx_kl = policy.approx_kl(log_probs, log_probs if old is None else old, config.log_ratio_clamp)
-    values = {"loss": loss, "approx_kl": approx_kl, "ref_kl": ref_kl}
-    clips = policy.clip_masks(log_probs, old, advantages, config, sequences)
-    values |= {name: mask.to(loss) for name, mask in clips.items()}
-    spread = {name: rows.new_zeros(rows.shape).masked_scatter(valid, value) for name, value in values.items()}
-    return spread | _with_total(case, spread["loss"])
-
-
-def _library_sampled(case: Case, inputs: Inputs) -> Results:
-    loss = sk.sampled_distillation_loss(**inputs, config=case.config)
-    return {"loss": loss} | _with_total(case, loss)
-
-
-def _oracle_sampled(case: Case, inputs: Inputs) -> Results:
-    rows = inputs["log_probs"]
-    valid = torch.ones_like(rows, dtype=torch.bool) if inputs["mask"] is None else inputs["mask"]
-    old = None if inputs["old_log_probs"] is None else inputs["old_log_probs"][valid]
-    kappa = distillation.importance_clip(rows[valid], old, case.config.distillation_is_clip)
-    losses = kappa * distillation.sampled_loss(rows[valid], inputs["teacher_log_probs"][valid])
-    if inputs["is_weights"] is not None:
-        losses = losses * inputs["is_weights"][valid]
-    loss = rows.new_zeros(rows.shape).masked_scatter(valid, losses)
-    return {"loss": loss} | _with_total(case, loss)
-
-
-def _library_parts(case: Case, inputs: Inputs) -> Results:
-    parts, beta = inputs["parts"], case.config.dw_beta
-    first, *others = (
-        sk.Normalizers.from_batch(inputs["mask"][i], inputs["sdpo_mask"][i], inputs["teacher_entropy"][i], beta)
-        for i in ((parts == part).nonzero().flatten() for part in range(int(parts.max()) + 1))
-    )
-    return {name: value for name, value in first.merge(*others)._asdict().items() if value is not None}
-
-
-def _oracle_parts(case: Case, inputs: Inputs) -> Results:
-    distilled = inputs["mask"] & per_row(inputs["sdpo_mask"], inputs["mask"])
-    # It is exact in fp64, whatever the entropies' dtype.
-    log_mean = distillation.weight_log_mean(inputs["teacher_entropy"][distilled].double(), case.config.dw_beta)
-    return {
-        "token_count": inputs["mask"].sum(),
-        "dw_log_mean": log_mean if distilled.any() else torch.zeros_like(log_mean),
-        "sdpo_count": distilled.sum(),
-        "sequence_count": inputs["mask"].any(1).sum(),
-    }
-
-
 _LIBRARY = {
     "srpo_loss": _library_loss,
     "token_stats": _library_stats,
+    "fused_loss": _library_fused,
     "teacher_stats": _library_teacher,
-    "policy_loss": _library_policy,
-    "sampled_distillation_loss": _library_sampled,
-    "normalizers": _library_parts,
+    "policy_loss": library_policy,
+    "sampled_distillation_loss": library_sampled,
+    "normalizers": library_parts,
     "routing": library_routing,
 }
 _ORACLE = {
     "srpo_loss": _oracle_loss,
     "token_stats": _oracle_stats,
+    "fused_loss": _oracle_fused,
     "teacher_stats": _oracle_teacher,
-    "policy_loss": _oracle_policy,
-    "sampled_distillation_loss": _oracle_sampled,
-    "normalizers": _oracle_parts,
+    "policy_loss": oracle_policy,
+    "sampled_distillation_loss": oracle_sampled,
+    "normalizers": oracle_parts,
     "routing": oracle_routing,
 }

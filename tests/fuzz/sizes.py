@@ -29,11 +29,16 @@ def probability_size(case: Case, name: str, exact: Results) -> float:
         return math.log(1.0 + case.inputs["mask"].numel())
     if "weight" not in case.inputs:
         return 0.0
-    if name == "log_probs" or (case.operation != "srpo_loss" and not name.startswith("grad")):
-        # The probabilities of each of a divergence's two models add up to 1, rounded.
-        return max(2.0, 2 * _concentration(case)) if name == "divergence" else _concentration(case) + _capped_size(case)
     config = case.config
-    coefficient = float(case.upstream.abs().sum())
+    coefficient, of_statistics = float(case.upstream.abs().sum()), case.operation != "srpo_loss"
+    product = _log_prob_product(case, exact) if of_statistics and config.distillation_mode == "sampled" else 1.0
+    if name == "log_probs" or (of_statistics and not name.startswith("grad")):
+        if name == "divergence":
+            # The probabilities of each of its two models add up to 1, rounded.
+            return max(2.0, 2 * _concentration(case)) * product
+        size = _concentration(case) + _capped_size(case)
+        return coefficient * product * max(2.0, 2 * size) if name == "losses" else size
+    coefficient *= product
     if case.operation == "srpo_loss":
         coefficient = _largest_coefficient(case, config, exact)
     if name.startswith("metric"):
@@ -45,7 +50,7 @@ def probability_size(case: Case, name: str, exact: Results) -> float:
         return coefficient * (case.inputs["target_ids"].numel() if config.reduction.endswith("_sum") else 1.0)
     if case.operation == "srpo_loss":
         coefficient *= abs(case.upstream.item())
-    elif case.inputs.get("teacher_hidden") is not None:
+    elif case.inputs.get("teacher_hidden") is not None or case.inputs.get("teacher_topk_ids") is not None:
         # A divergence's gradient has both models' probabilities in it.
         coefficient *= 2
     if has_mixture(config.divergence):
@@ -88,7 +93,9 @@ def _concentration(case: Case) -> float:
         # The oracle's probabilities come from log-probs, rounded at the size of log V.
         return 1.0 + math.log(len(case.inputs["weight"]))
     models = (
-        ["", "teacher_"] if case.operation == "token_stats" and case.inputs.get("teacher_hidden") is not None else [""]
+        ["", "teacher_"]
+        if case.operation in ("token_stats", "fused_loss") and case.inputs.get("teacher_hidden") is not None
+        else [""]
     )
     logits = [transform(_logits(case, model), **transform_of(case.config)) for model in models]
     return max((float(x.softmax(-1).square().sum(-1).sqrt().max()) for x in logits if len(x)), default=0.0)
@@ -128,11 +135,7 @@ def _largest_coefficient(case: Case, config: SRPOConfig, exact: dict[str, Any]) 
     kappa = config.distillation_is_clip if case.inputs["old_log_probs"] is not None else 1.0
     distilled = weight * (kappa or 1.0) if weight else 0.0
     if config.distillation_mode == "sampled":
-        # It multiplies two log-probs, the teacher's among them.
-        student, slope = largest(finite(exact["log_probs"])), config.logit_scale / config.temperature
-        known = case.inputs["teacher_hidden"] is not None
-        teacher = 2.0 * slope * largest_logit(case, "teacher_") if known else 0.0
-        distilled *= (1.0 + student) * (1.0 + max(student, teacher))
+        distilled *= _log_prob_product(case, exact)
     penalty = config.kl_coef * _steepest_kl(case, exact) + abs(config.entropy_coef)
     ratio = 1.0
     if len(case.inputs["weight"]) == 1 and case.inputs["old_log_probs"] is not None:
@@ -140,6 +143,14 @@ def _largest_coefficient(case: Case, config: SRPOConfig, exact: dict[str, Any]) 
         ratio = math.exp(min(_gaps(exact, case.inputs["old_log_probs"]), config.log_ratio_clamp or LARGEST_LOG_RATIO))
     weights = max(most("is_weights"), 1.0) * _largest_rollout_weight(case, exact)
     return max(distilled, most("advantages") * ratio) * weights + penalty
+
+
+def _log_prob_product(case: Case, exact: Results) -> float:
+    """What the sampled token's loss multiplies: two log-probs, the teacher's among them."""
+    student, slope = largest(finite(exact["log_probs"])), case.config.logit_scale / case.config.temperature
+    known = case.inputs.get("teacher_hidden") is not None
+    teacher = 2.0 * slope * largest_logit(case, "teacher_") if known else 0.0
+    return (1.0 + student) * (1.0 + max(student, teacher))
 
 
 def _largest_rollout_weight(case: Case, exact: Results) -> float:
