@@ -121,11 +121,13 @@ def accumulate(
 
 def _dlogits(columns: Columns, gradients: RowGradients) -> Tensor:
     """``slope_k (g_k - total p_k)``, where total is the sum of all g, less the log-sum-exp's."""
-    grads = torch.zeros_like(columns.log_probs)
-    first = 0 if columns.statistics.support_ids is None else columns.statistics.support_ids.shape[1]
-    for places, own in ((slice(first), gradients.support_log_probs), (slice(first, -1), gradients.sampled_log_probs)):
-        if own is not None:
-            grads[:, places] += own
+    grads, compared = torch.zeros_like(columns.log_probs), columns.statistics.support_ids
+    first = 0 if compared is None else compared.shape[1]
+    # Rows that are evaluated with these may have been compared, by their logits.
+    if compared is not None and gradients.support_log_probs is not None:
+        grads[:, :first] += gradients.support_log_probs
+    if gradients.sampled_log_probs is not None:
+        grads[:, first:-1] += gradients.sampled_log_probs
     if gradients.log_probs is not None:
         grads.scatter_add_(1, columns.own, gradients.log_probs[:, None])
     total = grads.sum(1, keepdim=True)

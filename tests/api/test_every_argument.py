@@ -50,6 +50,10 @@ def objective(rows: sk.ObjectiveRows) -> Tensor:
     return rows.divergence - rows.log_probs
 
 
+# Each row's teacher is its likeliest tokens.
+KNOWN = {name: x for name, x in STATS.items() if not name.startswith("teacher")} | {
+    name: TOKENS[name] for name in ("teacher_topk_ids", "teacher_topk_log_probs", "support_ids", "config")
+}
 FUSED = STATS | {"objective": objective, "teacher_mask": torch.ones(4, 6) > 0}
 FUSED_PACKED = {name: x.flatten(0, 1) if name.endswith(("hidden", "mask", "ids")) else x for name, x in STATS.items()}
 
@@ -59,12 +63,15 @@ FUNCTIONS = {
         sk.fused_loss,
         FUSED_PACKED | {"objective": objective, "sequence_ids": torch.arange(24) // 6, "whole_sequences": True},
     ),
+    "fused_loss, some tokens": Function(sk.fused_loss, KNOWN | {"objective": objective}),
     "srpo_loss": Function(
         sk.srpo_loss, LOSS | {"normalizers": NORMALIZERS, "config": EVERY_TERM, "rollout_log_probs": -torch.ones(4, 6)}
     ),
     "srpo_loss, some tokens": Function(sk.srpo_loss, TOKENS),
     "srpo_loss, packed": Function(sk.srpo_loss, PACKED | {"config": sk.SRPOConfig(loss_type="gspo")}),
     "token_stats": Function(sk.token_stats, STATS),
+    "token_stats, some tokens": Function(sk.token_stats, {k: x for k, x in KNOWN.items() if k != "config"}),
+    "pad_support": Function(sk.pad_support, {"ids": torch.arange(5), "offsets": torch.tensor([0, 2, 5])}),
     "teacher_stats": Function(sk.teacher_stats, TEACHER),
     "policy_loss": Function(
         sk.policy_loss,

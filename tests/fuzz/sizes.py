@@ -31,7 +31,8 @@ def probability_size(case: Case, name: str, exact: Results) -> float:
         return 0.0
     config = case.config
     coefficient, of_statistics = float(case.upstream.abs().sum()), case.operation != "srpo_loss"
-    product = _log_prob_product(case, exact) if of_statistics and config.distillation_mode == "sampled" else 1.0
+    sampled = case.operation in ("token_stats", "fused_loss") and config.distillation_mode == "sampled"
+    product = _log_prob_product(case, exact) if sampled else 1.0
     if name == "log_probs" or (of_statistics and not name.startswith("grad")):
         if name == "divergence":
             # The probabilities of each of its two models add up to 1, rounded.
