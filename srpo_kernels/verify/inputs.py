@@ -18,7 +18,7 @@ Inputs = dict[str, Any]
 
 # What the options of token_stats and teacher_stats are called in a config.
 TRANSFORM = ("temperature", "logit_scale", "softcap")
-COMPARED = ("divergence", "alpha", "distillation_mode", "topk", "topk_of", "add_tail")
+COMPARED = ("divergence", "alpha", "distillation_mode", "topk", "topk_of", "add_tail", "divergence_clip")
 
 _MODEL_TENSORS = ("hidden", "weight", "bias", "teacher_hidden", "teacher_weight", "teacher_bias")
 _LEAVES = ("hidden", "weight", "bias")
