@@ -66,6 +66,14 @@ def matrix_product(x_ptr, y_ptr, out_ptr, size, M: tl.constexpr, N: tl.constexpr
     tl.store(out_ptr + m[:, None] * N + n[None, :], total)
 
 
+@triton.jit
+def logarithm_without_a_wait(x_ptr, out_ptr, BLOCK: tl.constexpr):
+    offsets = tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + offsets)
+    y = tl.inline_asm_elementwise("v_log_f32 $0, $1", "=v,v", [x], dtype=tl.float32, is_pure=True, pack=1)
+    tl.store(out_ptr + offsets, y * 2.0 + x)
+
+
 def planted() -> Iterator[str]:
     """Compile the kernels above for every target: lines as JSON. Runs where Triton is no interpreter."""
 
@@ -103,6 +111,9 @@ def planted() -> Iterator[str]:
         ):
             yield line(target, label, matrix_product, pointers, {"size": "i32"}, shape, warps)
         yield line(target, "spilling", keep_everything, "*fp32", {}, {"BLOCK": 32_768}, 1)
+        # On CDNA 3 this compiler adds the wait state behind assembly too.
+        if target.hazard == "result":
+            yield line(target, "early", logarithm_without_a_wait, "*fp32", {}, {"BLOCK": 64}, 1)
 
 
 def python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -151,6 +162,12 @@ def test_ptxas_unrolls_a_short_loop(lines: pd.DataFrame) -> None:
 def test_planted_defects_are_reported(lines: pd.DataFrame, label: str, message: str, name: str) -> None:
     skip_if_left_out(lines, name)
     assert message in lines.loc[(label, name), "broken"]
+
+
+@pytest.mark.parametrize("name", [name for name, target in TARGETS.items() if target.hazard == "result"])
+def test_a_logarithm_that_is_read_too_early_is_reported(lines: pd.DataFrame, name: str) -> None:
+    skip_if_left_out(lines, name)
+    assert "transcendentals are read before they are there" in lines.loc[("early", name), "broken"]
 
 
 @pytest.mark.parametrize("name", NAMES)
