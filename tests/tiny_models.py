@@ -38,16 +38,26 @@ SHARED_ATTENTION = {
     "attention_hidden_size": 64,
     "attention_head_dim": 32,
 }
-# Fields that no rule gives a value that the architecture takes.
+INDEXER = {
+    "indexer_n_heads": 2,
+    "indexer_kv_heads": 1,
+    "indexer_head_dim": 16,
+    "indexer_budget": 8,
+    "indexer_compress_ratio": 2,
+}
+# Fields that no rule gives a value that the architecture takes; those of a part are named with it.
 FIELDS: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1]},
     "bert-generation": {"is_decoder": True},
     "blenderbot": {"num_hidden_layers": LAYERS},
     "codegen": {"n_head": 4, "rotary_dim": 4},
     "cohere_compass_text": {"rope_parameters": {"full_attention": DEFAULT_ROPE}},
+    "dbrx": {"attn_config.rope_theta": 1e4, "attn_config.clip_qkv": 8.0},
     "deepseek_v2": {"num_experts_per_tok": 2},
     "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1},
     "falcon_h1": {"mamba_d_ssm": 64, "mamba_d_head": 16},
+    "gemma3n_text": {"num_kv_shared_layers": 0},
+    "gemma4_unified_assistant": {"text_config.num_kv_shared_layers": 0},
     "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"] * 2},
     "hrm_text": {"num_hidden_layers": 16},
     "hunyuan_v1_dense": {"head_dim": 16},
@@ -59,6 +69,8 @@ FIELDS: dict[str, dict[str, Any]] = {
     "minicpm3": {"dim_model_base": 32},
     "ministral": {"head_dim": 16},
     "nemotron": {"num_key_value_heads": 2},
+    "qwen4_exp": INDEXER,
+    "qwen4_exp_text": INDEXER,
     "reformer": {"is_decoder": True, "axial_pos_embds": False, "attn_layers": ["local"] * LAYERS},
     "xlstm": {"hidden_size": 128, "embedding_dim": 128},
     "xmod": {"default_language": "en_XX"},
