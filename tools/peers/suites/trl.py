@@ -120,6 +120,7 @@ SUITE = Suite(
     },
     without=(
         ("test_symmetry", "the same to the last bit where both models change places"),
+        ("test_shift_labels_matches_labels", "the likeliest token is no statistic here"),
         ("TestChunkedLogProbFunction::test_backward_bfloat16", "held to logits in bf16: here they are in fp32"),
     ),
 )  # fmt: skip
