@@ -113,7 +113,7 @@ def _two_models(
         log_sum = total.log2()
         log_probs = (target_bits - log_sum).mul_(NATS).clamp_max_(0.0)
         entropies = (log_sum - dot(p, z, out=work)).squeeze(1).mul_(NATS).clamp_min_(0.0) if entropy else None
-        teacher_shift = to_bits_(y, transform, finite=not mixed)
+        teacher_shift = to_bits_(y, spec.teacher_transform, finite=not mixed)
         teacher_bits = bits_at(y, ids, teacher_shift, transform)
         if mixed:
             floor_(y)
@@ -212,7 +212,7 @@ def _from_logits_(
         own, of_teacher = stats.select(rows), None
         if teacher_logits is not None and taught:
             y = teacher_logits[rows]
-            to_units_(y, transform)
+            to_units_(y, spec.teacher_transform)
             of_teacher = _divergence_gradients(z, y, own, coefficients.select(rows), spec, rows, p, work)
         normalize_(z, log_sum[rows], spec)
         torch.exp2(z, out=p)

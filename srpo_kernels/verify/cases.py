@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, get_args
 
-from srpo_kernels import RolloutCorrection, SRPOConfig
+from srpo_kernels import LogitTransform, RolloutCorrection, SRPOConfig
 from srpo_kernels.losses.options import KL_TYPES
 from srpo_kernels.losses.registry import POLICY_LOSSES
 from srpo_kernels.rows.contract import DIVERGENCES
@@ -23,6 +23,7 @@ from srpo_kernels.verify.inputs import (
     per_token,
     poison,
     routed_teacher,
+    several_teachers,
     support,
     without,
 )
@@ -33,6 +34,14 @@ _TRANSFORMS: list[dict[str, Any]] = [
     {"softcap": 5.0},
     {"temperature": 0.7},
     {"logit_scale": 0.5},
+]
+# Another model's, where neither has a softcap, and where one of both does.
+_TEACHER_TRANSFORMS: list[dict[str, Any]] = [
+    {"softcap": 5.0, "teacher_transform": LogitTransform(0.9, 1.3)},
+    {"softcap": 5.0, "teacher_transform": LogitTransform(0.9, 1.3), "divergence": "reverse_kl"},
+    {"teacher_transform": LogitTransform(0.9, 1.3, 5.0)},
+    {"temperature": 0.7, "teacher_transform": LogitTransform(0.9, 1.3)},
+    {"temperature": 0.7, "teacher_transform": LogitTransform(0.9, 1.3), "divergence": "forward_kl"},
 ]
 _DIVERGENCES: list[dict[str, Any]] = [
     {"divergence": "jsd"},
@@ -61,6 +70,7 @@ _LOSS_OPTIONS: dict[str, list[dict[str, Any]]] = {
     ],
     "entropy weights": [{"dw_beta": 4.0}, {"dw_beta": 0.0}],
     "logit transform": [*_TRANSFORMS, *(x | {"softcap": 5.0} for x in _DIVERGENCES[1 : len(DIVERGENCES)])],
+    "teacher's own transform": _TEACHER_TRANSFORMS,
     "reduction": [{"reduction": "sequence"}, {"reduction": "constant", "max_length": 9}],
 }
 # Of the statistics, and of an objective of all of them.
@@ -68,6 +78,7 @@ _STATS_OPTIONS = {
     "divergence": _DIVERGENCES,
     "distillation mode": _LOSS_OPTIONS["distillation mode"],
     "logit transform": _TRANSFORMS,
+    "teacher's own transform": _TEACHER_TRANSFORMS,
 }
 _GIVEN: dict[str, Any] = {"distillation_mode": "topk", "topk_of": "teacher"}
 
@@ -102,6 +113,7 @@ def _loss_cases(size: Size) -> Iterator[Case]:
         yield Case("srpo_loss", "packed rows", name, size, SRPOConfig(**options), packed=True)
     yield Case("srpo_loss", "form of the inputs", "normalizers", size, edit=of_a_larger_batch)
     yield Case("srpo_loss", "form of the inputs", "teacher rows of routed sequences alone", size, edit=routed_teacher)
+    yield Case("srpo_loss", "form of the inputs", "several teachers", size, edit=several_teachers)
     yield Case("srpo_loss", "form of the inputs", "routes and advantages per token", size, edit=per_token)
     yield Case("srpo_loss", "form of the inputs", "no old log-probs", size, edit=without("old_log_probs"))
     yield from _own_cases(size)

@@ -32,6 +32,7 @@ NUMBERS = (
 )
 OPTIONAL = (
     "delta", "dual_clip", "log_ratio_clamp", "distillation_is_clip", "softcap", "max_length", "rollout_correction",
+    "teacher_transform",
 )  # fmt: skip
 
 
@@ -58,6 +59,7 @@ def test_defaults_are_the_papers() -> None:
         "temperature": 1.0,
         "logit_scale": 1.0,
         "softcap": None,
+        "teacher_transform": None,
         "reduction": "token",
         "max_length": None,
         "rollout_correction": None,
