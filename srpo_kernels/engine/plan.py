@@ -262,7 +262,8 @@ def _sorted_by_head(segments: list[Segment], head_ids: Tensor, heads: int) -> li
     if not chunks:
         return segments
     orders = [head_ids[chunk.taught].argsort(stable=True) for chunk in chunks]
-    counts = torch.stack([torch.bincount(head_ids[chunk.taught], minlength=heads) for chunk in chunks]).tolist()
+    each = torch.arange(heads, device=head_ids.device)
+    counts = torch.stack([(head_ids[chunk.taught, None] == each).sum(0) for chunk in chunks]).tolist()
     ordered = (
         chunk._replace(taught=chunk.taught[order], by_head=tuple(own))
         for chunk, order, own in zip(chunks, orders, counts, strict=True)
