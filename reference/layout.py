@@ -34,6 +34,15 @@ def teacher_rows(teacher_hidden: Tensor, routed: Tensor, rows: Tensor) -> Tensor
     return teacher_hidden[rows[routed_sequences]]
 
 
+def head_ids(ids: Tensor, routed: Tensor, rows: Tensor) -> Tensor:
+    """Which head of the teacher's each of ``rows`` has, from ids of all rows or sequences, or of the routed alone."""
+    if len(ids) == len(routed):
+        return per_row(ids, routed)[rows]
+    routed_sequences = routed.any(dim=1) if routed.ndim == 2 else routed
+    rows = rows[routed_sequences]
+    return per_row(ids, rows)[rows]
+
+
 def reduction_factors(valid: Tensor, sequence_ids: Tensor, normalizers: Any, config: Any, dtype: torch.dtype) -> Tensor:
     """What multiplies each valid token's loss, in either branch: they share one denominator. Paper 3.3.
 

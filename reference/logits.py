@@ -67,6 +67,43 @@ def head_logits(
     return transform(x, temperature=temperature, logit_scale=logit_scale, softcap=softcap)
 
 
+def teacher_logits(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    teacher_transform: Any = None,
+    temperature: float = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    project: Project = project_wide,
+) -> Tensor:
+    """``head_logits`` of a teacher, detached: of the student's transform, or of its own, which has the same fields.
+
+    What ``LOWEST`` is for the student, it is for the teacher too: both then count minus infinity alike.
+    """
+    if teacher_transform is None:
+        own: dict[str, Any] = {"temperature": temperature, "logit_scale": logit_scale, "softcap": softcap}
+        return head_logits(hidden, weight, bias, **own, project=project).detach()
+    names = ("temperature", "logit_scale", "softcap")
+    own = {name: getattr(teacher_transform, name) for name in names}
+    lowest = LOWEST * (logit_scale if softcap is None else softcap) / temperature
+    return head_logits(hidden, weight, bias, **own, project=project).detach().clamp(min=lowest)
+
+
+def select_heads(
+    hidden: Tensor, weight: Any, bias: Any, head_ids: Tensor | None, student: tuple[Tensor, Tensor | None]
+) -> list[tuple[Tensor, Tensor, Tensor | None]]:
+    """The rows, weight and bias of each head of a teacher: of one head all rows, of a list those it is named for."""
+    if head_ids is None:
+        return [(torch.arange(len(hidden), device=hidden.device), *teacher_head(*student, weight, bias))]
+    biases = [None] * len(weight) if bias is None else bias
+    return [
+        ((head_ids == i).nonzero()[:, 0], *teacher_head(*student, own, own_bias))
+        for i, (own, own_bias) in enumerate(zip(weight, biases, strict=True))
+    ]
+
+
 def teacher_head(
     weight: Tensor, bias: Tensor | None, teacher_weight: Tensor | None, teacher_bias: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:

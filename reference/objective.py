@@ -9,17 +9,18 @@ import torch
 from torch import Tensor
 
 from . import distillation, policy, rollout
-from .layout import per_row, reduction_factors, resolve_sequence_ids, teacher_rows
+from .layout import head_ids, per_row, reduction_factors, resolve_sequence_ids, teacher_rows
 from .logits import (
     Project,
     entropy,
     head_logits,
     project_wide,
     restricted,
-    teacher_head,
+    select_heads,
     token_log_probs,
     working_dtype,
 )
+from .logits import teacher_logits as of_teacher
 
 
 class SRPOOutput(NamedTuple):
@@ -150,9 +151,10 @@ def srpo_loss(
     mask: Tensor | None = None,
     sdpo_mask: Tensor | None = None,
     teacher_hidden: Tensor | None = None,
-    teacher_weight: Tensor | None = None,
+    teacher_weight: Tensor | list[Tensor | None] | None = None,
     bias: Tensor | None = None,
-    teacher_bias: Tensor | None = None,
+    teacher_bias: Tensor | list[Tensor | None] | None = None,
+    teacher_head_ids: Tensor | None = None,
     teacher_topk_ids: Tensor | None = None,
     teacher_topk_log_probs: Tensor | None = None,
     divergence_alpha: Tensor | None = None,
@@ -178,6 +180,15 @@ def srpo_loss(
     dtype = working_dtype(hidden)
     logits_of = partial(
         head_logits,
+        temperature=config.temperature,
+        logit_scale=config.logit_scale,
+        softcap=config.softcap,
+        project=project,
+    )
+
+    teacher_logits_of = partial(
+        of_teacher,
+        teacher_transform=getattr(config, "teacher_transform", None),
         temperature=config.temperature,
         logit_scale=config.logit_scale,
         softcap=config.softcap,
@@ -230,8 +241,11 @@ def srpo_loss(
         ids = teacher_rows(teacher_topk_ids, routed, sdpo_rows)
         topk = ids, teacher_rows(teacher_topk_log_probs, routed, sdpo_rows).detach().to(dtype)
     elif teacher_hidden is not None and sdpo_rows.any():
-        head = teacher_head(weight, bias, teacher_weight, teacher_bias)
-        teacher_logits = logits_of(teacher_rows(teacher_hidden, routed, sdpo_rows), *head).detach()
+        states = teacher_rows(teacher_hidden, routed, sdpo_rows)
+        named = None if teacher_head_ids is None else head_ids(teacher_head_ids, routed, sdpo_rows)
+        teacher_logits = torch.empty(len(states), len(weight), dtype=working_dtype(states), device=states.device)
+        for rows, own_weight, own_bias in select_heads(states, teacher_weight, teacher_bias, named, (weight, bias)):
+            teacher_logits[rows] = teacher_logits_of(states[rows], own_weight, own_bias)
     sdpo_part = distillation_branch(
         student_logits,
         teacher_logits,

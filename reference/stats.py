@@ -4,13 +4,22 @@ from __future__ import annotations
 
 from functools import partial
 from types import SimpleNamespace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import distillation
-from .logits import Project, entropy, head_logits, project_wide, restricted, teacher_head, token_log_probs
+from .logits import (
+    Project,
+    entropy,
+    head_logits,
+    project_wide,
+    restricted,
+    teacher_head,
+    teacher_logits,
+    token_log_probs,
+)
 
 
 class TokenStats(NamedTuple):
@@ -53,6 +62,7 @@ def token_stats(
     temperature: float = 1.0,
     logit_scale: float = 1.0,
     softcap: float | None = None,
+    teacher_transform: Any = None,
     project: Project = project_wide,
 ) -> TokenStats:
     """``log p_t``, ``H(p)``, ``D(p, q)``, ``H(q)``, ``log Σ_v exp(z_v)`` of every valid row, in its shape each.
@@ -81,9 +91,17 @@ def token_stats(
         teacher_entropy = distillation.bucket_entropy(known[1], known[0])
     elif teacher_hidden is not None:
         head = teacher_head(weight, bias, teacher_weight, teacher_bias)
-        teacher_logits = logits_of(teacher_hidden[valid], *head).detach()
-        divergences, _ = distillation.distillation_loss(logits, teacher_logits, ids, compared)
-        teacher_entropy = entropy(teacher_logits)
+        y = teacher_logits(
+            teacher_hidden[valid],
+            *head,
+            teacher_transform=teacher_transform,
+            temperature=temperature,
+            logit_scale=logit_scale,
+            softcap=softcap,
+            project=project,
+        )
+        divergences, _ = distillation.distillation_loss(logits, y, ids, compared)
+        teacher_entropy = entropy(y)
     else:
         return TokenStats(log_probs, entropies, None, None, logsumexp)
     return TokenStats(log_probs, entropies, spread(divergences, valid), spread(teacher_entropy, valid), logsumexp)

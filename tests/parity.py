@@ -14,7 +14,7 @@ from tests.strategies import LEAVES, Case, Inputs, cast
 
 STATS_FIELDS = (
     "divergence", "alpha", "distillation_mode", "topk", "topk_of", "add_tail", "divergence_clip", "temperature",
-    "logit_scale", "softcap",
+    "logit_scale", "softcap", "teacher_transform",
 )  # fmt: skip
 
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import reference
-from srpo_kernels import Normalizers, RolloutCorrection, SRPOConfig
+from srpo_kernels import LogitTransform, Normalizers, RolloutCorrection, SRPOConfig
 from srpo_kernels.engine.backends import rows_of
 from srpo_kernels.engine.plan import RowMemory
 from srpo_kernels.losses.options import DISTILLATION_MODES, KL_TYPES, LOSS_TYPES, REDUCTIONS
@@ -71,6 +71,15 @@ class Case:
 
 def transform_of(config: SRPOConfig) -> dict[str, Any]:
     return {name: getattr(config, name) for name in ("temperature", "logit_scale", "softcap")}
+
+
+def teacher_transform_of(config: SRPOConfig) -> dict[str, Any]:
+    """The teacher's own, or the student's."""
+    return transform_of(config) if config.teacher_transform is None else config.teacher_transform._asdict()
+
+
+# None, with and without a softcap.
+TEACHER_TRANSFORMS = (*[None] * 3, LogitTransform(1.2, 0.8), LogitTransform(0.9, 1.3, 7.0))
 
 
 def head_inputs(
@@ -236,6 +245,7 @@ def configs(draw: st.DrawFn, *, whole_batch: bool = True) -> SRPOConfig:
         temperature=one_of(1.0, 0.7),
         logit_scale=one_of(1.0, 0.5),
         softcap=one_of(None, 5.0),
+        teacher_transform=one_of(*TEACHER_TRANSFORMS),
         reduction=reduction,
         max_length=9 if reduction == "constant" else None,
         count_inactive=one_of(False, True),
@@ -299,7 +309,7 @@ def with_given_topk(inputs: Inputs, config: SRPOConfig, k: int, *, fewer: bool =
     """The teacher's likeliest tokens in place of its hidden states, ``fewer`` of them in some rows."""
     own = inputs["teacher_weight"] is not None
     head = [inputs[name] for name in (("teacher_weight", "teacher_bias") if own else ("weight", "bias"))]
-    logits = reference.logits.head_logits(inputs["teacher_hidden"], *head, **transform_of(config))
+    logits = reference.logits.head_logits(inputs["teacher_hidden"], *head, **teacher_transform_of(config))
     log_probs, ids = logits.log_softmax(-1).topk(min(k, logits.shape[-1]), dim=-1)
     if fewer:
         absent = torch.rand(ids.shape, generator=torch.Generator().manual_seed(0)) < 0.1
@@ -325,7 +335,8 @@ def larger_batch(inputs: Inputs, config: SRPOConfig) -> Normalizers:
         "weight": inputs["teacher_weight" if own_head else "weight"],
         "bias": inputs["teacher_bias" if own_head else "bias"],
     }
-    entropy = reference.token_stats(**teacher, target_ids=inputs["target_ids"], **transform_of(config)).entropy
+    transform = teacher_transform_of(config)
+    entropy = reference.token_stats(**teacher, target_ids=inputs["target_ids"], **transform).entropy
     log_mean = reference.distillation.weight_log_mean(entropy.flatten(), config.dw_beta) - 0.1 * config.dw_beta
     return Normalizers(torch.tensor(40), log_mean, torch.tensor(35), torch.tensor(18))
 
@@ -375,6 +386,7 @@ def stats_cases(draw: st.DrawFn) -> Case:
         "temperature": draw(st.sampled_from([1.0, 0.7])),
         "logit_scale": draw(st.sampled_from([1.0, 0.5])),
         "softcap": draw(st.sampled_from([None, 5.0])),
+        "teacher_transform": draw(st.sampled_from(TEACHER_TRANSFORMS)),
     }
     if inputs["teacher_hidden"] is not None and not draw(st.integers(0, 3)):
         config = SRPOConfig(**{name: options[name] for name in ("temperature", "logit_scale", "softcap")})

@@ -30,10 +30,11 @@ def fused_loss(
     inputs: Mapping[str, Tensor] | None = None,
     mask: Tensor | None = None,
     teacher_hidden: Tensor | None = None,
-    teacher_weight: Tensor | None = None,
+    teacher_weight: teacher.Heads = None,
     teacher_mask: Tensor | None = None,
     bias: Tensor | None = None,
-    teacher_bias: Tensor | None = None,
+    teacher_bias: teacher.Heads = None,
+    teacher_head_ids: Tensor | None = None,
     teacher_topk_ids: Tensor | None = None,
     teacher_topk_log_probs: Tensor | None = None,
     support_ids: Tensor | None = None,
@@ -80,11 +81,15 @@ def fused_loss(
         mask: ``target_ids``' shape, bool: the valid rows; the others are never read. None: all.
         teacher_hidden: ``target_ids``' shape + ``[H_t]``, or the entries of the first dimension that ``teacher_mask``
             marks alone, in order. Detached.
-        teacher_weight: ``[V, H_t]``, detached. None: ``weight`` and ``bias``.
+        teacher_weight: ``[V, H_t]``, detached. None: ``weight`` and ``bias``. Or a list of such heads, of several
+            teachers, each None or of one H_t.
         teacher_mask: ``[B]`` or ``target_ids``' shape, bool: the rows that have a teacher, ``rows.has_teacher``; in
             the others what is read of one is 0. None: all, where ``teacher_hidden`` is given.
         bias: ``[V]``; carries gradient.
-        teacher_bias: ``[V]``, detached.
+        teacher_bias: ``[V]``, detached; with a list of heads, a list of as many, or None.
+        teacher_head_ids: ``[B]`` or ``target_ids``' shape, or the marked entries alone, integers: which head of a list
+            a row's teacher has. Rows are sorted by head: those of a chunk take one matmul for each head that they have,
+            and a row 4, as ever.
         teacher_topk_ids: ``target_ids``' shape + ``[K]``, or the entries that ``teacher_mask`` marks alone: the
             teacher's likeliest tokens in place of ``teacher_hidden``, as in ``srpo_loss``, with ``distillation_mode=
             "topk"`` and ``topk_of="teacher"``. ``rows.divergence`` compares at them, ``rows.teacher_entropy`` is
@@ -140,7 +145,10 @@ def fused_loss(
         teacher.check_teacher_topk(
             teacher_topk_ids, teacher_topk_log_probs, teacher_hidden, target_ids, teacher_mask, config, "teacher_mask"
         )
-        teacher.check_teacher(teacher_hidden, teacher_weight, teacher_bias, weight, bias, teacher_mask, "teacher_mask")
+        teacher.check_teacher(
+            teacher_hidden, teacher_weight, teacher_bias, teacher_head_ids, weight, bias, target_ids, teacher_mask,
+            "teacher_mask",
+        )  # fmt: skip
         teacher.check_own_divergences(divergence_alpha, divergence_clip, target_ids, config, teacher_mask)
         dtype = accumulation_dtype(hidden, weight)
         backend = backends.resolve_backend(backend, hidden.device, dtype)
@@ -148,6 +156,7 @@ def fused_loss(
 
     own = {"divergence_alpha": divergence_alpha, "divergence_clip": divergence_clip}
     inputs = {**inputs, **{name: values for name, values in own.items() if values is not None}}
+    weights, biases = teacher.heads_of(teacher_weight, teacher_bias, weight, bias)
     call = LossArguments(
         hidden=hidden,
         weight=weight,
@@ -156,8 +165,9 @@ def fused_loss(
         mask=mask,
         teacher_mask=teacher_mask,
         teacher_hidden=teacher_hidden,
-        teacher_weight=teacher_weight,
-        teacher_bias=teacher_bias,
+        teacher_weights=weights,
+        teacher_biases=biases,
+        teacher_head_ids=teacher_head_ids,
         teacher_topk_ids=teacher_topk_ids,
         teacher_topk_log_probs=teacher_topk_log_probs,
         support_ids=support_ids,

@@ -27,9 +27,10 @@ def srpo_loss(
     mask: Tensor | None = None,
     sdpo_mask: Tensor | None = None,
     teacher_hidden: Tensor | None = None,
-    teacher_weight: Tensor | None = None,
+    teacher_weight: teacher.Heads = None,
     bias: Tensor | None = None,
-    teacher_bias: Tensor | None = None,
+    teacher_bias: teacher.Heads = None,
+    teacher_head_ids: Tensor | None = None,
     teacher_topk_ids: Tensor | None = None,
     teacher_topk_log_probs: Tensor | None = None,
     divergence_alpha: Tensor | None = None,
@@ -70,9 +71,13 @@ def srpo_loss(
         sdpo_mask: ``[B]`` or ``target_ids``' shape, bool: the rows to distill. None: none.
         teacher_hidden: ``target_ids``' shape + ``[H_t]``, or the routed entries of the first dimension alone, in
             order: ``[B_sdpo, T, H_t]`` (packed: ``[N_sdpo, H_t]``). Detached.
-        teacher_weight: ``[V, H_t]``, detached. None: ``weight`` and ``bias``.
+        teacher_weight: ``[V, H_t]``, detached. None: ``weight`` and ``bias``. Or a list of such heads, of several
+            teachers, each None or of one H_t.
         bias: ``[V]``; carries gradient.
-        teacher_bias: ``[V]``, detached.
+        teacher_bias: ``[V]``, detached; with a list of heads, a list of as many, or None.
+        teacher_head_ids: ``[B]`` or ``target_ids``' shape, or the routed entries alone, integers: which head of a list
+            a row's teacher has. Rows are sorted by head: those of a chunk take one matmul for each head that they have,
+            and a row 4, as ever.
         teacher_topk_ids: ``target_ids``' shape + ``[K]``, or the routed entries alone, integers: the teacher's
             likeliest tokens, as an inference server returns them, in place of ``teacher_hidden``; for
             ``distillation_mode="topk"`` with ``topk_of="teacher"``, K stands for ``topk``. Distinct in a row, negative
@@ -144,7 +149,9 @@ def srpo_loss(
             config, target_ids, old_log_probs, ref_log_probs, rollout_log_probs, sequence_ids, normalizers,
             sequence_parallel_group,
         )  # fmt: skip
-        teacher.check_teacher(teacher_hidden, teacher_weight, teacher_bias, weight, bias, sdpo_mask)
+        teacher.check_teacher(
+            teacher_hidden, teacher_weight, teacher_bias, teacher_head_ids, weight, bias, target_ids, sdpo_mask
+        )
         teacher.check_teacher_topk(
             teacher_topk_ids, teacher_topk_log_probs, teacher_hidden, target_ids, sdpo_mask, config
         )
@@ -163,6 +170,7 @@ def srpo_loss(
         "divergence_clip": divergence_clip,
     }
     given = {name: values for name, values in inputs.items() if values is not None}
+    weights, biases = teacher.heads_of(teacher_weight, teacher_bias, weight, bias)
     call = LossArguments(
         hidden=hidden,
         weight=weight,
@@ -171,8 +179,9 @@ def srpo_loss(
         mask=mask,
         teacher_mask=sdpo_mask,
         teacher_hidden=teacher_hidden,
-        teacher_weight=teacher_weight,
-        teacher_bias=teacher_bias,
+        teacher_weights=weights,
+        teacher_biases=biases,
+        teacher_head_ids=teacher_head_ids,
         teacher_topk_ids=teacher_topk_ids,
         teacher_topk_log_probs=teacher_topk_log_probs,
         support_ids=support_ids,

@@ -14,7 +14,7 @@ from srpo_kernels.engine.agreement import name_of, refused_together
 from srpo_kernels.engine.arguments import StatsArguments, StatsOptions
 from srpo_kernels.losses.config import UNSET, SRPOConfig, Unset, resolve_options
 from srpo_kernels.losses.options import require_mixture
-from srpo_kernels.rows.contract import LOWEST
+from srpo_kernels.rows.contract import LOWEST, LogitTransform
 from srpo_kernels.rows.dtypes import accumulation_dtype
 from srpo_kernels.rows.sums import bucket_entropy
 
@@ -41,6 +41,7 @@ def token_stats(
     temperature: float | Unset = UNSET,
     logit_scale: float | Unset = UNSET,
     softcap: float | Unset | None = UNSET,
+    teacher_transform: LogitTransform | Unset | None = UNSET,
     vocab_parallel_group: ProcessGroup | None = None,
     backend: str = "auto",
     engine: str = "auto",
@@ -71,23 +72,26 @@ def token_stats(
             ``logsumexp`` are then those of the policy over these and the row's own token. Without a teacher, or with
             ``teacher_topk_ids`` and no tail, a row costs ``2 (S + 1) H`` FLOP forward and 3 times that backward where
             the head has 32 rows or more for each token. None: the whole vocabulary.
-        config: the loss's options, in place of the next five, which are its fields, and of how models are compared: its
+        config: the loss's options, in place of the next six, which are its fields, and of how models are compared: its
             ``distillation_mode``, ``topk``, ``topk_of``, ``add_tail`` and ``divergence_clip``. With the mode
             ``"sampled"`` ``divergence`` is ``sg(log p_t - log q_t) log p_t``, which has reverse KL's gradient in
-            expectation. None: the next five.
+            expectation. None: the next six.
         divergence: ``"forward_kl"`` (KL(q || p)), ``"reverse_kl"`` (KL(p || q)), or one from a mixture of both
             models, ``"jsd"``, ``"skew_forward_kl"`` or ``"skew_reverse_kl"``, as in ``SRPOConfig``. Unset: jsd.
         alpha: the share of one model in that mixture, as in ``SRPOConfig``, in (0, 1). Unset: 0.5.
         temperature: divides the logits. Unset: 1.
         logit_scale: multiplies the logits, before the softcap. Unset: 1.
         softcap: bounds the logits to ``softcap * tanh(logits / softcap)``. Unset or None: no bound.
+        teacher_transform: the ``LogitTransform`` of a teacher that has another one, as in ``SRPOConfig``. Unset or
+            None: the three above.
         vocab_parallel_group: the process group that holds the LM head in shards, as in ``srpo_loss``: statistics are
             the same to the last bit on every rank, and their upstream gradients must be the same too. On the wire, per
             row and rank: 5 numbers, up to 13 with a teacher, and H of dX in the backward.
         backend: ``"auto"``, ``"torch"`` or ``"triton"``.
         engine: ``"rows"`` holds the logits of some rows at a time; ``"tile"`` holds none: projection and reductions in
-            one kernel, whose results for a row are the same to the last bit in any batch. It has no gradient and no
-            divergence from a mixture, and needs the triton backend and one dtype for hidden states and weight.
+            one kernel, whose results for a row are the same to the last bit in any batch. It has no gradient, no
+            divergence from a mixture and no ``teacher_transform``, and needs the triton backend and one dtype for
+            hidden states and weight.
             ``"auto"``: rows, or tile where it can run and a row of logits does not fit ``workspace_bytes``.
         workspace_bytes: bound of the logits that are alive at a time, of both models together.
 
@@ -111,7 +115,9 @@ def token_stats(
             temperature=temperature,
             logit_scale=logit_scale,
             softcap=softcap,
+            teacher_transform=teacher_transform,
         )
+        own = described.pop("teacher_transform")
         require_mixture(described["divergence"], described["alpha"])
         if config is None and teacher_topk_ids is not None:
             described |= {"distillation_mode": "topk", "topk_of": "teacher"}
@@ -137,6 +143,7 @@ def token_stats(
     )  # fmt: skip
     options = StatsOptions(
         **described,
+        teacher_transform=None if own is None else [x for x in own if x is not None],
         backend=backend,
         engine=engine,
         workspace_bytes=workspace_bytes,
@@ -173,7 +180,8 @@ def teacher_stats(
         teacher_weight: ``[V, H_t]``.
         mask: ``[...]``, bool: rows to compute; the others are never read and are 0. None: all.
         teacher_bias: ``[V]``.
-        config: the loss's options, in place of the next three, which are its fields. None: the next three.
+        config: the loss's options, in place of the next three: its fields, or where the teacher has a transform of its
+            own, those of its ``teacher_transform``. None: the next three.
         temperature: divides the logits. Unset: 1.
         logit_scale: multiplies the logits, before the softcap. Unset: 1.
         softcap: bounds the logits to ``softcap * tanh(logits / softcap)``. Unset or None: no bound.
@@ -195,6 +203,8 @@ def teacher_stats(
         validation.check_backend(backend)
         validation.check_engine(engine)
         described = resolve_options(config, temperature=temperature, logit_scale=logit_scale, softcap=softcap)
+        if config is not None and config.teacher_transform is not None:
+            described = config.teacher_transform._asdict()
         validation.check_head(
             teacher_hidden, teacher_weight, teacher_bias, ("teacher_hidden", "teacher_weight", "teacher_bias")
         )

@@ -23,7 +23,7 @@ from srpo_kernels.engine.batch import Needs
 from srpo_kernels.rows.vocabulary import Vocabulary
 
 # The arguments whose first dimension is the vocabulary: a rank's own. All others are the same on all ranks.
-_SHARDED = ("weight", "bias", "teacher_weight", "teacher_bias")
+_SHARDED = ("weight", "bias", "teacher_weight", "teacher_bias", "teacher_weights", "teacher_biases")
 
 
 def agree(call: LossArguments | StatsArguments, options: LossOptions | StatsOptions, needs: Needs) -> Vocabulary:
@@ -79,7 +79,8 @@ def _replicated(call: LossArguments | StatsArguments, options: LossOptions | Sta
         named |= dict(zip(options.input_names, named.pop("inputs"), strict=True))
     tensors = [
         f"{name} {str(x.dtype).removeprefix('torch.')}{list(x.shape[name in _SHARDED :])} on {x.device.type}"
-        for name, x in named.items()
+        for name, value in named.items()
+        for x in (value if isinstance(value, list) else [value])
         if isinstance(x, Tensor)
     ]
     wanted = [name for name, need in needs._asdict().items() if need]

@@ -12,14 +12,17 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from srpo_kernels.losses.config import SRPOConfig
+from srpo_kernels.rows.contract import LogitTransform
 
 
 class LossArguments(NamedTuple):
     """The tensors of a call of ``srpo_loss`` or ``fused_loss`` in its caller's shapes.
 
-    ``teacher_mask`` says which rows have a teacher, in whose place its likeliest tokens may be given;
-    ``support_ids`` are what rows were sampled from, in ``srpo_loss`` those without one. Four are ``Normalizers``'
-    fields, ``srpo_loss``'s alone; ``inputs`` are the objective's.
+    ``teacher_mask`` says which rows have a teacher, in whose place its likeliest tokens may be given. Its heads are
+    ``teacher_weights``, the student's own where there is none, with as many ``teacher_biases`` or none;
+    ``teacher_head_ids`` says which one a row's is, the only one where it is None. ``support_ids`` are what rows were
+    sampled from, in ``srpo_loss`` those without a teacher. Four are ``Normalizers``' fields, ``srpo_loss``'s alone;
+    ``inputs`` are the objective's.
     """
 
     hidden: Tensor
@@ -29,8 +32,9 @@ class LossArguments(NamedTuple):
     mask: Tensor | None
     teacher_mask: Tensor | None
     teacher_hidden: Tensor | None
-    teacher_weight: Tensor | None
-    teacher_bias: Tensor | None
+    teacher_weights: list[Tensor]
+    teacher_biases: list[Tensor]
+    teacher_head_ids: Tensor | None
     teacher_topk_ids: Tensor | None
     teacher_topk_log_probs: Tensor | None
     support_ids: Tensor | None
@@ -88,7 +92,10 @@ class StatsArguments(NamedTuple):
 
 
 class StatsOptions(NamedTuple):
-    """The options of a call of ``token_stats``: fields of ``SRPOConfig``, and others; the group is a name."""
+    """The options of a call of ``token_stats``: fields of ``SRPOConfig``, and others; the group is a name.
+
+    ``teacher_transform`` is the teacher's own temperature, logit scale and, if there is one, softcap.
+    """
 
     divergence: str = "jsd"
     alpha: float = 0.5
@@ -100,6 +107,7 @@ class StatsOptions(NamedTuple):
     temperature: float = 1.0
     logit_scale: float = 1.0
     softcap: float | None = None
+    teacher_transform: list[float] | None = None
     backend: str = "auto"
     engine: str = "auto"
     workspace_bytes: int | None = None
@@ -107,7 +115,10 @@ class StatsOptions(NamedTuple):
 
     def config(self) -> SRPOConfig:
         """What they say of the logits and of what is compared."""
-        return SRPOConfig(**dict(islice(self._asdict().items(), self._fields.index("backend"))))
+        options = dict(islice(self._asdict().items(), self._fields.index("backend")))
+        if self.teacher_transform is not None:
+            options["teacher_transform"] = LogitTransform(*self.teacher_transform)
+        return SRPOConfig(**options)
 
 
 def parse(arguments: tuple[Any, ...], *groups: Any) -> list[Any]:

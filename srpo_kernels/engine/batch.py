@@ -22,9 +22,10 @@ class Batch(NamedTuple):
     """N rows. Only ``hidden`` ``[N, H]`` and ``head`` carry gradient.
 
     ``inputs`` are the objective's, ``[N]`` by name; ``sequences`` is None where none matters. ``teacher_rows`` ``[N]``
-    says where in ``teacher_hidden`` ``[M, H_t]``, or in ``teacher_support``, a row's teacher is; all unused when no row
-    has a teacher. ``support_ids`` ``[N, S]``: the tokens that rows were sampled from, in ``srpo_loss`` those without a
-    teacher; ``inputs`` then say where in them a row's own token is.
+    says where in ``teacher_hidden`` ``[M, H_t]``, or in ``teacher_support``, a row's teacher is, ``head_ids`` ``[N]``
+    which of the ``teacher_heads`` it has, None for the only one; all unused when no row has a teacher. ``support_ids``
+    ``[N, S]``: the tokens that rows were sampled from, in ``srpo_loss`` those without a teacher; ``inputs`` then say
+    where in them a row's own token is.
     """
 
     hidden: Tensor
@@ -34,7 +35,8 @@ class Batch(NamedTuple):
     sequences: Sequences | None
     teacher_hidden: Tensor | None
     teacher_rows: Tensor
-    teacher_head: Head
+    teacher_heads: list[Head]
+    head_ids: Tensor | None = None
     teacher_support: Support | None = None
     support_ids: Tensor | None = None
 

@@ -58,6 +58,8 @@ def prepare_custom(
         columns=by_columns(objective, batch, passes.vocabulary, taught=False),
         taught_columns=by_columns(objective, batch, passes.vocabulary, taught=True),
         joins=grouped,
+        head_ids=batch.head_ids,
+        heads=len(batch.teacher_heads),
     )
     return batch, plan, objective
 

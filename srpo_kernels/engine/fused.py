@@ -25,6 +25,7 @@ from srpo_kernels.rows.dtypes import accumulation_dtype
 from srpo_kernels.rows.mixture import KLS
 from srpo_kernels.rows.passes import Request, RowPasses
 from srpo_kernels.rows.sums import bucket_entropy
+from srpo_kernels.rows.teacher_units import to_student_units_
 
 
 class FusedPass:
@@ -111,11 +112,11 @@ class FusedPass:
             return self._compute_columns(chunk.alone, taught=False)
         if self.plan.taught_columns and not len(chunk.alone):
             return self._compute_columns(chunk.taught, taught=True)
-        rows = chunk.alone if not len(chunk.taught) else torch.cat(chunk)
+        rows = chunk.rows
         operand, logits = self._project(self.batch.hidden, rows, rows, self.batch.head, 0)
         taught, alone = logits.split([len(chunk.taught), len(chunk.alone)])
         kinds = [(True, chunk.taught, taught), (False, chunk.alone, alone)]
-        requests = [self._request(own, z, len(rows), gradient, taught=kind) for kind, own, z in kinds if len(own)]
+        requests = [self._request(chunk, own, z, gradient, taught=kind) for kind, own, z in kinds if len(own)]
         stats = self.passes.statistics(*requests)
         present = [(own, kind) for kind, own, _ in kinds if len(own)]
         parts = [
@@ -135,13 +136,13 @@ class FusedPass:
         request = Request(hidden, None, self.spec, targets)
         return Computed(hidden, hidden, [Part(rows, taught, request, own.statistics)], own)
 
-    def _request(self, rows: Tensor, logits: Tensor, offset: int, gradient: bool, *, taught: bool) -> Request:
+    def _request(self, chunk: Chunk, rows: Tensor, logits: Tensor, gradient: bool, *, taught: bool) -> Request:
         names, gradients = self.objective.reads(taught)
         spec, y, given = replace(self.spec, divergence=None, topk=0), None, None
         if any(name in _OF_TEACHER for name in names):
             given = self._given(rows)
             if given is None:
-                y = self._teacher_logits(rows, offset)
+                y = self._teacher_logits(chunk, chunk.num_rows)
             spec = replace(
                 self.spec,
                 divergence=self.spec.divergence if "divergence" in names else None,
@@ -261,18 +262,25 @@ class FusedPass:
             assert known is not None
             return bucket_entropy(known[self.batch.teacher_rows[self.plan.order.taught]])
         entropies = []
-        spec = replace(self.spec, divergence=None, topk=0)
-        for rows in (chunk.taught for segment in self.plan.segments for chunk in segment if len(chunk.taught)):
-            logits, ids = self._teacher_logits(rows, 0), self.batch.target_ids[rows]
+        spec = replace(self.spec, transform=self.spec.teacher_transform, divergence=None, topk=0)
+        for chunk in (chunk for segment in self.plan.segments for chunk in segment if len(chunk.taught)):
+            logits, ids = self._teacher_logits(chunk, 0), self.batch.target_ids[chunk.taught]
             (stats,) = self.passes.statistics(Request(logits, None, spec, ids, entropy=True, gradient=frozenset()))
             assert stats.entropy is not None
             entropies.append(stats.entropy)
         return torch.cat(entropies)
 
-    def _teacher_logits(self, rows: Tensor, offset: int) -> Tensor:
-        batch = self.batch
+    def _teacher_logits(self, chunk: Chunk, offset: int) -> Tensor:
+        """Of the rows with a teacher, from ``offset`` of the buffer on: a product for each head that they have."""
+        batch, count = self.batch, len(chunk.taught)
         assert batch.teacher_hidden is not None
-        return self._project(batch.teacher_hidden, batch.teacher_rows[rows], rows, batch.teacher_head, offset)[1]
+        start = offset
+        by_head = chunk.taught.split(chunk.by_head or [count])
+        for head, rows in zip(batch.teacher_heads, by_head, strict=True):
+            if len(rows):
+                self._project(batch.teacher_hidden, batch.teacher_rows[rows], rows, head, start)
+                start += len(rows)
+        return to_student_units_(self.buffer[offset : offset + count], self.spec)
 
     def _project(self, hidden: Tensor, states: Tensor, rows: Tensor, head: Head, offset: int) -> tuple[Tensor, Tensor]:
         """Hidden states as an operand, and their logits in the buffer."""

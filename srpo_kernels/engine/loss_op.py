@@ -110,7 +110,8 @@ def _backward(scale: Callable[[Tensor, Tensor], Tensor], *, is_operator: bool) -
         gradients: list[Any] = [None] * ctx.num_arguments
         if is_operator:
             # A list of tensors has a list of gradients.
-            gradients[LossArguments._fields.index("inputs")] = [None] * ctx.num_inputs
+            for index, length in ctx.lists.items():
+                gradients[index] = [None] * length
         if grad_loss is None:
             return tuple(gradients)
         if grad_loss.numel() != 1:
@@ -146,7 +147,8 @@ class _FusedLoss(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         call, _, needs = parse(inputs, LossArguments, LossOptions, Needs)
-        ctx.num_arguments, ctx.num_inputs = len(inputs), len(call.inputs)
+        ctx.num_arguments = len(inputs)
+        ctx.lists = {index: len(x) for index, x in enumerate(call) if isinstance(x, list)}
         ctx.dtypes = [x.dtype if needed else None for x, needed in zip(call[:3], needs, strict=True)]
         ctx.save_for_backward(output[0], *output[3:])
         ctx.mark_non_differentiable(*output[1:])
@@ -163,8 +165,8 @@ _operator = torch.library.custom_op(
     tags=ops.TAGS,
     schema=(
         "(Tensor hidden, Tensor weight, Tensor? bias, Tensor target_ids, Tensor? mask, Tensor? teacher_mask, "
-        "Tensor? teacher_hidden, Tensor? teacher_weight, Tensor? teacher_bias, Tensor? teacher_topk_ids, "
-        "Tensor? teacher_topk_log_probs, Tensor? support_ids, Tensor? sequence_ids, "
+        "Tensor? teacher_hidden, Tensor[] teacher_weights, Tensor[] teacher_biases, Tensor? teacher_head_ids, "
+        "Tensor? teacher_topk_ids, Tensor? teacher_topk_log_probs, Tensor? support_ids, Tensor? sequence_ids, "
         "Tensor? token_count, Tensor? dw_log_mean, Tensor? sdpo_count, Tensor? sequence_count, Tensor[] inputs, "
         "str objective, str[] input_names, str config, bool whole_sequences, str backend, SymInt? workspace_bytes, "
         "str? vocab_parallel_group, str? sequence_parallel_group, "

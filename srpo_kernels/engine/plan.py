@@ -121,10 +121,24 @@ def row_chunks(num_rows: int, capacity: int) -> list[slice]:
 
 
 class Chunk(NamedTuple):
-    """Rows whose logits are alive at a time, and whose products are taken together: indices of ``RowOrder``'s kinds."""
+    """Rows whose logits are alive at a time, and whose products are taken together: indices of ``RowOrder``'s kinds.
+
+    Of several teacher heads, ``by_head`` is how many of the rows with a teacher, in their order, each has.
+    """
 
     taught: Tensor
     alone: Tensor
+    by_head: tuple[int, ...] = ()
+
+    @property
+    def rows(self) -> Tensor:
+        """Those with a teacher before those without."""
+        return self.alone if not len(self.taught) else torch.cat([self.taught, self.alone])
+
+    @property
+    def num_rows(self) -> int:
+        """Of both kinds."""
+        return len(self.taught) + len(self.alone)
 
     @property
     def logits(self) -> int:
@@ -183,6 +197,8 @@ def make_plan(
     columns: bool = False,
     taught_columns: bool = False,
     joins: bool = False,
+    head_ids: Tensor | None = None,
+    heads: int = 1,
 ) -> Plan:
     """Lay out the chunks.
 
@@ -190,11 +206,15 @@ def make_plan(
     ``taught_lengths`` those with one, where it sees these with them. ``gradients`` is how many of dX and dW are
     wanted. Without ``teacher_logits``, what is known of the teacher costs no product. Where one kind of rows runs by
     ``columns``, no chunk has rows of both. ``joins``: an objective takes part in exchanges, without a row too.
+    ``head_ids``: which of the teacher's ``heads`` a row with a teacher has, int64 ``[N]``.
     """
     apart = columns or taught_columns
     alone_rows, taught_rows = memory.capacity(1, workspace_bytes), memory.capacity(2, workspace_bytes)
     # Where nothing else is asked for, as many as both models' of a full chunk.
     together = alone_rows if workspace_bytes is not None else max(alone_rows, 2 * taught_rows)
+    if head_ids is not None and taught_lengths is None:
+        # Few heads in a chunk: their products are large.
+        order = order._replace(taught=order.taught[head_ids[order.taught].argsort(stable=True)])
     none = order.taught[:0]
     if taught_lengths is not None and alone_lengths is not None:
         segments = _whole_sequences(order, taught_lengths, alone_lengths, alone_rows, taught_rows, together, apart)
@@ -213,6 +233,8 @@ def make_plan(
         segments += alone
     if joins and not len(order.alone):
         segments.append([Chunk(none, none)])
+    if head_ids is not None:
+        segments = _sorted_by_head(segments, head_ids, heads)
     inactive = [Chunk(none, order.inactive[ids]) for ids in row_chunks(len(order.inactive), alone_rows)]
     if joins and not inactive:
         inactive = [Chunk(none, none)]
@@ -232,6 +254,21 @@ def make_plan(
         columns,
         taught_columns,
     )
+
+
+def _sorted_by_head(segments: list[Segment], head_ids: Tensor, heads: int) -> list[Segment]:
+    """Rows of one teacher head side by side in each chunk, for one product of each: a host read."""
+    chunks = [chunk for segment in segments for chunk in segment]
+    if not chunks:
+        return segments
+    orders = [head_ids[chunk.taught].argsort(stable=True) for chunk in chunks]
+    each = torch.arange(heads, device=head_ids.device)
+    counts = torch.stack([(head_ids[chunk.taught, None] == each).sum(0) for chunk in chunks]).tolist()
+    ordered = (
+        chunk._replace(taught=chunk.taught[order], by_head=tuple(own))
+        for chunk, order, own in zip(chunks, orders, counts, strict=True)
+    )
+    return [[next(ordered) for _ in segment] for segment in segments]
 
 
 def sequence_groups(sizes: list[int], capacity: int) -> list[slice]:

@@ -6,6 +6,7 @@ operations, so that a compiled graph never sees it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -21,8 +22,10 @@ from srpo_kernels.engine.objectives import Objective
 from srpo_kernels.engine.plan import RowMemory, order_rows
 from srpo_kernels.engine.row_values import (
     RowChecks,
+    check_head_ids,
     check_own_divergences,
     check_support,
+    check_teacher_head_ids,
     check_teacher_rows,
     check_workspace,
 )
@@ -114,7 +117,8 @@ def flatten(
         sequences,
         None if call.teacher_hidden is None else flat_rows(call.teacher_hidden),
         teacher_rows,
-        _teacher_head(call),
+        _teacher_heads(call),
+        _head_ids(call, valid & taught),
         support,
         support_ids,
     )
@@ -158,7 +162,7 @@ def tiles(call: StatsArguments, options: StatsOptions, needs: Needs, vocabulary:
     pairs = [(call.hidden, call.weight)]
     if call.teacher_hidden is not None:
         pairs.append((call.teacher_hidden, call.weight if call.teacher_weight is None else call.teacher_weight))
-    obstacle = None
+    obstacle, config = None, options.config()
     if options.backend != "triton":
         obstacle = f"needs the triton backend, got {options.backend!r}"
     elif any(needs):
@@ -170,6 +174,8 @@ def tiles(call: StatsArguments, options: StatsOptions, needs: Needs, vocabulary:
             f"does not support divergence={options.divergence!r}, which takes a second look at the logits: "
             "ask for 'forward_kl' or 'reverse_kl'"
         )
+    elif call.teacher_hidden is not None and config.own_teacher_transform is not None:
+        obstacle = "takes one logit transform for both models, got a teacher_transform of the teacher's own"
     elif len({x.dtype for pair in pairs for x in pair}) > 1:
         obstacle = f"needs one dtype for hidden states and weights, got {[x.dtype for pair in pairs for x in pair]}"
     if options.engine == "tile" and obstacle is not None:
@@ -221,7 +227,9 @@ def prepare_stats(
         rows=rows,
         spec=RowSpec(config.transform, alpha=config.alpha),
         teacher_hidden=None if call.teacher_hidden is None else flat_rows(call.teacher_hidden),
-        teacher_head=_teacher_head(call),
+        teacher_head=Head(call.weight, call.bias)
+        if call.teacher_weight is None
+        else Head(call.teacher_weight, call.teacher_bias),
         workspace_bytes=options.workspace_bytes,
         passes=passes,
         tiled=tiled,
@@ -255,14 +263,32 @@ def row_spec(
         config.add_tail and topk < vocabulary.size,
         config.topk_of,
         config.divergence_clip,
+        own_teacher=config.own_teacher_transform,
     )
 
 
-def _teacher_head(call: LossArguments | StatsArguments) -> Head:
+def _teacher_heads(call: LossArguments) -> list[Head]:
     """The student's own where the teacher has none."""
-    if call.teacher_weight is None:
-        return Head(call.weight, call.bias)
-    return Head(call.teacher_weight, call.teacher_bias)
+    if not call.teacher_weights:
+        return [Head(call.weight, call.bias)]
+    biases: Sequence[Tensor | None] = call.teacher_biases or [None] * len(call.teacher_weights)
+    return [Head(weight, bias) for weight, bias in zip(call.teacher_weights, biases, strict=True)]
+
+
+def _head_ids(call: LossArguments, taught: Tensor) -> Tensor | None:
+    """The teacher head of each of the ``taught`` rows ``[N]``, 0 in others; None where there is one head alone."""
+    ids, shape = call.teacher_head_ids, call.target_ids.shape
+    if ids is None or call.teacher_mask is None:
+        return None
+    rows = taught.nonzero().squeeze(1)
+    places, entries = rows, shape[0]
+    if len(ids) != entries:
+        routed = _routed(call.teacher_mask)
+        check_teacher_head_ids(ids, entries, int(routed.sum()))
+        places = _places(routed, call.target_ids)[rows]
+    own = per_row(ids.long(), torch.Size((len(ids), *shape[1:])))[places]
+    check_head_ids(own, len(call.teacher_weights))
+    return torch.zeros_like(taught, dtype=torch.int64).index_copy_(0, rows, own)
 
 
 def per_row(values: Tensor, shape: torch.Size) -> Tensor:
@@ -278,12 +304,22 @@ def _support(ids: Tensor, log_probs: Tensor) -> Support:
 
 def _teacher_rows(teacher_hidden: Tensor, teacher_mask: Tensor, target_ids: Tensor) -> Tensor:
     """Where each row's teacher state is: at the row itself, or in the routed entries alone."""
-    routed = teacher_mask.flatten(1).any(1) if teacher_mask.ndim == 2 else teacher_mask
-    rows = torch.arange(target_ids.numel(), device=target_ids.device)
     if teacher_hidden.shape[:-1] == target_ids.shape:
-        return rows
+        return torch.arange(target_ids.numel(), device=target_ids.device)
+    routed = _routed(teacher_mask)
     check_teacher_rows(teacher_hidden, target_ids, int(routed.sum()))
+    return _places(routed, target_ids)
+
+
+def _routed(teacher_mask: Tensor) -> Tensor:
+    """Which entries of the first dimension have a row with a teacher, ``[B]``."""
+    return teacher_mask.flatten(1).any(1) if teacher_mask.ndim == 2 else teacher_mask
+
+
+def _places(routed: Tensor, target_ids: Tensor) -> Tensor:
+    """Where each row is among those of the ``routed`` entries alone, ``[N]``; of no use for the other rows."""
     length = target_ids.shape[1] if target_ids.ndim == 2 else 1
+    rows = torch.arange(target_ids.numel(), device=target_ids.device)
     rank = routed.long().cumsum(0) - 1
     return rank.repeat_interleave(length) * length + rows % max(length, 1)
 

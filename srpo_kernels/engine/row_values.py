@@ -105,6 +105,28 @@ def check_own_divergences(alpha: Tensor | None, clip: Tensor | None, rows: Tenso
             )
 
 
+def check_head_ids(ids: Tensor, heads: int) -> None:
+    """The teacher heads of the rows that have one, int64 ``[n]``: a host read."""
+    if not len(ids):
+        return
+    lowest, highest = torch.stack([ids.amin(), ids.amax()]).tolist()
+    if lowest < 0 or highest >= heads:
+        wrong = lowest if lowest < 0 else highest
+        raise ValueError(
+            f"teacher_head_ids must lie in [0, {heads}), the heads of teacher_weight, wherever a valid row has a "
+            f"teacher, got {wrong}"
+        )
+
+
+def check_teacher_head_ids(ids: Tensor, entries: int, routed_entries: int) -> None:
+    """Ids for every entry of the first dimension, or for the routed ones."""
+    if len(ids) not in (entries, routed_entries):
+        raise ValueError(
+            f"teacher_head_ids must have {entries} entries, or the {routed_entries} routed ones alone, "
+            f"got {list(ids.shape)}"
+        )
+
+
 def warn_of_weights(weight_sum: float, count: int, config: SRPOConfig) -> None:
     """Say that the entropy weights of a whole batch, ``count`` rows, have another mean than 1: one host read."""
     mean = weight_sum / count

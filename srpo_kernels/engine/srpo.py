@@ -69,6 +69,8 @@ def prepare_srpo(
         columns=by_columns(objective, batch, passes.vocabulary, taught=False),
         # A rank without a policy row takes part where sequences have others elsewhere.
         joins=rows.sequences is not None and rows.sequences.group is not None,
+        head_ids=batch.head_ids,
+        heads=len(batch.teacher_heads),
     )
     return batch, plan, objective, numbers.get("sdpo_count") == len(order.taught) > 0
 

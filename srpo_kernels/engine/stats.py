@@ -22,6 +22,7 @@ from srpo_kernels.rows import contract
 from srpo_kernels.rows.contract import RowGradients, RowSpec, Support
 from srpo_kernels.rows.dtypes import accumulation_dtype
 from srpo_kernels.rows.passes import Request, RowPasses
+from srpo_kernels.rows.teacher_units import to_student_units_
 
 
 class StatsCall(NamedTuple):
@@ -212,6 +213,7 @@ def _chunks(hidden: Tensor, head: Head, call: StatsCall, rows: Tensor) -> Iterat
             if call.teacher_hidden is not None:
                 y = buffer[longest : longest + len(ids)]
                 project(call.teacher_hidden, call.teacher_head, ids, y)
+                to_student_units_(y, call.spec)
             entropy = "entropy" in call.sources
             request = Request(
                 z, y, call.spec.of_rows(ids), targets, entropy=entropy, support=given, sampled_ids=sampled

@@ -21,6 +21,7 @@ def row_entries_kernel(
     inner,
     slope2,
     SOFTCAP: tl.constexpr,
+    TEACHER_SOFTCAP: tl.constexpr,
     LANES: tl.constexpr,
     VENDOR: tl.constexpr,
 ):
@@ -37,13 +38,13 @@ def row_entries_kernel(
     g_sum = tl.zeros([LANES], tl.float32)
     for start in range(0, whole, BLOCK):
         z = load_units(z_row + start, columns, BLOCK, inner, SOFTCAP, VENDOR, False)
-        y = load_units(y_row + start, columns, BLOCK, inner, SOFTCAP, VENDOR, False)
+        y = load_units(y_row + start, columns, BLOCK, inner, TEACHER_SOFTCAP, VENDOR, False)
         f, g = entry(z, y, numbers, slope2, VENDOR)
         f_sum += tl.sum(f, axis=1)
         g_sum += tl.sum(g, axis=1)
     if whole < vocab_size:
         z = load_units(z_row + whole, columns, vocab_size - whole, inner, SOFTCAP, VENDOR, True)
-        y = load_units(y_row + whole, columns, vocab_size - whole, inner, SOFTCAP, VENDOR, True)
+        y = load_units(y_row + whole, columns, vocab_size - whole, inner, TEACHER_SOFTCAP, VENDOR, True)
         f, g = entry(z, y, numbers, slope2, VENDOR)
         f_sum += tl.sum(f, axis=1)
         g_sum += tl.sum(g, axis=1)

@@ -31,6 +31,7 @@ def row_grad_kernel(
     OVERLAP: tl.constexpr,
     ENTRIES: tl.constexpr,
     SOFTCAP: tl.constexpr,
+    TEACHER_SOFTCAP: tl.constexpr,
     LANES: tl.constexpr,
     BLOCK_IDS: tl.constexpr,
     VENDOR: tl.constexpr,
@@ -77,7 +78,7 @@ def row_grad_kernel(
     z_ids = to_units(tl.load(z_row + ids, mask=here, other=0.0), inner, SOFTCAP, VENDOR, False)
     y_ids = z_ids
     if TEACHER:
-        y_ids = to_units(tl.load(y_row + ids, mask=here, other=0.0), inner, SOFTCAP, VENDOR, False)
+        y_ids = to_units(tl.load(y_row + ids, mask=here, other=0.0), inner, TEACHER_SOFTCAP, VENDOR, False)
     # The log-sum-exp may be that of the other tokens alone: by_p_at_ids is 0 then, and p must be finite.
     z_ids_lse2 = tl.maximum(z_lse2, z_ids * slope2 - 1.0)
     at_ids = _dlogits(
@@ -94,7 +95,7 @@ def row_grad_kernel(
         z = load_units(z_row + start, columns, BLOCK, inner, SOFTCAP, VENDOR, False)
         y = z
         if TEACHER:
-            y = load_units(y_row + start, columns, BLOCK, inner, SOFTCAP, VENDOR, False)
+            y = load_units(y_row + start, columns, BLOCK, inner, TEACHER_SOFTCAP, VENDOR, False)
         dz = _dlogits(
             z, y, 0.0, z_lse2, y_lse2, by_p, by_log, forward, reverse, mixed, entries,
             slope2, FORWARD_KL, REVERSE_KL, STUDENT_KL, OVERLAP, ENTRIES, SOFTCAP, VENDOR,
@@ -105,7 +106,7 @@ def row_grad_kernel(
         z_rest = load_units(z_row + whole, columns, rest, inner, SOFTCAP, VENDOR, True)
         y_rest = z_rest
         if TEACHER:
-            y_rest = load_units(y_row + whole, columns, rest, inner, SOFTCAP, VENDOR, True)
+            y_rest = load_units(y_row + whole, columns, rest, inner, TEACHER_SOFTCAP, VENDOR, True)
         dz_rest = _dlogits(
             z_rest, y_rest, 0.0, z_lse2, y_lse2, by_p, by_log, forward, reverse, mixed, entries,
             slope2, FORWARD_KL, REVERSE_KL, STUDENT_KL, OVERLAP, ENTRIES, SOFTCAP, VENDOR,

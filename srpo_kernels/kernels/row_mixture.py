@@ -21,6 +21,7 @@ def row_mixture_kernel(
     TEACHER_KL: tl.constexpr,
     OVERLAP: tl.constexpr,
     SOFTCAP: tl.constexpr,
+    TEACHER_SOFTCAP: tl.constexpr,
     LANES: tl.constexpr,
     VENDOR: tl.constexpr,
 ):
@@ -43,14 +44,14 @@ def row_mixture_kernel(
     overlap = tl.zeros([LANES], tl.float32)
     for start in range(0, whole, BLOCK):
         z = load_units(z_row + start, columns, BLOCK, inner, SOFTCAP, VENDOR, False)
-        y = load_units(y_row + start, columns, BLOCK, inner, SOFTCAP, VENDOR, False)
+        y = load_units(y_row + start, columns, BLOCK, inner, TEACHER_SOFTCAP, VENDOR, False)
         p_kl, q_kl, overlap = _add(
             p_kl, q_kl, overlap, tl.fma(z, slope2, -z_lse2), tl.fma(y, slope2, -y_lse2), by_p, by_q,
             STUDENT_KL, TEACHER_KL, OVERLAP, VENDOR,
         )  # fmt: skip
     if whole < vocab_size:
         z = load_units(z_row + whole, columns, vocab_size - whole, inner, SOFTCAP, VENDOR, True)
-        y = load_units(y_row + whole, columns, vocab_size - whole, inner, SOFTCAP, VENDOR, True)
+        y = load_units(y_row + whole, columns, vocab_size - whole, inner, TEACHER_SOFTCAP, VENDOR, True)
         p_kl, q_kl, overlap = _add(
             p_kl, q_kl, overlap, tl.fma(z, slope2, -z_lse2), tl.fma(y, slope2, -y_lse2), by_p, by_q,
             STUDENT_KL, TEACHER_KL, OVERLAP, VENDOR,

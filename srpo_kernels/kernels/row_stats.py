@@ -19,12 +19,14 @@ def row_stats_kernel(
     slope2,
     TEACHER: tl.constexpr,
     SOFTCAP: tl.constexpr,
+    TEACHER_SOFTCAP: tl.constexpr,
     LANES: tl.constexpr,
     VENDOR: tl.constexpr,
 ):
     """Write a row's ``ModelSums`` of the student z; with a teacher y those of both, 6 numbers and 5.
 
-    Every logit is read once. The running sums belong to lanes, which meet after the loop.
+    Without ``TEACHER_SOFTCAP`` y is in units already. Every logit is read once. The running sums belong to lanes, which
+    meet after the loop.
     """
     row = tl.program_id(0).to(tl.int64)
     z_row = z_ptr + row * z_stride_row
@@ -42,7 +44,7 @@ def row_stats_kernel(
         # Tokens that are taken out of a row are marked in it: of a model alone.
         z = to_units(tl.load(z_row + start + columns), inner, SOFTCAP, VENDOR, not TEACHER)
         if TEACHER:
-            y = load_units(y_row + start, columns, BLOCK, inner, SOFTCAP, VENDOR, False)
+            y = load_units(y_row + start, columns, BLOCK, inner, TEACHER_SOFTCAP, VENDOR, False)
             z_max, z_total, z_weighted, z_gap, z_anchor, y_max, y_total, y_weighted, y_gap = _add_pair(
                 z_max, z_total, z_weighted, z_gap, z_anchor, y_max, y_total, y_weighted, y_gap, z, y, slope2
             )
@@ -51,7 +53,7 @@ def row_stats_kernel(
     if whole < vocab_size:
         z = load_units(z_row + whole, columns, vocab_size - whole, inner, SOFTCAP, VENDOR, True)
         if TEACHER:
-            y = load_units(y_row + whole, columns, vocab_size - whole, inner, SOFTCAP, VENDOR, True)
+            y = load_units(y_row + whole, columns, vocab_size - whole, inner, TEACHER_SOFTCAP, VENDOR, True)
             z_max, z_total, z_weighted, z_gap, z_anchor, y_max, y_total, y_weighted, y_gap = _add_pair(
                 z_max, z_total, z_weighted, z_gap, z_anchor, y_max, y_total, y_weighted, y_gap, z, y, slope2
             )
@@ -70,7 +72,8 @@ def row_stats_kernel(
         z_gap_shift = z_shift - (z_anchor - row_anchor)
         store_sums(own, z_max, z_total, z_weighted, z_gap, z_shift, z_gap_shift, target, slope2)
         tl.store(own + 5, row_anchor)
-        y_target = to_units(tl.load(y_row + target_id, mask=here, other=LOWEST), inner, SOFTCAP, VENDOR, True)
+        y_raw = tl.load(y_row + target_id, mask=here, other=LOWEST)
+        y_target = to_units(y_raw, inner, TEACHER_SOFTCAP, VENDOR, True)
         store_sums(own + 6, y_max, y_total, y_weighted, y_gap, y_shift, z_shift - y_shift, y_target, slope2)
     else:
         store_sums(sums_ptr + row * 5, z_max, z_total, z_weighted, z_gap, z_shift, z_shift, target, slope2)

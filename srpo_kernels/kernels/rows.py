@@ -43,13 +43,19 @@ def slope(transform: LogitTransform) -> float:
 
 
 def sums(
-    logits: Tensor, teacher_logits: Tensor | None, transform: LogitTransform, *, target_ids: Tensor
+    logits: Tensor,
+    teacher_logits: Tensor | None,
+    transform: LogitTransform,
+    *,
+    target_ids: Tensor,
+    teacher_transform: LogitTransform | None = None,
 ) -> list[ModelSums]:
     """One launch for one or both models' logits."""
     y = logits if teacher_logits is None else teacher_logits
     models, fields = (1, 5) if teacher_logits is None else (2, 11)
     out = logits.new_empty(len(logits), fields)
     launched, vendor = Transform.of(transform), vendor_of(logits.device)
+    of_teacher = transform if teacher_logits is None or teacher_transform is None else teacher_transform
     launch = row_launch(models, vendor)
     if len(logits):
         with on_device(logits):
@@ -65,6 +71,7 @@ def sums(
                 launched.slope2,
                 TEACHER=models == 2,
                 SOFTCAP=launched.softcap,
+                TEACHER_SOFTCAP=of_teacher.softcap is not None,
                 LANES=launch.lanes,
                 VENDOR=vendor,
                 **launch.options,
@@ -123,6 +130,7 @@ def divergence_sums(logits: Tensor, teacher_logits: Tensor, stats: Statistics, s
                 transform.slope2,
                 **wanted,
                 SOFTCAP=transform.softcap,
+                TEACHER_SOFTCAP=spec.teacher_transform.softcap is not None,
                 LANES=launch.lanes,
                 VENDOR=vendor,
                 **launch.options,
@@ -164,6 +172,7 @@ def _entry_sums(logits: Tensor, teacher_logits: Tensor, stats: Statistics, spec:
                 transform.inner,
                 transform.slope2,
                 SOFTCAP=transform.softcap,
+                TEACHER_SOFTCAP=spec.teacher_transform.softcap is not None,
                 LANES=launch.lanes,
                 VENDOR=vendor,
                 **launch.options,
@@ -225,6 +234,7 @@ def dlogits_(
                 transform.slope2,
                 **terms,
                 SOFTCAP=transform.softcap,
+                TEACHER_SOFTCAP=(spec.transform if y is None else spec.teacher_transform).softcap is not None,
                 LANES=launch.lanes,
                 BLOCK_IDS=triton.next_power_of_2(ids.shape[1]),
                 VENDOR=vendor,

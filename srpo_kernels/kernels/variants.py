@@ -68,15 +68,18 @@ def variants(target: GPUTarget) -> Iterator[Variant]:
         vendor = "cdna" if target.warp_size == 64 else "rdna"
     capability = int(target.arch) // 10 if vendor == "nvidia" else 0
     for softcap in (False, True):
-        for models in (1, 2):
-            yield _row_stats(models, softcap, vendor)
-        for mixed in MIXTURE_DIVERGENCES:
-            yield _row_mixture(mixed, softcap, vendor)
-        yield _row_entries(softcap, vendor)
-        for (label, terms), half in product(_gradients(), (False, True)):
-            yield _row_grad(label, terms, softcap, half, 1, vendor)
         for half in (False, True):
+            yield _row_grad(*_gradients()[0], softcap, half, 1, vendor)
             yield _row_grad(*_gradients()[0], softcap, half, _ID_BLOCKS[1], vendor)
+        yield _row_stats(1, softcap, vendor)
+        # A teacher with a logit transform of its own is in units where the student is not.
+        for in_units in (False, True) if softcap else (False,):
+            yield _row_stats(2, softcap, vendor, in_units)
+            for mixed in MIXTURE_DIVERGENCES:
+                yield _row_mixture(mixed, softcap, vendor, in_units)
+            yield _row_entries(softcap, vendor, in_units)
+            for (label, terms), half in product(_gradients()[1:], (False, True)):
+                yield _row_grad(label, terms, softcap, half, 1, vendor, in_units)
         for models, dtype, bias in product((1, 2), _DTYPES, (False, True)):
             yield _tile_stats(models, dtype, softcap, bias, vendor, capability)
 
@@ -86,7 +89,7 @@ def variants(target: GPUTarget) -> Iterator[Variant]:
     gradients = dict(_gradients())
     for variant in (
         _row_stats(2, False, vendor),
-        _row_mixture("jsd", False, vendor),
+        _row_mixture("jsd", False, vendor, False),
         *(_row_grad(name, gradients[name], False, True, 1, vendor) for name in ("jsd", "log-prob and entropy")),
         _tile_stats(1, torch.bfloat16, False, False, vendor, capability),
         _tile_stats(2, torch.bfloat16, False, False, vendor, capability),
@@ -95,38 +98,43 @@ def variants(target: GPUTarget) -> Iterator[Variant]:
         yield replace(variant, label=f"{variant.label}, V % 16 = 0", divisible=divisible)
 
 
-def _row_stats(models: int, softcap: bool, vendor: Vendor) -> Variant:
+def _row_stats(models: int, softcap: bool, vendor: Vendor, in_units: bool = False) -> Variant:
     launch = row_launch(models, vendor)
     return _row_variant(
         "row_stats",
-        _label("student and teacher" if models == 2 else "student", softcap=softcap),
+        _label("student and teacher" if models == 2 else "student", softcap=softcap, teacher_in_units=in_units),
         row_stats_kernel,
         {"z_ptr": "*fp32", "y_ptr": "*fp32", "target_ids_ptr": "*i64", "sums_ptr": "*fp32"},
-        {"TEACHER": models == 2, "SOFTCAP": softcap, "VENDOR": vendor},
+        {"TEACHER": models == 2, "SOFTCAP": softcap, "TEACHER_SOFTCAP": softcap and not in_units, "VENDOR": vendor},
         launch,
         4 * models,
     )
 
 
-def _row_mixture(divergence: MixtureDivergence, softcap: bool, vendor: Vendor) -> Variant:
+def _row_mixture(divergence: MixtureDivergence, softcap: bool, vendor: Vendor, in_units: bool) -> Variant:
     return _row_variant(
         "row_mixture",
-        _label(divergence, softcap=softcap),
+        _label(divergence, softcap=softcap, teacher_in_units=in_units),
         row_mixture_kernel,
         {"z_ptr": "*fp32", "y_ptr": "*fp32", "coefficients_ptr": "*fp32", "sums_ptr": "*fp32"},
-        {**mixture_terms(mixture_of(divergence, _ALPHA)), "SOFTCAP": softcap, "VENDOR": vendor},
+        {
+            **mixture_terms(mixture_of(divergence, _ALPHA)),
+            "SOFTCAP": softcap,
+            "TEACHER_SOFTCAP": softcap and not in_units,
+            "VENDOR": vendor,
+        },
         row_launch(2, vendor),
         8,
     )
 
 
-def _row_entries(softcap: bool, vendor: Vendor) -> Variant:
+def _row_entries(softcap: bool, vendor: Vendor, in_units: bool) -> Variant:
     return _row_variant(
         "row_entries",
-        _label("any divergence", softcap=softcap),
+        _label("any divergence", softcap=softcap, teacher_in_units=in_units),
         row_entries_kernel,
         {"z_ptr": "*fp32", "y_ptr": "*fp32", "numbers_ptr": "*fp32", "sums_ptr": "*fp32"},
-        {"SOFTCAP": softcap, "VENDOR": vendor},
+        {"SOFTCAP": softcap, "TEACHER_SOFTCAP": softcap and not in_units, "VENDOR": vendor},
         row_launch(2, vendor),
         8,
     )
@@ -141,20 +149,25 @@ def _gradients() -> list[tuple[str, dict[str, bool]]]:
         ("reverse_kl", gradient_terms(None, reverse_kl=True)),
         *((name, gradient_terms(mixture)) for name, mixture in mixed.items()),
         ("entries", gradient_terms(None, entries=True)),
-        ("both KLs", gradient_terms(None, forward_kl=True, reverse_kl=True)),
-        *(
-            (f"both KLs, {name}", gradient_terms(mixture, forward_kl=True, reverse_kl=True))
-            for name, mixture in mixed.items()
-        ),
+        # Of several divergences those with the most numbers in registers.
+        ("both KLs, jsd", gradient_terms(mixed["jsd"], forward_kl=True, reverse_kl=True)),
         ("both KLs, entries", gradient_terms(None, forward_kl=True, reverse_kl=True, entries=True)),
     ]
 
 
-def _row_grad(label: str, terms: dict[str, bool], softcap: bool, half: bool, id_block: int, vendor: Vendor) -> Variant:
+def _row_grad(
+    label: str,
+    terms: dict[str, bool],
+    softcap: bool,
+    half: bool,
+    id_block: int,
+    vendor: Vendor,
+    in_units: bool = False,
+) -> Variant:
     models = 2 if any(terms.values()) else 1
     return _row_variant(
         "row_grad",
-        _label(label, softcap=softcap, top_k=id_block > 1, into_bf16=half),
+        _label(label, softcap=softcap, teacher_in_units=in_units, top_k=id_block > 1, into_bf16=half),
         row_grad_kernel,
         {
             "z_ptr": "*fp32",
@@ -169,6 +182,7 @@ def _row_grad(label: str, terms: dict[str, bool], softcap: bool, half: bool, id_
             # Triton compiles an argument of 1 in.
             **({"num_ids": 1} if id_block == 1 else {}),
             "SOFTCAP": softcap,
+            "TEACHER_SOFTCAP": softcap and not in_units,
             "BLOCK_IDS": id_block,
             "VENDOR": vendor,
         },

@@ -78,6 +78,9 @@ class SRPOConfig:
         temperature: divides the logits; > 0.
         logit_scale: multiplies the logits, before the softcap; > 0.
         softcap: bounds the scaled logits; > 0. None: no bound.
+        teacher_transform: the ``LogitTransform`` of a teacher that has another one: another model, or another
+            temperature. It costs a pass over the teacher's logits in place, three where it has a softcap. None: the
+            three above.
         reduction: ``"token"`` divides the sum by the valid tokens of both branches; ``"sequence"`` takes the
             mean of each sequence, then that of the sequences; ``"constant"`` divides by sequences times
             ``max_length``, ``"sequence_sum"`` by sequences, ``"token_sum"`` by nothing. A sequence without a valid
@@ -114,6 +117,7 @@ class SRPOConfig:
     temperature: float = 1.0
     logit_scale: float = 1.0
     softcap: float | None = None
+    teacher_transform: LogitTransform | None = None
     reduction: Reduction = "token"
     max_length: int | None = None
     count_inactive: bool = False
@@ -121,7 +125,7 @@ class SRPOConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "loss_options", _pairs(self.loss_options))
-        for name in ("loss_type", *CHOICES, *RANGES, *OPTIONAL_RANGES):
+        for name in ("loss_type", *CHOICES, *RANGES, *OPTIONAL_RANGES, "teacher_transform"):
             require_option(name, getattr(self, name))
         for name in ("add_tail", "count_inactive"):
             if not isinstance(getattr(self, name), bool):
@@ -154,6 +158,8 @@ class SRPOConfig:
         options["loss_options"] = dict(options["loss_options"])
         if options["rollout_correction"] is not None:
             options["rollout_correction"] = RolloutCorrection.decode(options["rollout_correction"])
+        if options["teacher_transform"] is not None:
+            options["teacher_transform"] = LogitTransform(*options["teacher_transform"])
         return SRPOConfig(**options)
 
     def _check_policy_loss(self) -> None:
@@ -197,8 +203,13 @@ class SRPOConfig:
 
     @property
     def transform(self) -> LogitTransform:
-        """The logit transform, of both models."""
+        """The logit transform, of both models unless the teacher has its own."""
         return LogitTransform(self.temperature, self.logit_scale, self.softcap)
+
+    @property
+    def own_teacher_transform(self) -> LogitTransform | None:
+        """The teacher's where it is another."""
+        return None if self.teacher_transform == self.transform else self.teacher_transform
 
     def _refuse_contradictions(self) -> None:
         require_mixture(self.divergence, self.alpha)
@@ -207,7 +218,7 @@ class SRPOConfig:
                 "divergence_clip must be None with distillation_mode='sampled', which has one token alone, "
                 f"got {self.divergence_clip!r}"
             )
-        require_transform(self.temperature, self.logit_scale, self.softcap)
+        require_transform(self.temperature, self.logit_scale, self.softcap, self.teacher_transform)
         if (self.max_length is not None) != (self.reduction == "constant"):
             raise ValueError(
                 "max_length must be given with reduction='constant' and be None otherwise, "
@@ -258,7 +269,8 @@ def resolve_options(config: SRPOConfig | None, **keywords: Any) -> dict[str, Any
         for name, value in options.items():
             require_option(name, value)
         if "temperature" in options:
-            require_transform(options["temperature"], options["logit_scale"], options["softcap"])
+            own = options.get("teacher_transform")
+            require_transform(options["temperature"], options["logit_scale"], options["softcap"], own)
         return options
     if not isinstance(config, SRPOConfig):
         raise TypeError(f"config must be an SRPOConfig or None, got {type(config).__name__}")

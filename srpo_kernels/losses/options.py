@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 from srpo_kernels.checks import require_number
 from srpo_kernels.losses.log_ratio import KLType
 from srpo_kernels.losses.policy import POLICY_LOSSES
-from srpo_kernels.rows.contract import DIVERGENCES, TopkOf
+from srpo_kernels.rows.contract import DIVERGENCES, LogitTransform, TopkOf
 from srpo_kernels.rows.mixture import has_mixture
 
 DistillationMode = Literal["full", "topk", "sampled"]
@@ -30,9 +30,24 @@ def require_option(name: str, value: Any) -> None:
         require_choice(name, value, CHOICES[name])
     elif name in RANGES:
         require_number(name, value, *RANGES[name])
+    elif name == "teacher_transform":
+        _require_own_transform(value)
     elif value is not None:
         expected, holds = OPTIONAL_RANGES[name]
         require_number(name, value, f"{expected}, or None", holds)
+
+
+def _require_own_transform(value: Any) -> None:
+    """Raise TypeError or ValueError unless this is None or a logit transform."""
+    if value is None:
+        return
+    if not isinstance(value, LogitTransform):
+        raise TypeError(f"teacher_transform must be a LogitTransform or None, got {type(value).__name__}")
+    for name in ("temperature", "logit_scale"):
+        require_number(f"teacher_transform.{name}", getattr(value, name), *RANGES[name])
+    if value.softcap is not None:
+        expected, holds = OPTIONAL_RANGES["softcap"]
+        require_number("teacher_transform.softcap", value.softcap, f"{expected}, or None", holds)
 
 
 def require_mixture(divergence: str, alpha: float) -> None:
@@ -44,8 +59,18 @@ def require_mixture(divergence: str, alpha: float) -> None:
         )
 
 
-def require_transform(temperature: float, logit_scale: float, softcap: float | None) -> None:
-    """Raise ValueError where float32 does not hold what the kernels multiply logits by."""
+def require_transform(
+    temperature: float, logit_scale: float, softcap: float | None, teacher: LogitTransform | None = None
+) -> None:
+    """Raise ValueError where float32 does not hold what the kernels multiply logits by; ``teacher`` has its own."""
+    _require_factors("", temperature, logit_scale, softcap)
+    if teacher is not None:
+        _require_factors("teacher_transform.", *teacher)
+        own = LogitTransform(temperature, logit_scale, softcap)
+        _require_factor("the teacher's largest slope over the student's", teacher.nats_per_unit / own.nats_per_unit)
+
+
+def _require_factors(prefix: str, temperature: float, logit_scale: float, softcap: float | None) -> None:
     cap = logit_scale if softcap is None else softcap
     factors = {
         "temperature": temperature,
@@ -56,9 +81,13 @@ def require_transform(temperature: float, logit_scale: float, softcap: float | N
         "logit_scale / softcap": logit_scale / cap,
     }
     for name, factor in factors.items():
-        # A factor of 10 is left for a change of base.
-        if not 1e-37 <= factor <= 1e37:
-            raise ValueError(f"{name} must be in [1e-37, 1e37], the range of float32, got {factor!r}")
+        _require_factor(prefix + name, factor)
+
+
+def _require_factor(name: str, factor: float) -> None:
+    # A factor of 10 is left for a change of base.
+    if not 1e-37 <= factor <= 1e37:
+        raise ValueError(f"{name} must be in [1e-37, 1e37], the range of float32, got {factor!r}")
 
 
 def require_choice(name: str, value: object, choices: tuple[str, ...]) -> None:

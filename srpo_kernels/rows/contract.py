@@ -15,6 +15,7 @@ from typing import Any, Literal, NamedTuple, Protocol, get_args
 import torch
 from torch import Tensor
 
+from srpo_kernels.checks import refuse_name
 from srpo_kernels.rows.entries import EntryDivergence
 from srpo_kernels.rows.mixture import KL, Divergence, Mixture, has_mixture, mixture_of
 
@@ -30,7 +31,8 @@ LOWEST = -1e30
 class LogitTransform(NamedTuple):
     """``softcap * tanh(x * logit_scale / softcap) / temperature``, or ``x * logit_scale / temperature``.
 
-    A *unit* is what a backend counts logits in: a raw logit, or the tanh of one with a softcap.
+    As a ``teacher_transform`` that of another model. A *unit* is what a backend counts logits in: a raw logit, or the
+    tanh of one with a softcap.
     """
 
     temperature: float = 1.0
@@ -58,7 +60,7 @@ _IDENTITY = LogitTransform()
 
 @dataclass(frozen=True)
 class RowSpec:
-    """What is computed of a row, beside its target's log-prob; the transform is the same for student and teacher.
+    """What is computed of a row, beside its target's log-prob; ``own_teacher`` is the teacher's own transform, if any.
 
     ``divergence`` None: none, with a teacher too; ``clip`` bounds its entries; ``entries`` is that of given rows, in
     the place of ``alpha`` and ``clip``: see ``of_rows``. ``kls`` are wanted beside it. ``topk`` > 0: log-probs of the
@@ -74,6 +76,12 @@ class RowSpec:
     clip: float | None = None
     kls: frozenset[KL] = frozenset()
     entries: EntryDivergence | None = None
+    own_teacher: LogitTransform | None = None
+
+    @property
+    def teacher_transform(self) -> LogitTransform:
+        """Of the teacher's logits in a buffer: where its transform is its own, they are in the student's units."""
+        return self.transform if self.own_teacher is None else LogitTransform(1.0, self.transform.nats_per_unit)
 
     def of_rows(self, rows: Tensor, alpha: Tensor | None = None, clip: Tensor | None = None) -> RowSpec:
         """For n ``rows`` that may have an ``alpha`` and a ``clip`` ``[n]`` of their own."""
@@ -94,7 +102,11 @@ class RowSpec:
         """Which KL the divergence is, None where it takes a second look at the logits."""
         if self.entries is not None or self.divergence is None or has_mixture(self.divergence):
             return None
-        return self.divergence
+        match self.divergence:
+            case "forward_kl" | "reverse_kl" as kl:
+                return kl
+            case unknown:
+                refuse_name("divergence", unknown)
 
     @property
     def all_kls(self) -> frozenset[KL]:
@@ -298,9 +310,15 @@ class Rows(Protocol):
         """Nats per unit, as this backend rounds it."""
 
     def sums(
-        self, logits: Tensor, teacher_logits: Tensor | None, transform: LogitTransform, *, target_ids: Tensor
+        self,
+        logits: Tensor,
+        teacher_logits: Tensor | None,
+        transform: LogitTransform,
+        *,
+        target_ids: Tensor,
+        teacher_transform: LogitTransform | None = None,
     ) -> list[ModelSums]:
-        """The sums of the student and, where there is one, of the teacher."""
+        """The sums of the student and, where there is one, of the teacher, whose units are as large."""
 
     def units(self, logits: Tensor, transform: LogitTransform) -> Tensor:
         """Raw logits of any shape in units, as a new tensor."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -130,14 +131,15 @@ class RowPasses:
         if y is None:
             (sums,) = yield from self._sums(z, None, spec, target_ids)
             return row_statistics(sums, self.rows.slope(spec.transform), entropy=entropy)
+        teacher_spec = replace(spec, transform=spec.teacher_transform)
         if spec.topk:
             match spec.topk_of:
                 case "student":
                     student = yield from self._topk(z, spec, target_ids, entropy=entropy)
                     assert student.support_ids is not None
-                    teacher = yield from self._at(y, spec, target_ids, student.support_ids, entropy=True)
+                    teacher = yield from self._at(y, teacher_spec, target_ids, student.support_ids, entropy=True)
                 case "teacher":
-                    teacher = yield from self._topk(y, spec, target_ids, entropy=True)
+                    teacher = yield from self._topk(y, teacher_spec, target_ids, entropy=True)
                     assert teacher.support_ids is not None
                     student = yield from self._at(z, spec, target_ids, teacher.support_ids, entropy=entropy)
                 case unknown:
@@ -146,7 +148,7 @@ class RowPasses:
         if not spec.compares and self.vocabulary.group is None:
             # Each model alone, where it is cheaper.
             student = yield from self._rounds(request._replace(teacher_logits=None))
-            teacher = yield from self._rounds(Request(y, None, spec, target_ids, entropy=True, gradient=frozenset()))
+            teacher = yield from self._rounds(Request(y, None, teacher_spec, target_ids, True, frozenset()))
             return student.with_teacher(teacher)
         student_sums, teacher_sums = yield from self._sums(z, y, spec, target_ids)
         stats = pair_statistics(student_sums, teacher_sums, spec, self.rows.slope(spec.transform), entropy=entropy)
@@ -162,7 +164,9 @@ class RowPasses:
     ) -> Generator[Tensor, Tensor, list[ModelSums]]:
         """Those of whole rows."""
         targets = target_ids - self.vocabulary.first_id
-        own = self.rows.sums(logits, teacher_logits, spec.transform, target_ids=targets)
+        own = self.rows.sums(
+            logits, teacher_logits, spec.transform, target_ids=targets, teacher_transform=spec.teacher_transform
+        )
         if self.vocabulary.group is None:
             return own
         return merge(unpack((yield pack(own))), self.rows.slope(spec.transform))

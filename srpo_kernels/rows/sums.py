@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from srpo_kernels.checks import refuse_name
 from srpo_kernels.rows.contract import LOWEST, ModelSums, RowSpec, Statistics
 from srpo_kernels.rows.dtypes import wide_dtype
 
@@ -91,15 +90,7 @@ def pair_statistics(
         mean_gap = slope * (student.maximum.to(wide) - student.anchor.to(wide) + own.to(wide))
         mean_log_ratio = mean_gap[:, None] - (stats.logsumexp - logsumexp(teacher, slope))
         stats = stats._replace(reverse_kl=reverse_kl.clamp_min(0.0), mean_log_ratio=mean_log_ratio)
-    match spec.kl:
-        case None:
-            return stats
-        case "forward_kl":
-            return stats._replace(divergence=stats.forward_kl)
-        case "reverse_kl":
-            return stats._replace(divergence=stats.reverse_kl)
-        case unknown:
-            refuse_name("divergence", unknown)
+    return stats if spec.kl is None else stats._replace(divergence=getattr(stats, spec.kl))
 
 
 def with_divergence_sums(stats: Statistics, sums: Tensor, spec: RowSpec) -> Statistics:

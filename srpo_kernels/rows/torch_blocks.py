@@ -24,7 +24,7 @@ _ELEMENTS_CPU = 1 << 24
 # Accelerators want few large launches instead.
 _ELEMENTS_ACCELERATOR = 1 << 25
 # The most blocks that one pass allocates, and how many buffers it then works on.
-_SCRATCH_BLOCKS = 6
+_SCRATCH_BLOCKS = 5
 _MOST_BUFFERS = _SCRATCH_BLOCKS + 2
 # Up to here the maximum in bits is rounded, an offset that the sum of a row has as well: of a token that has all of the
 # probability, the log-prob is then a rounding in place of 0, which a teacher's log-prob may multiply. Beyond, it is 0.
@@ -74,7 +74,12 @@ def to_units_(z: Tensor, transform: LogitTransform, slope: Tensor | None = None,
         return
     z.mul_(transform.logit_scale / transform.softcap).tanh_()
     if slope is not None:
-        slope.copy_(z).square_().neg_().add_(1.0).mul_(transform.scale)
+        slope_of_units(z, transform, out=slope)
+
+
+def slope_of_units(units: Tensor, transform: LogitTransform, out: Tensor) -> Tensor:
+    """The transform's derivative where there is a softcap, into ``out``."""
+    return out.copy_(units).square_().neg_().add_(1.0).mul_(transform.scale)
 
 
 def to_bits_(z: Tensor, transform: LogitTransform, slope: Tensor | None = None, *, finite: bool) -> Tensor:

@@ -24,6 +24,7 @@ from srpo_kernels.rows.torch_blocks import (
     nats_of_gradient,
     normalize_,
     scratch,
+    slope_of_units,
     softmax,
     to_bits_,
     to_units_,
@@ -113,7 +114,7 @@ def _two_models(
         log_sum = total.log2()
         log_probs = (target_bits - log_sum).mul_(NATS).clamp_max_(0.0)
         entropies = (log_sum - dot(p, z, out=work)).squeeze(1).mul_(NATS).clamp_min_(0.0) if entropy else None
-        teacher_shift = to_bits_(y, transform, finite=not mixed)
+        teacher_shift = to_bits_(y, spec.teacher_transform, finite=not mixed)
         teacher_bits = bits_at(y, ids, teacher_shift, transform)
         if mixed:
             floor_(y)
@@ -205,15 +206,17 @@ def _from_logits_(
     ids, at_ids, outside, log_sum, by_log = coefficients[:5]
     transform, capped = spec.transform, spec.transform.softcap is not None
     taught = teacher_logits is not None and coefficients.compares
-    extra = 0 if not taught else 3 if spec.entries is None else 4
-    for rows, (p, *work) in blocks(logits, 1 + capped + extra, buffers=1 + taught):
-        z, slope = logits[rows], work.pop() if capped else None
-        to_units_(z, transform, slope)
+    # The divergences' work is done before the slope is taken.
+    last = capped or (taught and spec.entries is not None)
+    for rows, (p, *work) in blocks(logits, 1 + last + 3 * taught, buffers=1 + taught):
+        z = logits[rows]
+        to_units_(z, transform)
         own, of_teacher = stats.select(rows), None
         if teacher_logits is not None and taught:
             y = teacher_logits[rows]
-            to_units_(y, transform)
+            to_units_(y, spec.teacher_transform)
             of_teacher = _divergence_gradients(z, y, own, coefficients.select(rows), spec, rows, p, work)
+        slope = slope_of_units(z, transform, out=work[-1]) if capped else None
         normalize_(z, log_sum[rows], spec)
         torch.exp2(z, out=p)
         _to_entropy_gradient_(z, p, stats, by_log, rows)

@@ -22,7 +22,12 @@ from srpo_kernels.rows.torch_mixture import mixture_block
 
 
 def sums(
-    logits: Tensor, teacher_logits: Tensor | None, transform: LogitTransform, *, target_ids: Tensor
+    logits: Tensor,
+    teacher_logits: Tensor | None,
+    transform: LogitTransform,
+    *,
+    target_ids: Tensor,
+    teacher_transform: LogitTransform | None = None,
 ) -> list[ModelSums]:
     """One pass over one or both models' logits, in copies of a few rows."""
     parts, by = [], bits_per_unit(transform, logits.dtype)
@@ -34,7 +39,7 @@ def sums(
             parts.append([_sums(z, None, None, target, e, e, by)])
             continue
         y, gap, work = pair
-        to_units_(y.copy_(teacher_logits[rows]), transform)
+        to_units_(y.copy_(teacher_logits[rows]), teacher_transform or transform)
         teacher_target = _at(y, ids).squeeze(1)
         likeliest = argmax(z)
         anchor, z_max, y_max = y.gather(1, likeliest), z.gather(1, likeliest), y.amax(1, keepdim=True)
@@ -76,8 +81,11 @@ def divergence_sums(logits: Tensor, teacher_logits: Tensor, stats: Statistics, s
     assert stats.teacher_logsumexp is not None
     parts = []
     for rows, (p, q, work, ratio) in blocks(logits, 4, buffers=2):
-        for out, z, lse in ((p, logits, stats.logsumexp), (q, teacher_logits, stats.teacher_logsumexp)):
-            to_units_(out.copy_(z[rows]), spec.transform)
+        for out, z, lse, transform in (
+            (p, logits, stats.logsumexp, spec.transform),
+            (q, teacher_logits, stats.teacher_logsumexp, spec.teacher_transform),
+        ):
+            to_units_(out.copy_(z[rows]), transform)
             normalize_(out, lse[rows], spec)
             out.exp2_()
         center, *kls = mixture_block(p, q, mixture, work=work, out=ratio)
@@ -89,8 +97,8 @@ def divergence_sums(logits: Tensor, teacher_logits: Tensor, stats: Statistics, s
 def _entry_sums(logits: Tensor, teacher_logits: Tensor, stats: Statistics, spec: RowSpec) -> Tensor:
     parts = []
     for rows, (z, y, *work) in blocks(logits, 5, buffers=2):
-        for out, values in ((z, logits), (y, teacher_logits)):
-            to_units_(out.copy_(values[rows]), spec.transform)
+        to_units_(z.copy_(logits[rows]), spec.transform)
+        to_units_(y.copy_(teacher_logits[rows]), spec.teacher_transform)
         f, g = entries(z, y, stats.select(rows), spec, entry_numbers(spec, rows, z.dtype), work)
         parts.append(torch.stack([g.sum(1), f.sum(1)], dim=1))
     return torch.cat(parts)

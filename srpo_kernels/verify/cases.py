@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, get_args
 
-from srpo_kernels import RolloutCorrection, SRPOConfig
+from srpo_kernels import LogitTransform, RolloutCorrection, SRPOConfig
 from srpo_kernels.losses.options import KL_TYPES
 from srpo_kernels.losses.registry import POLICY_LOSSES
 from srpo_kernels.rows.contract import DIVERGENCES
@@ -23,6 +23,7 @@ from srpo_kernels.verify.inputs import (
     per_token,
     poison,
     routed_teacher,
+    several_teachers,
     support,
     without,
 )
@@ -33,6 +34,14 @@ _TRANSFORMS: list[dict[str, Any]] = [
     {"softcap": 5.0},
     {"temperature": 0.7},
     {"logit_scale": 0.5},
+]
+# Another model's, where neither has a softcap, and where one of both does.
+_TEACHER_TRANSFORMS: list[dict[str, Any]] = [
+    {"softcap": 5.0, "teacher_transform": LogitTransform(0.9, 1.3)},
+    {"softcap": 5.0, "teacher_transform": LogitTransform(0.9, 1.3), "divergence": "reverse_kl"},
+    {"teacher_transform": LogitTransform(0.9, 1.3, 5.0)},
+    {"temperature": 0.7, "teacher_transform": LogitTransform(0.9, 1.3)},
+    {"temperature": 0.7, "teacher_transform": LogitTransform(0.9, 1.3), "divergence": "forward_kl"},
 ]
 _DIVERGENCES: list[dict[str, Any]] = [
     {"divergence": "jsd"},
@@ -61,6 +70,7 @@ _LOSS_OPTIONS: dict[str, list[dict[str, Any]]] = {
     ],
     "entropy weights": [{"dw_beta": 4.0}, {"dw_beta": 0.0}],
     "logit transform": [*_TRANSFORMS, *(x | {"softcap": 5.0} for x in _DIVERGENCES[1 : len(DIVERGENCES)])],
+    "teacher's own transform": _TEACHER_TRANSFORMS,
     "reduction": [{"reduction": "sequence"}, {"reduction": "constant", "max_length": 9}],
 }
 # Of the statistics, and of an objective of all of them.
@@ -68,8 +78,9 @@ _STATS_OPTIONS = {
     "divergence": _DIVERGENCES,
     "distillation mode": _LOSS_OPTIONS["distillation mode"],
     "logit transform": _TRANSFORMS,
+    "teacher's own transform": _TEACHER_TRANSFORMS,
 }
-_OF_TEACHER: dict[str, Any] = {"distillation_mode": "topk", "topk_of": "teacher"}
+_GIVEN: dict[str, Any] = {"distillation_mode": "topk", "topk_of": "teacher"}
 
 
 def cases(size: Size, *, large: bool, realistic: bool) -> list[Case]:
@@ -79,7 +90,7 @@ def cases(size: Size, *, large: bool, realistic: bool) -> list[Case]:
     """
     small = [*_loss_cases(size), *_fused_cases(size), *_stats_cases(size)]
     for op in ("srpo_loss", "fused_loss", "token_stats"):
-        small += _few_tokens(op, size)
+        small += _token_cases(op, size)
     small += [Case("teacher_stats", "logit transform", "defaults", size)]
     small += _option_cases("teacher_stats", {"logit transform": _TRANSFORMS}, size)
     shaped = [case for op in get_args(Op) for case in _shape_cases(op, size, large, realistic)]
@@ -102,6 +113,7 @@ def _loss_cases(size: Size) -> Iterator[Case]:
         yield Case("srpo_loss", "packed rows", name, size, SRPOConfig(**options), packed=True)
     yield Case("srpo_loss", "form of the inputs", "normalizers", size, edit=of_a_larger_batch)
     yield Case("srpo_loss", "form of the inputs", "teacher rows of routed sequences alone", size, edit=routed_teacher)
+    yield Case("srpo_loss", "form of the inputs", "several teachers", size, edit=several_teachers)
     yield Case("srpo_loss", "form of the inputs", "routes and advantages per token", size, edit=per_token)
     yield Case("srpo_loss", "form of the inputs", "no old log-probs", size, edit=without("old_log_probs"))
     yield from _own_cases(size)
@@ -117,13 +129,6 @@ def _own_cases(size: Size) -> Iterator[Case]:
         config = SRPOConfig(rollout_correction=correction)
         name = f"{correction.outside} in [{correction.weight_min}, {correction.weight_max}]"
         yield Case("srpo_loss", "rollout", name, size, config, edit=forms.rollout)
-    for tail, divergence in product((True, False), DIVERGENCES):
-        config = SRPOConfig(divergence=divergence, add_tail=tail, **_OF_TEACHER)
-        name = f"{divergence}, {'tail' if tail else 'no tail'}"
-        yield Case("srpo_loss", "a teacher's likeliest tokens", name, size, config, edit=forms.likeliest)
-    for config in (SRPOConfig(), SRPOConfig(entropy_coef=0.1), SRPOConfig(loss_type="gspo")):
-        name = f"{config.loss_type}, entropy_coef={config.entropy_coef}"
-        yield Case("srpo_loss", "sampled support", name, size, config, edit=forms.sampled_support)
     for config in (SRPOConfig(), SRPOConfig(softcap=5.0)):
         name = f"softcap={config.softcap}"
         yield Case("srpo_loss", "a divergence by row", name, size, config, edit=forms.own_divergences)
@@ -132,19 +137,19 @@ def _own_cases(size: Size) -> Iterator[Case]:
         yield Case("srpo_loss", "a divergence by row", f"{divergence} with a bound", size, config)
 
 
-def _few_tokens(op: Op, size: Size) -> Iterator[Case]:
-    """The same of the other functions, by logits, and by columns of the head."""
-    wide = size._replace(vocab_size=1009)
-    capped = SRPOConfig(entropy_coef=0.1, softcap=5.0)
-    for name, shape in {"by logits": size, "by columns of the head": wide}.items():
-        yield Case(op, "sampled support", name, shape, capped, edit=forms.sampled_support)
-    for tail, divergence in product((True, False), DIVERGENCES if op != "srpo_loss" else ()):
-        config = SRPOConfig(divergence=divergence, add_tail=tail, **_OF_TEACHER)
-        name = f"{divergence}, {'tail' if tail else 'no tail'}"
-        yield Case(op, "a teacher's likeliest tokens", name, size, config, edit=forms.likeliest)
-    config = SRPOConfig(add_tail=False, **_OF_TEACHER)
-    for name, shape in {"beside a support": size, "beside a support, by columns": wide}.items():
-        yield Case(op, "a teacher's likeliest tokens", name, shape, config, edit=forms.likeliest_and_support)
+def _token_cases(op: Op, size: Size) -> Iterator[Case]:
+    """What rows were sampled from, and teachers that are their likeliest tokens: by logits, and by columns."""
+    bonus = SRPOConfig(entropy_coef=0.1, softcap=5.0)
+    for name, shape in {"": size, ", columns of the head": size._replace(vocab_size=1009)}.items():
+        yield Case(op, "sampling support", f"6 tokens{name}", shape, bonus, edit=support)
+    for divergence in DIVERGENCES:
+        for add_tail in (True, False):
+            config = SRPOConfig(divergence=divergence, add_tail=add_tail, **_GIVEN)
+            name = f"{divergence}, add_tail={add_tail}"
+            yield Case(op, "teacher as top-k", name, size, config, edit=given_topk)
+    yield Case(op, "teacher as top-k", "beside a support", size, config, edit=given_topk_and_support)
+    columns = size._replace(vocab_size=1009)
+    yield Case(op, "teacher as top-k", "by columns", columns, config, edit=given_topk_and_support)
 
 
 def _fused_cases(size: Size) -> Iterator[Case]:

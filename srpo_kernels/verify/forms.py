@@ -8,39 +8,6 @@ import torch
 
 from srpo_kernels.verify.inputs import Inputs
 
-_TOKENS = 5
-
-
-def likeliest(inputs: Inputs) -> Inputs:
-    """The teacher's likeliest tokens in place of its hidden states; the last is missing in every other row."""
-    heads = ("weight", "bias", "teacher_weight", "teacher_bias")
-    head = reference.logits.teacher_head(*(inputs[name] for name in heads))
-    logits = reference.logits.head_logits(inputs["teacher_hidden"].flatten(0, -2), *head)
-    top = logits.log_softmax(-1).topk(min(_TOKENS, logits.shape[-1]))
-    ids = top.indices.clone()
-    ids[::2, 1:][:, -1:] = -1
-    shape = inputs["target_ids"].shape
-    given = {"teacher_topk_ids": ids.view(*shape, -1), "teacher_topk_log_probs": top.values.view(*shape, -1)}
-    return inputs | given | dict.fromkeys(("teacher_hidden", "teacher_weight", "teacher_bias"))
-
-
-def sampled_support(inputs: Inputs) -> Inputs:
-    """A few tokens that each row was sampled from, its own among them in every other row."""
-    ids = _distinct(inputs["target_ids"].flatten(), len(inputs["weight"]))
-    return inputs | {"support_ids": ids.view(*inputs["target_ids"].shape, -1)}
-
-
-def likeliest_and_support(inputs: Inputs) -> Inputs:
-    """Both."""
-    return sampled_support(likeliest(inputs))
-
-
-def _distinct(target_ids: Tensor, vocab_size: int) -> Tensor:
-    """``[n, K]``: ids that follow the target, without itself in every other row, -1 where the vocabulary ends."""
-    step = torch.arange(_TOKENS) + (torch.arange(len(target_ids)) % 2)[:, None]
-    ids = target_ids[:, None] + step
-    return ids.masked_fill(ids >= vocab_size, -1)
-
 
 def own_divergences(inputs: Inputs) -> Inputs:
     """A jsd of each row's own, the KLs among them, and a bound of its entries."""

@@ -18,7 +18,9 @@ Inputs = dict[str, Any]
 
 # What the options of token_stats and teacher_stats are called in a config.
 TRANSFORM = ("temperature", "logit_scale", "softcap")
-COMPARED = ("divergence", "alpha", "distillation_mode", "topk", "topk_of", "add_tail", "divergence_clip")
+COMPARED = (
+    "divergence", "alpha", "distillation_mode", "topk", "topk_of", "add_tail", "divergence_clip", "teacher_transform",
+)  # fmt: skip
 
 _MODEL_TENSORS = ("hidden", "weight", "bias", "teacher_hidden", "teacher_weight", "teacher_bias")
 _LEAVES = ("hidden", "weight", "bias")
@@ -142,6 +144,8 @@ def cast(inputs: Inputs, dtype: torch.dtype, device: torch.device) -> Inputs:
     row_dtype = torch.promote_types(dtype, torch.float32)
 
     def convert(name: str, value: Any) -> Any:
+        if isinstance(value, list):
+            return [convert(name, x) for x in value]
         if isinstance(value, Normalizers):
             return Normalizers._make(None if x is None else convert(name, x) for x in value)
         if not isinstance(value, Tensor) or not value.is_floating_point():
@@ -212,6 +216,13 @@ def support(inputs: Inputs, k: int = 6) -> Inputs:
 def given_topk_and_support(inputs: Inputs) -> Inputs:
     """Both."""
     return support(given_topk(inputs))
+
+
+def several_teachers(inputs: Inputs) -> Inputs:
+    """Three heads, the second one the student's, for each token one."""
+    other, ids = inputs["weight"].flip(0), torch.arange(inputs["mask"].numel()) % 3
+    heads = {"teacher_weight": [other, None, -other], "teacher_bias": [inputs["bias"].flip(0), None, None]}
+    return inputs | heads | {"teacher_head_ids": ids.view(inputs["mask"].shape)}
 
 
 def per_token(inputs: Inputs) -> Inputs:

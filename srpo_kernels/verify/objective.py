@@ -46,8 +46,9 @@ def oracle(*, config: SRPOConfig, project: Any, **arguments: Any) -> FusedOutput
     teacher_log_probs = torch.zeros_like(stats.log_probs)
     if head["teacher_hidden"] is not None:
         weight, bias = teacher_head(*(head[name] for name in ("weight", "bias", "teacher_weight", "teacher_bias")))
+        own = transform if config.teacher_transform is None else config.teacher_transform._asdict()
         teacher_log_probs = reference.token_stats(
-            head["teacher_hidden"], weight, ids, mask=mask, bias=bias, **transform, project=project
+            head["teacher_hidden"], weight, ids, mask=mask, bias=bias, **own, project=project
         ).log_probs
     per_row = rows if taught is None else rows | {"has_teacher": taught}
     inputs = {name: (x if x.shape == ids.shape else x[:, None].expand_as(ids))[mask] for name, x in per_row.items()}

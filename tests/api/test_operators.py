@@ -12,6 +12,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from srpo_kernels import SRPOConfig, srpo_loss, teacher_stats, token_stats
+from srpo_kernels.api.teacher import heads_of
 from srpo_kernels.engine.arguments import LossArguments, LossOptions, StatsArguments, StatsOptions
 from srpo_kernels.engine.batch import Needs
 from srpo_kernels.engine.stats_op import Statistics
@@ -44,7 +45,13 @@ LOSS_CASES: dict[str, tuple[Inputs, SRPOConfig, tuple[str, ...]]] = {
     "packed gspo": (loss_inputs(0, (23,)), SRPOConfig(loss_type="gspo", reduction="sequence"), LEAVES),
     "permuted strides": (strided(loss_inputs(0, (23,)) | {"bias": None}), SRPOConfig(), LEAVES),
     "bf16": (cast(loss_inputs(0, (4, 6)), torch.bfloat16), SRPOConfig(divergence="forward_kl"), LEAVES),
-}
+    "several teachers": (
+        loss_inputs(0, (4, 6)) | {"teacher_weight": [torch.ones(33, 8), torch.rand(33, 8)]}
+        | {"teacher_bias": [torch.ones(33), torch.rand(33)], "teacher_head_ids": torch.arange(4) % 2},
+        SRPOConfig(),
+        LEAVES,
+    ),
+}  # fmt: skip
 
 
 def needs_of(call: LossArguments | StatsArguments) -> Needs:
@@ -55,7 +62,9 @@ def loss_call(inputs: Inputs, leaves: tuple[str, ...]) -> LossArguments:
     inputs = with_leaves(inputs, leaves)
     named = {name: inputs.get(name) for name in LossArguments._fields}
     own = [inputs[name] for name in INPUTS if inputs.get(name) is not None]
-    return LossArguments(**named | {"teacher_mask": inputs.get("sdpo_mask"), "inputs": own})
+    weights, biases = heads_of(inputs["teacher_weight"], inputs["teacher_bias"], inputs["weight"], inputs["bias"])
+    heads = {"teacher_weights": weights, "teacher_biases": biases}
+    return LossArguments(**named | {"teacher_mask": inputs.get("sdpo_mask"), "inputs": own} | heads)
 
 
 def loss_options(inputs: Inputs, config: SRPOConfig) -> LossOptions:

@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 import reference
 from srpo_kernels import (
+    LogitTransform,
     Normalizers,
     SRPOConfig,
     SRPOLoss,
@@ -92,6 +93,32 @@ def test_statistics_without_gradient(backend: str, engine: str) -> None:
         softcap=5.0,
     )
     assert_same(teacher, alone._asdict(), 1e-6)
+
+
+def several_teachers() -> Inputs:
+    """Two heads of their own, and the student's between them."""
+    inputs = loss_inputs(0, (6, 5))
+    own = [loss_inputs(seed, (6, 5), teacher_size=8) for seed in (1, 2)]
+    heads = {name: [own[0][name], None, own[1][name]] for name in ("teacher_weight", "teacher_bias")}
+    return inputs | heads | {"teacher_head_ids": torch.arange(6) % 3}
+
+
+def distill_from_several(rank: int, config: SRPOConfig) -> list[Results]:
+    inputs = several_teachers()
+    heads = {
+        name: [None if x is None else x.split(SIZES)[rank] for x in inputs.pop(name)]
+        for name in ("teacher_weight", "teacher_bias")
+    }
+    return [run_loss(srpo_loss, shard_of(inputs, SIZES, rank) | heads | group(), config=config)]
+
+
+@pytest.mark.parametrize("mode", ["full", "topk", "sampled"])
+def test_several_teachers_with_a_transform_of_their_own(mode: str) -> None:
+    config = SRPOConfig(
+        distillation_mode=mode, topk=3, softcap=5.0, teacher_transform=LogitTransform(0.8, 1.5)  # type: ignore[arg-type]
+    )  # fmt: skip
+    (actual,) = assembled(run_ranks(distill_from_several, 2, config))
+    assert_same(actual, run_loss(reference.srpo_loss, several_teachers(), config=config), 1e-9)
 
 
 def part_of(replica: int) -> Inputs:

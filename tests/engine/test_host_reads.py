@@ -80,6 +80,16 @@ def test_tokens_that_are_given_are_looked_at() -> None:
     assert lines == ["prepare.flatten: index", "row_values.check_support: tolist", ORDER]
 
 
+def test_several_teachers_read_which_rows_are_whose() -> None:
+    config = SRPOConfig()
+    inputs = with_leaves(inputs_of(config))
+    heads = {name: [inputs[name]] * 2 for name in ("teacher_weight", "teacher_bias")}
+    inputs |= heads | {"teacher_head_ids": torch.arange(4) % 2}
+    lines = reads_of(partial(srpo_loss, **inputs, config=config, backend="triton"))
+    others = ["prepare._head_ids: nonzero", "row_values.check_head_ids: tolist", "plan._sorted_by_head: tolist"]
+    assert sorted(lines) == sorted([ORDER, *others])
+
+
 def test_a_backward_reads_nothing() -> None:
     config = SRPOConfig()
     loss = srpo_loss(**with_leaves(inputs_of(config)), config=config, backend="triton").loss

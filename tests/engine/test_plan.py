@@ -22,6 +22,7 @@ from srpo_kernels.engine.plan import (
 from srpo_kernels.engine.row_values import RowChecks
 from srpo_kernels.engine.srpo import moving
 from srpo_kernels.engine.workspace import row_stride
+from srpo_kernels.losses.derived import Derivation
 from srpo_kernels.losses.options import LOSS_TYPES
 from srpo_kernels.losses.registry import POLICY_LOSSES
 from srpo_kernels.losses.sequences import Sequences
@@ -184,10 +185,11 @@ def test_a_long_sequence_costs_one_more_product_of_all_but_its_last_chunk() -> N
 
 def test_weights_beyond_the_range_of_fp32_cost_a_teacher_pass() -> None:
     rows = RowOrder(torch.arange(20), torch.arange(0), torch.arange(0))
-    assert not SRPOObjective(SRPOConfig(dw_beta=8.0), None, 20, 0, 1000).teacher_first
-    assert SRPOObjective(SRPOConfig(dw_beta=30.0), None, 20, 0, 1000).teacher_first
+    derivation = Derivation.of(SRPOConfig(), None, 1000, has_support=False)
+    assert not SRPOObjective(SRPOConfig(dw_beta=8.0), None, 20, 0, 1000, derivation).teacher_first
+    assert SRPOObjective(SRPOConfig(dw_beta=30.0), None, 20, 0, 1000, derivation).teacher_first
     assert plan_of(rows, teacher_first=True).teacher_products == 2 * 20
-    assert not SRPOObjective(SRPOConfig(dw_beta=30.0), torch.zeros(()), 20, 0, 1000).teacher_first
+    assert not SRPOObjective(SRPOConfig(dw_beta=30.0), torch.zeros(()), 20, 0, 1000, derivation).teacher_first
     assert plan_of(rows).teacher_products == 20
 
 

@@ -28,7 +28,7 @@ from tests.fuzz.token_losses import (
     oracle_sampled,
 )
 from tests.parity import oracle_options
-from tests.strategies import SHARED, transform_of
+from tests.strategies import SHARED, teacher_transform_of, transform_of
 
 STATISTICS = ("log_probs", "entropy", "divergence", "logsumexp")
 # What the objective of ``fused_loss`` reads besides.
@@ -98,7 +98,14 @@ def _loss_values(case: Case, out: Any) -> Results:
 def _library_loss(case: Case, inputs: Inputs) -> Results:
     normalizers = None if case.other_batch is None else _library_normalizers(case, inputs)
     assert case.keywords is not None
-    return _loss_values(case, sk.srpo_loss(**inputs, normalizers=normalizers, config=case.config, **case.keywords))
+    keywords = dict(case.keywords)
+    if keywords.get("teacher_head_ids") is not None:
+        # The one head three times.
+        heads = {name: [inputs[name]] * 3 for name in ("teacher_weight", "teacher_bias")}
+        if inputs["teacher_weight"] is None:
+            heads["teacher_bias"] = None
+        inputs = inputs | heads
+    return _loss_values(case, sk.srpo_loss(**inputs, normalizers=normalizers, config=case.config, **keywords))
 
 
 def _library_normalizers(case: Case, inputs: Inputs) -> sk.Normalizers:
@@ -107,7 +114,7 @@ def _library_normalizers(case: Case, inputs: Inputs) -> sk.Normalizers:
     entropy, rows = None, inputs["target_ids"]
     if inputs["teacher_hidden"] is not None:
         head = teacher_head(*(inputs[name] for name in ("weight", "bias", "teacher_weight", "teacher_bias")))
-        options = {"backend": case.keywords["backend"]} | transform_of(case.config)
+        options = {"backend": case.keywords["backend"]} | teacher_transform_of(case.config)
         entropy = sk.teacher_stats(inputs["teacher_hidden"], head[0], teacher_bias=head[1], **options).entropy
     elif inputs.get("teacher_topk_log_probs") is not None:
         entropy = sk.topk_entropy(inputs["teacher_topk_log_probs"])
@@ -149,7 +156,7 @@ def _oracle_normalizers(case: Case, inputs: Inputs) -> OracleNormalizers:
         else:
             head = teacher_head(*(inputs[name] for name in ("weight", "bias", "teacher_weight", "teacher_bias")))
             states = teacher_rows(inputs["teacher_hidden"], routed, valid & routed)
-            entropy = reference.logits.entropy(head_logits(states, *head, **transform_of(case.config))).detach()
+            entropy = reference.logits.entropy(head_logits(states, *head, **teacher_transform_of(case.config))).detach()
         log_sums.append(torch.logsumexp(-case.config.dw_beta * entropy.double(), 0))
         count += len(entropy)
     # How sequences are counted is checked by the cases whose normalizers are this very batch's.

@@ -87,6 +87,8 @@ def _loss_case(draw: Draw, seed: int, backend: str) -> Case:
         other = (draw.random.randint(1, 50), -config.dw_beta * draw.random.uniform(0.2, 2.0), 18, 5)
     leaves = draw.one_of("leaves", *[("hidden", "weight", "bias")] * 4, ("hidden",), ("weight", "bias"), ())
     keywords = _call(draw, backend, model.vocab_size, 2 if distills else 1, model.accumulation_dtype)
+    if inputs["teacher_hidden"] is not None and draw.one_of("heads", 1, 1, 3) == 3:
+        keywords["teacher_head_ids"] = draw.ids(3, *rows)
     return Case(
         seed, "srpo_loss", draw.options, inputs, config, leaves,
         torch.tensor(draw.one_of("upstream", 1.0, 0.37, -2.5)), model.exact_products, other, keywords,
@@ -160,7 +162,7 @@ def _stats_case(draw: Draw, seed: int, backend: str) -> Case:
     keywords = _call(draw, backend, model.vocab_size, 1 + teacher, model.accumulation_dtype)
     one_dtype = len({x.dtype for name, x in inputs.items() if x is not None and name in MODEL_TENSORS}) == 1
     few = inputs.get("support_ids") is not None or (teacher and config.distillation_mode != "full")
-    mixed = teacher and has_mixture(config.divergence)
+    mixed = teacher and (has_mixture(config.divergence) or config.teacher_transform is not None)
     if backend == "triton" and operation != "fused_loss" and not (leaves or few or mixed) and one_dtype:
         keywords["engine"] = draw.one_of("engine", "rows", "tile")
     if operation == "fused_loss":

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from reference.logits import head_logits
 from srpo_kernels import SRPOConfig
-from tests.strategies import MODEL_TENSORS, transform_of
+from tests.strategies import MODEL_TENSORS, teacher_transform_of, transform_of
 
 if TYPE_CHECKING:
     from tests.fuzz.case import Draw
@@ -60,9 +60,11 @@ def draw_model(
         name: draw.random.choice(["fp32", "bf16", "fp16"]) if family == "mixed" else family for name in MODEL_TENSORS
     }
     inputs = to_dtypes(inputs, {name: _WIDE[dtype] for name, dtype in dtypes.items()})
-    bans = _ban(draw, inputs, config.softcap, mode)
+    # What a ban is to a teacher with a transform of its own, the tests of that say.
+    bans = {} if config.teacher_transform is not None else _ban(draw, inputs, config.softcap, mode)
     accumulation = torch.float64 if family == "fp64" else torch.float32
     exact = kind == "integers" and not unlikely and config.softcap is None and config.temperature == 1.0
+    exact = exact and config.teacher_transform is None
     model = ModelShape(inputs, config, vocab_size, exact, accumulation)
     inputs["target_ids"] = _targets(draw, model, bans)
     if mode == "topk" and _tied(model, bans):
@@ -169,7 +171,8 @@ def _logits(model: ModelShape, of: str = "student") -> Tensor:
     states, head = ("hidden", "") if of == "student" else ("teacher_hidden", "teacher_")
     head = head if wide[f"{head}weight"] is not None else ""
     rows = wide[states].flatten(0, -2)
-    return head_logits(rows, wide[f"{head}weight"], wide[f"{head}bias"], **transform_of(model.config))
+    own = transform_of(model.config) if of == "student" else teacher_transform_of(model.config)
+    return head_logits(rows, wide[f"{head}weight"], wide[f"{head}bias"], **own)
 
 
 def _targets(draw: Draw, model: ModelShape, bans: dict[str, Tensor]) -> Tensor:

@@ -8,7 +8,7 @@ from srpo_kernels.losses.registry import POLICY_LOSSES
 from srpo_kernels.rows.contract import DIVERGENCES
 from tests.fuzz.case import Draw
 from tests.fuzz.own import CLIPS
-from tests.strategies import CORRECTIONS, random_loss_options
+from tests.strategies import CORRECTIONS, TEACHER_TRANSFORMS, random_loss_options
 
 
 def draw_config(draw: Draw) -> SRPOConfig:
@@ -42,6 +42,7 @@ def draw_config(draw: Draw) -> SRPOConfig:
         temperature=one_of("temperature", 1.0, 1.0, 0.7, 0.05, 3.0),
         logit_scale=one_of("logit_scale", 1.0, 1.0, 0.5, 4.0),
         softcap=one_of("softcap", None, None, 5.0, 30.0, 1e6),
+        teacher_transform=one_of("teacher_transform", None, None, None, *TEACHER_TRANSFORMS),
         reduction=reduction,
         max_length=9 if reduction == "constant" else None,
         count_inactive=one_of("count_inactive", False, True),

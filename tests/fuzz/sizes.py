@@ -14,7 +14,7 @@ from srpo_kernels import SRPOConfig
 from srpo_kernels.rows.mixture import has_mixture, mixture_of
 from tests.comparison import Results, largest
 from tests.fuzz.case import Case
-from tests.strategies import transform_of
+from tests.strategies import teacher_transform_of, transform_of
 
 
 def finite(x: Tensor) -> Tensor:
@@ -98,7 +98,8 @@ def _concentration(case: Case) -> float:
         if case.operation in ("token_stats", "fused_loss") and case.inputs.get("teacher_hidden") is not None
         else [""]
     )
-    logits = [transform(_logits(case, model), **transform_of(case.config)) for model in models]
+    transforms = {"": transform_of(case.config), "teacher_": teacher_transform_of(case.config)}
+    logits = [transform(_logits(case, model), **transforms[model]) for model in models]
     return max((float(x.softmax(-1).square().sum(-1).sqrt().max()) for x in logits if len(x)), default=0.0)
 
 
@@ -148,7 +149,8 @@ def _largest_coefficient(case: Case, config: SRPOConfig, exact: dict[str, Any]) 
 
 def _log_prob_product(case: Case, exact: Results) -> float:
     """What the sampled token's loss multiplies: two log-probs, the teacher's among them."""
-    student, slope = largest(finite(exact["log_probs"])), case.config.logit_scale / case.config.temperature
+    student, own = largest(finite(exact["log_probs"])), teacher_transform_of(case.config)
+    slope = own["logit_scale"] / own["temperature"]
     known = case.inputs.get("teacher_hidden") is not None
     teacher = 2.0 * slope * largest_logit(case, "teacher_") if known else 0.0
     return (1.0 + student) * (1.0 + max(student, teacher))

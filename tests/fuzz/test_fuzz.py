@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from srpo_kernels.engine import srpo
-from srpo_kernels.losses import srpo as losses_srpo
+from srpo_kernels.losses import derived
 from srpo_kernels.losses.registry import POLICY_LOSSES
 from tests.fuzz.draw import draw_case
 from tests.fuzz.judge import judge
@@ -42,14 +42,14 @@ def forgotten_row(patch: pytest.MonkeyPatch) -> None:
 
 
 def gradient_of_a_mean(patch: pytest.MonkeyPatch) -> None:
-    original = losses_srpo.sampled_divergence
+    original = derived.sampled_divergence
 
     def sampled_divergence(log_probs: Tensor, teacher_log_probs: Tensor) -> Tensor:
         # The value is right.
         value = original(log_probs, teacher_log_probs)
         return value.detach() + (value - value.detach()) * (1 + 1e-4)
 
-    patch.setattr(losses_srpo, "sampled_divergence", sampled_divergence)
+    patch.setattr(derived, "sampled_divergence", sampled_divergence)
 
 
 @pytest.mark.parametrize("plant", [wrong_coefficient, forgotten_row, gradient_of_a_mean])

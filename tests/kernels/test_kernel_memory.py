@@ -25,6 +25,8 @@ ROWS = 3
 # A row stride whose third row begins beyond 2^31 elements.
 FAR = 2**30 + 16
 SOFTCAPS = pytest.mark.parametrize("softcap", [None, 5.0])
+# Of the teacher: the student's, or one of its own.
+OWN = pytest.mark.parametrize("own", [None, LogitTransform(2.0)], ids=["", "own teacher"])
 # Blocks of 64 columns of one model and 32 of two: less than a block, whole blocks, whole blocks and a tail.
 VOCABULARIES = pytest.mark.parametrize("vocab_size", [7, 128, 129])
 
@@ -69,15 +71,20 @@ def test_row_stats(rows: Rows, vocab_size: int, softcap: float | None) -> None:
     with sanitize(outputs={"row_stats_kernel": ["sums_ptr"]}):
         passes(vocab_size).statistics(Request(z, None, capped(softcap), ids))
         passes(vocab_size).statistics(Request(z, None, capped(softcap, topk=3, add_tail=True), ids))
-        passes(vocab_size).statistics(Request(z, y, capped(softcap, divergence="reverse_kl"), ids))
+        for own in (None, LogitTransform(2.0)):
+            spec = capped(softcap, divergence="reverse_kl", own_teacher=own)
+            passes(vocab_size).statistics(Request(z, y, spec, ids))
 
 
 @pytest.mark.parametrize("divergence", MIXTURE_DIVERGENCES)
+@OWN
 @SOFTCAPS
 @VOCABULARIES
 @LAYOUTS
-def test_row_mixture(rows: Rows, vocab_size: int, softcap: float | None, divergence: str) -> None:
-    z, y, spec = rows(vocab_size), rows(vocab_size), capped(softcap, divergence=divergence)
+def test_row_mixture(
+    rows: Rows, vocab_size: int, softcap: float | None, own: LogitTransform | None, divergence: str
+) -> None:
+    z, y, spec = rows(vocab_size), rows(vocab_size), capped(softcap, divergence=divergence, own_teacher=own)
     with sanitize(outputs={"row_mixture_kernel": ["sums_ptr"]}):
         passes(vocab_size).statistics(Request(z, y, spec, target_ids(vocab_size)))
 
@@ -101,13 +108,19 @@ def test_row_grad_of_log_probs(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("divergence", DIVERGENCES)
+@OWN
 @SOFTCAPS
 @VOCABULARIES
 @LAYOUTS
 def test_row_grad_of_a_divergence(
-    rows: Rows, vocab_size: int, softcap: float | None, divergence: str, dtype: torch.dtype
+    rows: Rows,
+    vocab_size: int,
+    softcap: float | None,
+    own: LogitTransform | None,
+    divergence: str,
+    dtype: torch.dtype,
 ) -> None:
-    z, y, spec = rows(vocab_size), rows(vocab_size), capped(softcap, divergence=divergence)
+    z, y, spec = rows(vocab_size), rows(vocab_size), capped(softcap, divergence=divergence, own_teacher=own)
     ids = target_ids(vocab_size)
     (stats,) = passes(vocab_size).statistics(Request(z, y, spec, ids, entropy=True))
     alone = RowGradients(divergence=torch.randn(ROWS))

@@ -32,6 +32,7 @@ NUMBERS = (
 )
 OPTIONAL = (
     "delta", "dual_clip", "log_ratio_clamp", "distillation_is_clip", "softcap", "max_length", "rollout_correction",
+    "teacher_transform", "divergence_clip",
 )  # fmt: skip
 
 
@@ -49,6 +50,7 @@ def test_defaults_are_the_papers() -> None:
         "entropy_coef": 0.0,
         "divergence": "jsd",
         "alpha": 0.5,
+        "divergence_clip": None,
         "distillation_mode": "full",
         "topk": 100,
         "topk_of": "student",
@@ -58,6 +60,7 @@ def test_defaults_are_the_papers() -> None:
         "temperature": 1.0,
         "logit_scale": 1.0,
         "softcap": None,
+        "teacher_transform": None,
         "reduction": "token",
         "max_length": None,
         "rollout_correction": None,
