@@ -17,7 +17,7 @@ from srpo_kernels.losses.terms import PolicyTerms
 from srpo_kernels.rollout.data_parallel import call_as_forward, scale_for_gradient_mean
 from srpo_kernels.rollout.normalizers import Normalizers
 from srpo_kernels.rollout.routing import Routing, group_advantages, route_samples
-from srpo_kernels.rows.contract import LogitTransform
+from srpo_kernels.rows.spec import LogitTransform
 
 __all__ = [
     "POLICY_LOSSES",

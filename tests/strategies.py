@@ -20,7 +20,7 @@ from srpo_kernels.engine.backends import rows_of
 from srpo_kernels.engine.plan import RowMemory
 from srpo_kernels.losses.options import DISTILLATION_MODES, KL_TYPES, LOSS_TYPES, REDUCTIONS
 from srpo_kernels.losses.registry import POLICY_LOSSES
-from srpo_kernels.rows.contract import DIVERGENCES
+from srpo_kernels.rows.spec import DIVERGENCES
 
 LEAVES = ("hidden", "weight", "bias")
 SHARED = ("weight", "bias", "teacher_weight", "teacher_bias")

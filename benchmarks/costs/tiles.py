@@ -11,7 +11,7 @@ from torch import Tensor
 
 from srpo_kernels.kernels.launch import tile_launch
 from srpo_kernels.kernels.tiles import Projection, tile_stats
-from srpo_kernels.rows.contract import RowSpec
+from srpo_kernels.rows.spec import RowSpec
 from tools.interpreter.launches import Access, Bools, Launch, Observer, record, storage_begin
 
 _DTYPE = torch.bfloat16

@@ -14,8 +14,8 @@ from srpo_kernels.engine.agreement import name_of, refused_together
 from srpo_kernels.engine.arguments import StatsArguments, StatsOptions
 from srpo_kernels.losses.config import UNSET, SRPOConfig, Unset, resolve_options
 from srpo_kernels.losses.options import require_mixture
-from srpo_kernels.rows.contract import LOWEST, LogitTransform
 from srpo_kernels.rows.dtypes import accumulation_dtype
+from srpo_kernels.rows.spec import LOWEST, LogitTransform
 from srpo_kernels.rows.sums import bucket_entropy
 
 # Of a config alone: what models are compared at.

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from srpo_kernels.losses.config import SRPOConfig
-from srpo_kernels.rows.contract import LogitTransform
+from srpo_kernels.rows.spec import LogitTransform
 
 
 class LossArguments(NamedTuple):

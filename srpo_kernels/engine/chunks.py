@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from srpo_kernels.engine.columns import Columns
+from srpo_kernels.losses.rows import PER_TOKEN
 from srpo_kernels.rows.contract import Dlogits, Statistics
 from srpo_kernels.rows.passes import Request
 
@@ -31,6 +32,24 @@ class Computed(NamedTuple):
     logits: Tensor
     parts: list[Part]
     columns: Columns | None = None
+
+
+def statistic(name: str, parts: list[Part], log_probs: Tensor) -> Tensor:
+    """Of all parts, ``[n]`` or ``[n, K]``, as the call's ``log_probs`` are; 0 in those that do not have it.
+
+    The passes keep the log-sum-exp as a column, in a wide dtype: an objective sees it as it sees the others.
+    """
+    values: list[Tensor | None] = [getattr(part.stats, name) for part in parts]
+    if name == "logsumexp":
+        values = [None if x is None else x.squeeze(1).to(log_probs.dtype) for x in values]
+    like = next((x for x in values if x is not None), None)
+    if like is None:
+        like = log_probs[:0, None] if name in PER_TOKEN else log_probs[:0]
+    present = [
+        like.new_zeros(len(part.rows), *like.shape[1:]) if x is None else x
+        for part, x in zip(parts, values, strict=True)
+    ]
+    return present[0] if len(present) == 1 else torch.cat([like[:0], *present])
 
 
 def join(logits: Tensor, parts: list[Dlogits]) -> Dlogits:

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from srpo_kernels.engine.batch import Head
 from srpo_kernels.engine.gemm import HeadGradient
-from srpo_kernels.rows.contract import LOWEST, LogitTransform, RowGradients, RowSpec, Statistics, Support
+from srpo_kernels.rows.contract import RowGradients, Statistics, Support
 from srpo_kernels.rows.dtypes import wide_dtype
+from srpo_kernels.rows.spec import LOWEST, LogitTransform, RowSpec
 from srpo_kernels.rows.sums import given_statistics
 from srpo_kernels.rows.vocabulary import Vocabulary
 

@@ -11,7 +11,8 @@ from torch import Tensor
 from srpo_kernels.engine.arguments import LossArguments, LossOptions
 from srpo_kernels.engine.batch import Batch, Needs
 from srpo_kernels.engine.objectives import CustomObjective
-from srpo_kernels.engine.plan import Plan, make_plan, order_rows
+from srpo_kernels.engine.order import order_rows
+from srpo_kernels.engine.plan import Plan, make_plan
 from srpo_kernels.engine.prepare import by_columns, derivation_of, flatten, sequence_lengths
 from srpo_kernels.losses.config import SRPOConfig
 from srpo_kernels.losses.registry import PolicyRows, policy_loss_of

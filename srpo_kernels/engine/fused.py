@@ -14,16 +14,17 @@ from torch import Tensor
 
 from srpo_kernels.engine import columns, gemm
 from srpo_kernels.engine.batch import Batch, FusedResult, Head, Needs
-from srpo_kernels.engine.chunks import Computed, Part, join
+from srpo_kernels.engine.chunks import Computed, Part, join, statistic
 from srpo_kernels.engine.columns import Columns, NotByColumns
 from srpo_kernels.engine.objectives import Evaluation, Objective, evaluate
 from srpo_kernels.engine.plan import Chunk, Plan, Segment
 from srpo_kernels.losses.divergence import over_support
-from srpo_kernels.losses.rows import PER_TOKEN, POSITION, SUPPORT, TEACHER, TEACHER_SUPPORT, NotComputed
-from srpo_kernels.rows.contract import Dlogits, RowGradients, RowSpec, Statistics, Support
+from srpo_kernels.losses.rows import POSITION, SUPPORT, TEACHER, TEACHER_SUPPORT, NotComputed
+from srpo_kernels.rows.contract import Dlogits, RowGradients, Support
 from srpo_kernels.rows.dtypes import accumulation_dtype
 from srpo_kernels.rows.mixture import KLS
 from srpo_kernels.rows.passes import Request, RowPasses
+from srpo_kernels.rows.spec import RowSpec
 from srpo_kernels.rows.sums import bucket_entropy
 from srpo_kernels.rows.teacher_units import to_student_units_
 
@@ -173,7 +174,7 @@ class FusedPass:
         names = self.objective.reads(taught=False)[0]
         if num_taught:
             names |= self.objective.reads(taught=True)[0]
-        statistics = {name: self._statistic(name, parts) for name in names}
+        statistics = {name: statistic(name, parts, self.log_probs) for name in names}
         kinds = (slice(num_taught), True), (slice(num_taught, None), False)
         self.log_probs[rows] = torch.cat([self._own_log_probs(statistics, rows, *kind) for kind in kinds])
         return evaluate(
@@ -193,22 +194,6 @@ class FusedPass:
             return log_probs
         position = self.batch.inputs[POSITION][rows[kind]]
         return over_support(log_probs, statistics["sampled_log_probs"][kind], position)[0]
-
-    def _statistic(self, name: str, parts: list[Part]) -> Tensor:
-        """Of all parts; 0 in those that do not have it."""
-        values = [self._value(part.stats, name) for part in parts]
-        nothing = self.log_probs[:0, None] if name in PER_TOKEN else self.log_probs[:0]
-        like = next((x for x in values if x is not None), nothing)
-        present = [
-            like.new_zeros(len(part.rows), *like.shape[1:]) if x is None else x
-            for part, x in zip(parts, values, strict=True)
-        ]
-        return present[0] if len(present) == 1 else torch.cat([like[:0], *present])
-
-    def _value(self, stats: Statistics, name: str) -> Tensor | None:
-        """A statistic as an objective sees it: the passes keep the log-sum-exp as a column, in a wide dtype."""
-        values: Tensor | None = getattr(stats, name)
-        return values.squeeze(1).to(self.dtype) if values is not None and name == "logsumexp" else values
 
     def _accumulate_segment(self, segment: Segment, known: list[Computed], evaluation: Evaluation) -> None:
         """Add the gradients of all chunks; the last one's logits are still in the buffer, the others' come again."""
@@ -253,7 +238,7 @@ class FusedPass:
         own: dict[str, Tensor | None] = {name: getattr(gradients, name) for name in expected}
         for name in own:
             if own[name] is None:
-                own[name] = torch.zeros_like(self._statistic(name, [part]))
+                own[name] = torch.zeros_like(statistic(name, [part], self.log_probs))
         return self.passes.dlogits_(part.request, part.stats, RowGradients(**own), dtype=self.dlogits_dtype)
 
     def _teacher_entropies(self) -> Tensor:

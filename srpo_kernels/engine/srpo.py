@@ -9,7 +9,8 @@ from srpo_kernels.checks import refuse_name
 from srpo_kernels.distributed import sum_ranks
 from srpo_kernels.engine.arguments import LossArguments, LossOptions
 from srpo_kernels.engine.batch import Batch, Needs
-from srpo_kernels.engine.plan import Plan, make_plan, order_rows
+from srpo_kernels.engine.order import order_rows
+from srpo_kernels.engine.plan import Plan, make_plan
 from srpo_kernels.engine.prepare import FlatRows, by_columns, derivation_of, flatten, sequence_lengths
 from srpo_kernels.losses.config import SRPOConfig
 from srpo_kernels.losses.registry import policy_loss_of

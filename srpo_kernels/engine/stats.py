@@ -19,9 +19,10 @@ from srpo_kernels.engine.columns import Columns
 from srpo_kernels.losses.derived import Derivation
 from srpo_kernels.losses.rows import DIFFERENTIABLE
 from srpo_kernels.rows import contract
-from srpo_kernels.rows.contract import RowGradients, RowSpec, Support
+from srpo_kernels.rows.contract import RowGradients, Support
 from srpo_kernels.rows.dtypes import accumulation_dtype
 from srpo_kernels.rows.passes import Request, RowPasses
+from srpo_kernels.rows.spec import RowSpec
 from srpo_kernels.rows.teacher_units import to_student_units_
 
 

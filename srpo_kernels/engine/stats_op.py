@@ -11,7 +11,8 @@ from srpo_kernels.engine import ops, stats
 from srpo_kernels.engine.agreement import agree
 from srpo_kernels.engine.arguments import StatsArguments, StatsOptions, parse
 from srpo_kernels.engine.batch import Head, Needs
-from srpo_kernels.engine.prepare import flat_rows, prepare_stats, tiles
+from srpo_kernels.engine.prepare import flat_rows
+from srpo_kernels.engine.prepare_stats import prepare_stats, tiles
 from srpo_kernels.engine.stats import Statistics
 from srpo_kernels.rows.dtypes import accumulation_dtype, wide_dtype
 

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from srpo_kernels.kernels.launch import gradient_terms
 from srpo_kernels.kernels.transform import Base2, Transform
-from srpo_kernels.rows.contract import LOWEST, Coefficients, RowSpec, Statistics
+from srpo_kernels.rows.contract import Coefficients, Statistics
 from srpo_kernels.rows.dtypes import wide_dtype
 from srpo_kernels.rows.mixture import Mixture
+from srpo_kernels.rows.spec import LOWEST, RowSpec
 
 
 def mixture_shares(student: Base2, teacher: Base2, mixture: Mixture) -> Tensor:

@@ -19,16 +19,8 @@ from srpo_kernels.kernels.row_grad import row_grad_kernel
 from srpo_kernels.kernels.row_mixture import row_mixture_kernel
 from srpo_kernels.kernels.row_stats import row_stats_kernel
 from srpo_kernels.kernels.transform import Base2, Transform
-from srpo_kernels.rows.contract import (
-    LOWEST,
-    Coefficients,
-    Dlogits,
-    LogitTransform,
-    ModelSums,
-    RowSpec,
-    Scratch,
-    Statistics,
-)
+from srpo_kernels.rows.contract import Coefficients, Dlogits, ModelSums, Scratch, Statistics
+from srpo_kernels.rows.spec import LOWEST, LogitTransform, RowSpec
 from srpo_kernels.rows.sums import unpack
 
 

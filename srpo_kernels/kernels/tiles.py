@@ -11,7 +11,8 @@ from torch import Tensor
 from srpo_kernels.kernels.launch import INTERPRETED, merge_launch, on_device, tile_launch, vendor_of
 from srpo_kernels.kernels.tile_stats import merge_tiles_kernel, tile_stats_kernel
 from srpo_kernels.kernels.transform import Transform
-from srpo_kernels.rows.contract import RowSpec, Statistics
+from srpo_kernels.rows.contract import Statistics
+from srpo_kernels.rows.spec import RowSpec
 from srpo_kernels.rows.sums import Combine, pair_statistics, row_statistics, unpack
 
 # Bytes of the sums of all tiles that one launch may write.

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from srpo_kernels.rows.contract import LOWEST, LogitTransform
+from srpo_kernels.rows.spec import LOWEST, LogitTransform
 
 
 class Transform(NamedTuple):

@@ -24,8 +24,8 @@ from srpo_kernels.losses.options import (
 )
 from srpo_kernels.losses.registry import POLICY_LOSSES, policy_loss_of
 from srpo_kernels.losses.rollout import RolloutCorrection
-from srpo_kernels.rows.contract import LogitTransform, TopkOf
 from srpo_kernels.rows.mixture import Divergence
+from srpo_kernels.rows.spec import LogitTransform, TopkOf
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,8 +8,8 @@ from typing import Any, Literal, get_args
 from srpo_kernels.checks import require_number
 from srpo_kernels.losses.log_ratio import KLType
 from srpo_kernels.losses.policy import POLICY_LOSSES
-from srpo_kernels.rows.contract import DIVERGENCES, LogitTransform, TopkOf
 from srpo_kernels.rows.mixture import has_mixture
+from srpo_kernels.rows.spec import DIVERGENCES, LogitTransform, TopkOf
 
 DistillationMode = Literal["full", "topk", "sampled"]
 Reduction = Literal["token", "sequence", "constant", "token_sum", "sequence_sum"]

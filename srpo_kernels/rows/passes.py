@@ -12,17 +12,16 @@ from torch.nn.functional import pad
 
 from srpo_kernels.checks import refuse_name
 from srpo_kernels.rows.contract import (
-    LOWEST,
     Coefficients,
     Dlogits,
     ModelSums,
     RowGradients,
     Rows,
-    RowSpec,
     Scratch,
     Statistics,
     Support,
 )
+from srpo_kernels.rows.spec import LOWEST, RowSpec
 from srpo_kernels.rows.sums import (
     given_statistics,
     merge,

@@ -10,8 +10,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from srpo_kernels.rows.contract import LOWEST, ModelSums, RowSpec, Statistics
+from srpo_kernels.rows.contract import ModelSums, Statistics
 from srpo_kernels.rows.dtypes import wide_dtype
+from srpo_kernels.rows.spec import LOWEST, RowSpec
 
 # From a part's sums of one or both models, and the slope, to the whole row's.
 Combine = Callable[[list[ModelSums], float], list[ModelSums]]

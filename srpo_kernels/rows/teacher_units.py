@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from srpo_kernels.rows.contract import RowSpec
+from srpo_kernels.rows.spec import RowSpec
 from srpo_kernels.rows.torch_blocks import blocks, to_units_
 
 

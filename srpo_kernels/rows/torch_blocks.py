@@ -12,8 +12,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from srpo_kernels.rows.contract import LOWEST, LogitTransform, RowSpec, Scratch
+from srpo_kernels.rows.contract import Scratch
 from srpo_kernels.rows.dtypes import wide_dtype
+from srpo_kernels.rows.spec import LOWEST, LogitTransform, RowSpec
 
 NATS = math.log(2.0)
 # What one thread works on at a time, over all buffers of a pass: 8 MiB of fp32, a current core's share of the L3 cache.

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from srpo_kernels.rows.contract import RowSpec, Statistics
+from srpo_kernels.rows.contract import Statistics
 from srpo_kernels.rows.entries import EntryNumbers
+from srpo_kernels.rows.spec import RowSpec
 from srpo_kernels.rows.torch_blocks import NATS, bits_per_unit
 
 

@@ -11,11 +11,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from srpo_kernels.rows.contract import Coefficients, Dlogits, Holds, LogitTransform, RowSpec, Statistics
+from srpo_kernels.rows.contract import Coefficients, Dlogits, Holds, Statistics
+from srpo_kernels.rows.spec import LogitTransform, RowSpec
 from srpo_kernels.rows.torch_blocks import (
     NATS,
     bits_at,
-    bits_per_unit,
     blocks,
     dot,
     floor_,
@@ -29,8 +29,8 @@ from srpo_kernels.rows.torch_blocks import (
     to_bits_,
     to_units_,
 )
-from srpo_kernels.rows.torch_entries import entries, entry_numbers
-from srpo_kernels.rows.torch_mixture import mix, mixture_block, to_mixture_ratio
+from srpo_kernels.rows.torch_gradients import divergence_gradients
+from srpo_kernels.rows.torch_mixture import mixture_block
 from srpo_kernels.rows.torch_sums import divergence_sums, sums, support_sums, units
 
 __all__ = ["divergence_sums", "dlogits_", "scratch", "slope", "sums", "support_sums", "units", "whole_rows"]
@@ -215,7 +215,7 @@ def _from_logits_(
         if teacher_logits is not None and taught:
             y = teacher_logits[rows]
             to_units_(y, spec.teacher_transform)
-            of_teacher = _divergence_gradients(z, y, own, coefficients.select(rows), spec, rows, p, work)
+            of_teacher = divergence_gradients(z, y, own, coefficients.select(rows), spec, rows, p, work)
         slope = slope_of_units(z, transform, out=work[-1]) if capped else None
         normalize_(z, log_sum[rows], spec)
         torch.exp2(z, out=p)
@@ -244,63 +244,6 @@ def _to_entropy_gradient_(bits: Tensor, p: Tensor, stats: Statistics, by_log: Te
         bits.zero_()
     else:
         bits.add_(stats.entropy[rows, None] / NATS).mul_(p).mul_(NATS * by_log[rows, None])
-
-
-def _divergence_gradients(
-    z: Tensor,
-    y: Tensor,
-    stats: Statistics,
-    coefficients: Coefficients,
-    spec: RowSpec,
-    rows: slice,
-    p: Tensor,
-    work: list[Tensor],
-) -> Tensor:
-    """The gradients of all divergences of a block of rows, from both models' units; ``y`` is consumed."""
-    assert stats.teacher_logsumexp is not None
-    total, q, more, *_ = work
-    _to_probabilities(z, stats.logsumexp, spec, out=p)
-    total.zero_()
-    if coefficients.by_reverse_kl is not None:
-        _log_ratio(y, z, stats, spec, work=more, out=q)
-        total.addcmul_(q.mul_(p), coefficients.by_reverse_kl[:, None], value=NATS)
-    if coefficients.by_forward_kl is not None or spec.mixture is not None:
-        _to_probabilities(y, stats.teacher_logsumexp, spec, out=q)
-    if coefficients.by_forward_kl is not None:
-        total.addcmul_(torch.sub(p, q, out=more), coefficients.by_forward_kl[:, None])
-    if coefficients.by_divergence is None:
-        return total
-    assert stats.center is not None
-    by = coefficients.by_divergence[:, None]
-    if spec.mixture is not None:
-        nats = nats_of_gradient(spec)
-        to_mixture_ratio(p, q, spec.mixture, mix(p, q, spec.mixture, out=more), out=y)
-        y.sub_((stats.center / nats).to(p.dtype)).mul_(p)
-        return total.addcmul_(y, by, value=nats)
-    _, gradient = entries(p.copy_(z), y, stats, spec, entry_numbers(spec, rows, z.dtype), work[1:])
-    total.addcmul_(gradient, by)
-    _to_probabilities(z, stats.logsumexp, spec, out=p)
-    return total.addcmul_(p, by * stats.center.to(p.dtype), value=-1.0)
-
-
-def _to_probabilities(units: Tensor, logsumexp: Tensor, spec: RowSpec, out: Tensor) -> None:
-    normalize_(out.copy_(units), logsumexp, spec)
-    out.exp2_()
-
-
-def _log_ratio(y: Tensor, z: Tensor, stats: Statistics, spec: RowSpec, work: Tensor, out: Tensor) -> None:
-    """The log-ratio less its mean, in bits, of both models' units.
-
-    Each model's units less their log-sum-exp, the teacher's less the mean of the log-ratio as well: of a row that has
-    one token alone both are exactly 0 there.
-    """
-    assert stats.teacher_logsumexp is not None and stats.mean_log_ratio is not None
-    nats = spec.transform.nats_per_unit
-    origin, teacher_origin = stats.logsumexp / nats, (stats.teacher_logsumexp - stats.mean_log_ratio) / nats
-    high, teacher_high = origin.to(y.dtype), teacher_origin.to(y.dtype)
-    low = ((origin - high) - (teacher_origin - teacher_high)).to(y.dtype)
-    torch.sub(torch.sub(z, high, out=work), torch.sub(y, teacher_high, out=out), out=out)
-    out.sub_(low).mul_(bits_per_unit(spec.transform, y.dtype))
 
 
 def _dlogits(values: Tensor, factor: Tensor, dtype: torch.dtype) -> Dlogits:

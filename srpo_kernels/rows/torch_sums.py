@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from srpo_kernels.rows.contract import LOWEST, LogitTransform, ModelSums, RowSpec, Statistics
+from srpo_kernels.rows.contract import ModelSums, Statistics
+from srpo_kernels.rows.spec import LOWEST, LogitTransform, RowSpec
 from srpo_kernels.rows.torch_blocks import (
     NATS,
     argmax,

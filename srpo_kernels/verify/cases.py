@@ -9,8 +9,8 @@ from typing import Any, get_args
 from srpo_kernels import LogitTransform, RolloutCorrection, SRPOConfig
 from srpo_kernels.losses.options import KL_TYPES
 from srpo_kernels.losses.registry import POLICY_LOSSES
-from srpo_kernels.rows.contract import DIVERGENCES
 from srpo_kernels.rows.mixture import MIXTURE_DIVERGENCES, has_mixture
+from srpo_kernels.rows.spec import DIVERGENCES
 from srpo_kernels.verify import forms
 from srpo_kernels.verify.inputs import (
     REALISTIC,

@@ -12,7 +12,7 @@ import reference
 import srpo_kernels as sk
 from srpo_kernels.engine.workspace import row_stride
 from srpo_kernels.losses.derived import Derivation
-from srpo_kernels.rows.contract import DIVERGENCES
+from srpo_kernels.rows.spec import DIVERGENCES
 from tests.api.test_fused_loss import BACKENDS, actual, close, extras
 from tests.meters import ProductMeter
 from tests.parity import STATS_FIELDS

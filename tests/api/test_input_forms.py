@@ -12,7 +12,7 @@ from torch import Tensor
 import reference
 from srpo_kernels import Normalizers, SRPOConfig, srpo_loss, teacher_stats, token_stats
 from srpo_kernels.losses.options import LOSS_TYPES, REDUCTIONS
-from srpo_kernels.rows.contract import DIVERGENCES
+from srpo_kernels.rows.spec import DIVERGENCES
 from tests.comparison import assert_same, gradients, run_loss, with_leaves
 from tests.strategies import LEAVES, SHARED, Inputs, cast, head_inputs, loss_inputs, take
 

@@ -11,7 +11,7 @@ from hypothesis import given
 import reference
 from srpo_kernels import SRPOConfig, srpo_loss
 from srpo_kernels.losses.options import KL_TYPES, LOSS_TYPES
-from srpo_kernels.rows.contract import DIVERGENCES
+from srpo_kernels.rows.spec import DIVERGENCES
 from tests.comparison import assert_as_accurate, assert_same, run_loss
 from tests.parity import check_loss
 from tests.strategies import LOSS_OPTIONS, Case, cast, loss_cases, loss_inputs, thorough

@@ -16,7 +16,7 @@ from srpo_kernels.api.teacher import heads_of
 from srpo_kernels.engine.arguments import LossArguments, LossOptions, StatsArguments, StatsOptions
 from srpo_kernels.engine.batch import Needs
 from srpo_kernels.engine.stats_op import Statistics
-from srpo_kernels.rows.contract import DIVERGENCES
+from srpo_kernels.rows.spec import DIVERGENCES
 from tests.comparison import assert_same, run_loss, run_stats, with_leaves
 from tests.strategies import LEAVES, Inputs, cast, head_inputs, loss_inputs
 

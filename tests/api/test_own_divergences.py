@@ -11,8 +11,8 @@ from torch import Tensor
 
 import reference
 import srpo_kernels as sk
-from srpo_kernels.rows.contract import DIVERGENCES
 from srpo_kernels.rows.mixture import MIXTURE_DIVERGENCES
+from srpo_kernels.rows.spec import DIVERGENCES
 from tests.comparison import assert_same, run_loss
 from tests.parity import check_loss
 from tests.strategies import LEAVES, Case, Inputs, each_backend, loss_inputs

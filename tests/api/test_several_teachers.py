@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import reference
 import srpo_kernels as sk
 from srpo_kernels.engine import gemm
-from srpo_kernels.rows.contract import DIVERGENCES
+from srpo_kernels.rows.spec import DIVERGENCES
 from tests.comparison import assert_as_accurate, assert_same, condition_of, run_loss
 from tests.strategies import Inputs, each_backend, for_backend, loss_inputs, workspace_floor
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import srpo_kernels as sk
-from srpo_kernels.rows.contract import DIVERGENCES
+from srpo_kernels.rows.spec import DIVERGENCES
 from tests.comparison import assert_same, run_loss, run_stats
 from tests.parity import check_loss_in, check_stats_in, coefficients
 from tests.strategies import Inputs, cast, each_backend, head_inputs, loss_inputs, random_support, with_given_topk

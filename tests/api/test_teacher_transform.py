@@ -10,7 +10,7 @@ from torch import Tensor
 
 import reference
 import srpo_kernels as sk
-from srpo_kernels.rows.contract import DIVERGENCES
+from srpo_kernels.rows.spec import DIVERGENCES
 from tests.comparison import assert_as_accurate, assert_same, condition_of, run_loss, run_stats
 from tests.strategies import Inputs, cast, each_backend, for_backend, loss_inputs, transform_of, workspace_floor
 

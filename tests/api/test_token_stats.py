@@ -9,7 +9,7 @@ from torch import Tensor
 
 import reference
 from srpo_kernels import token_stats
-from srpo_kernels.rows.contract import DIVERGENCES
+from srpo_kernels.rows.spec import DIVERGENCES
 from tests.comparison import Results, assert_as_accurate, assert_same, gradients, run_stats, with_leaves
 from tests.parity import check_stats, coefficients
 from tests.strategies import Case, Inputs, cast, each_backend, for_backend, head_inputs, stats_cases, thorough

@@ -18,7 +18,7 @@ import reference
 from srpo_kernels import SRPOConfig, srpo_loss, token_stats
 from srpo_kernels.losses.options import DISTILLATION_MODES
 from srpo_kernels.losses.registry import POLICY_LOSSES
-from srpo_kernels.rows.contract import DIVERGENCES
+from srpo_kernels.rows.spec import DIVERGENCES
 from tests.api.test_loss_parity import EACH_OPTION
 from tests.comparison import Results, assert_as_accurate, assert_same, condition_of, run_loss, run_stats
 from tests.parity import coefficients

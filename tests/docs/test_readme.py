@@ -12,7 +12,7 @@ import torch
 import reference
 import srpo_kernels as sk
 from srpo_kernels.losses.options import LOSS_TYPES
-from srpo_kernels.rows.contract import DIVERGENCES
+from srpo_kernels.rows.spec import DIVERGENCES
 
 README = (Path(__file__).parents[2] / "README.md").read_text()
 BLOCKS = re.findall(r"^```python\n(.*?)^```", README, re.DOTALL | re.MULTILINE)

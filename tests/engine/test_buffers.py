@@ -12,8 +12,9 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from srpo_kernels import SRPOConfig, SRPOLoss, release_workspace, srpo_loss, teacher_stats, token_stats
 from srpo_kernels.engine.backends import rows_of
-from srpo_kernels.rows.contract import RowGradients, RowSpec
+from srpo_kernels.rows.contract import RowGradients
 from srpo_kernels.rows.passes import Request, RowPasses
+from srpo_kernels.rows.spec import RowSpec
 from srpo_kernels.rows.vocabulary import Vocabulary
 from tests.comparison import assert_same, gradients, run_loss, run_stats, with_leaves
 from tests.strategies import Inputs, each_backend, for_backend, head_inputs, loss_inputs

@@ -10,15 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from srpo_kernels import SRPOConfig
-from srpo_kernels.engine.plan import (
-    Plan,
-    RowMemory,
-    RowOrder,
-    make_plan,
-    order_rows,
-    row_chunks,
-    sequence_groups,
-)
+from srpo_kernels.engine.order import RowOrder, order_rows
+from srpo_kernels.engine.plan import Plan, RowMemory, make_plan, row_chunks, sequence_groups
 from srpo_kernels.engine.row_values import RowChecks
 from srpo_kernels.engine.srpo import moving
 from srpo_kernels.engine.workspace import row_stride

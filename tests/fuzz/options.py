@@ -5,7 +5,7 @@ from __future__ import annotations
 from srpo_kernels import SRPOConfig
 from srpo_kernels.losses.options import DISTILLATION_MODES, KL_TYPES, LOSS_TYPES, REDUCTIONS
 from srpo_kernels.losses.registry import POLICY_LOSSES
-from srpo_kernels.rows.contract import DIVERGENCES
+from srpo_kernels.rows.spec import DIVERGENCES
 from tests.fuzz.case import Draw
 from tests.fuzz.own import CLIPS
 from tests.strategies import CORRECTIONS, TEACHER_TRANSFORMS, random_loss_options

@@ -19,7 +19,7 @@ import reference
 from srpo_kernels import SRPOConfig, srpo_loss, token_stats
 from srpo_kernels.kernels import launch
 from srpo_kernels.losses.options import DISTILLATION_MODES
-from srpo_kernels.rows.contract import DIVERGENCES
+from srpo_kernels.rows.spec import DIVERGENCES
 from tests.api.test_loss_parity import EACH_OPTION
 from tests.comparison import Results, assert_as_accurate, assert_same, gradients, largest, run_loss, with_leaves
 from tests.parity import check_loss, check_stats

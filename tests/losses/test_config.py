@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from srpo_kernels.losses.config import SRPOConfig
 from srpo_kernels.losses.options import KL_TYPES, LOSS_TYPES, REDUCTIONS
-from srpo_kernels.rows.contract import DIVERGENCES
+from srpo_kernels.rows.spec import DIVERGENCES
 from tests.strategies import configs
 
 NUMBERS = (

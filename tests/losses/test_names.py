@@ -17,7 +17,7 @@ from srpo_kernels.losses import options
 from srpo_kernels.losses.options import DISTILLATION_MODES, KL_TYPES, LOSS_TYPES, REDUCTIONS, TOPK_OF
 from srpo_kernels.losses.registry import POLICY_LOSSES
 from srpo_kernels.rollout.routing import ADVANTAGE_SCALES
-from srpo_kernels.rows.contract import DIVERGENCES
+from srpo_kernels.rows.spec import DIVERGENCES
 from tests.comparison import run_loss
 from tests.strategies import LOSS_OPTIONS, Inputs, cast, each_backend, loss_inputs
 

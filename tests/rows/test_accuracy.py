@@ -14,7 +14,7 @@ from torch import Tensor
 
 import reference
 from srpo_kernels import SRPOConfig, srpo_loss, token_stats
-from srpo_kernels.rows.contract import DIVERGENCES
+from srpo_kernels.rows.spec import DIVERGENCES
 from tests.comparison import run_loss, run_stats
 from tests.rows.test_extreme_rows import distilled, heads
 from tests.strategies import Inputs, cast, each_backend

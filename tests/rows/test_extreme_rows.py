@@ -15,8 +15,8 @@ import reference
 from srpo_kernels import SRPOConfig, policy_loss, srpo_loss, token_stats
 from srpo_kernels.losses.options import DISTILLATION_MODES, KL_TYPES, LOSS_TYPES
 from srpo_kernels.losses.registry import POLICY_LOSSES
-from srpo_kernels.rows.contract import DIVERGENCES
 from srpo_kernels.rows.mixture import MIXTURE_DIVERGENCES
+from srpo_kernels.rows.spec import DIVERGENCES
 from tests.comparison import run_loss, run_stats
 from tests.strategies import Inputs, cast, each_backend
 

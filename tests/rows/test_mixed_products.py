@@ -15,7 +15,7 @@ import reference
 from reference.logits import transform
 from srpo_kernels import SRPOConfig, fused_loss
 from srpo_kernels.engine import gemm
-from srpo_kernels.rows.contract import DIVERGENCES
+from srpo_kernels.rows.spec import DIVERGENCES
 from tests.comparison import Results, assert_as_accurate, gradients, with_leaves
 from tests.parity import check_loss, check_stats
 from tests.strategies import Case, Inputs, cast, each_backend, head_inputs, loss_inputs, workspace_floor
