@@ -52,7 +52,6 @@ FIELDS: dict[str, dict[str, Any]] = {
     "blenderbot": {"num_hidden_layers": LAYERS},
     "codegen": {"n_head": 4, "rotary_dim": 4},
     "cohere_compass_text": {"rope_parameters": {"full_attention": DEFAULT_ROPE}},
-    "dbrx": {"attn_config.rope_theta": 1e4, "attn_config.clip_qkv": 8.0},
     "deepseek_v2": {"num_experts_per_tok": 2},
     "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1},
     "falcon_h1": {"mamba_d_ssm": 64, "mamba_d_head": 16},

@@ -41,6 +41,7 @@ REFUSED = {
 # What keeps a tiny model of it from being built or run by itself on a CPU.
 NOT_TINY = {
     "blt": "'BltConfig' object has no attribute 'num_hidden_layers'",
+    "dbrx": "'DbrxAttentionConfig' object has no attribute 'rope_theta'",
     "dots3_note": "Layer type 'indexed_attention' is not homogeneous across layers",
     "dots3_note_text": "Layer type 'indexed_attention' is not homogeneous across layers",
     "gemma3n": "TimmWrapperModel requires the timm library",
