@@ -84,9 +84,10 @@ def support_sums(
     own, units = logits.gather(1, ids), Transform.of(transform).units
     targets = units(logits.gather(1, target)).masked_fill(~target_here, LOWEST).squeeze(1)
     # Under a softcap an excluded token has a logit, unlike one that is taken out: above the mark of that.
-    logits.scatter_(1, ids, own.clamp_min(0.5 * LOWEST))
+    kept = own.clamp_min(0.5 * LOWEST)
+    logits.scatter_(1, ids, kept)
     # An id of another slice stands at one of this slice that may be in the support as well: the least value counts.
-    logits.scatter_reduce_(1, ids, own.masked_fill(here, LOWEST), "amin")
+    logits.scatter_reduce_(1, ids, kept.masked_fill(here, LOWEST), "amin")
     (complement,) = sums(logits, None, transform, target_ids=target_ids)
     logits.scatter_(1, ids, own)
     return complement._replace(target=targets), units(own).masked_fill(~here, LOWEST)

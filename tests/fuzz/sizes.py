@@ -36,7 +36,9 @@ def probability_size(case: Case, name: str, exact: Results) -> float:
     if name == "log_probs" or (of_statistics and not name.startswith("grad")):
         if name == "divergence":
             # The probabilities of each of its two models add up to 1, rounded.
-            return max(2.0, 2 * _concentration(case)) * product
+            # Entries that are bounded one by one are of log-probs, each rounded at the size of a logit.
+            bounded = case.config.divergence_clip is not None and case.dtype == torch.float64
+            return (max(2.0, 2 * _concentration(case)) + (_nats(case) if bounded else 0.0)) * product
         size = _concentration(case) + _capped_size(case)
         return coefficient * product * max(2.0, 2 * size) if name == "losses" else size
     coefficient *= product
@@ -86,6 +88,13 @@ def _capped_size(case: Case) -> float:
     if config.softcap is None:
         return 0.0
     return min(config.softcap, config.logit_scale * largest_logit(case, "")) / config.temperature
+
+
+def _nats(case: Case) -> float:
+    """The largest logit of both models, after the transform."""
+    models = [""] if case.inputs.get("teacher_hidden") is None else ["", "teacher_"]
+    slope = case.config.logit_scale / case.config.temperature
+    return slope * max(largest_logit(case, model) for model in models)
 
 
 def _concentration(case: Case) -> float:

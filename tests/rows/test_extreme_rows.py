@@ -279,3 +279,16 @@ def test_the_log_prob_of_a_token_that_has_all_of_the_probability_is_0(
     stats = token_stats(torch.ones(5, 1), weight, torch.full((5,), 7), temperature=temperature, backend=backend)
     assert (stats.log_probs == 0).all()
     assert (stats.entropy == 0).all()
+
+
+@each_backend
+def test_an_excluded_token_beside_a_missing_one_counts_once(backend: str) -> None:
+    # A softcap makes a number of minus infinity, and an id that is none stands at the first token.
+    bias, z = torch.tensor([-INF, 0.5, -INF]), torch.tensor([[0.0, -3.0, 0.0]])
+    config = SRPOConfig(distillation_mode="topk", topk_of="teacher", softcap=5.0, add_tail=False)
+    known = {"teacher_topk_ids": torch.tensor([[1, 0, -1]]), "teacher_topk_log_probs": torch.full((1, 3), -1.0)}
+    actual = token_stats(
+        **heads(z, target_ids=torch.ones(1, dtype=torch.int64)), bias=bias, **known, config=config, backend=backend
+    )
+    exact = (5.0 * torch.tanh((z.double() + bias) / 5.0)).log_softmax(-1)[:, 1]
+    torch.testing.assert_close(actual.log_probs.double(), exact, rtol=1e-6, atol=1e-6)
