@@ -121,6 +121,9 @@ def _named(call: StatsCall, statistics: dict[str, Tensor], rows: Tensor) -> Stat
 
 def _gradients(call: StatsCall, own: contract.Statistics, rows: Tensor, upstream: dict[str, Tensor]) -> RowGradients:
     """Those of the passes' statistics, from those of what is returned."""
+    if all(call.derivation.sources(name) == {name} for name in upstream):
+        # They are returned as they are: a transform of functorch, which allows no leaves here, can go through.
+        return RowGradients(**{name: g.to(own.log_probs.dtype) for name, g in upstream.items()})
     leaves = {
         name: x.detach().requires_grad_() if name in DIFFERENTIABLE else x
         for name, x in _of_passes(own, call.sources).items()

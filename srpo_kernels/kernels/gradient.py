@@ -97,7 +97,9 @@ def gradient_numbers(stats: Statistics, coefficients: Coefficients, spec: RowSpe
             by_kl = by * (math.log(2.0) if terms["STUDENT_KL"] else 0.0)
             missing = missing + by_kl * student.low
             by_overlap = by * mixture.ratio * teacher.correction
-            own += [mixture_shares(student, teacher, mixture).to(dtype), by_kl * scale, by_overlap * scale]
+            own.append(mixture_shares(student, teacher, mixture).to(dtype))
+            own += [by_kl * scale] if terms["STUDENT_KL"] else []
+            own += [by_overlap * scale] if terms["OVERLAP"] else []
     by_p_at_ids = by_p_at_ids - missing
     by_p = outside[:, None] - by_log2 * student.low + by_p_at_ids
     common = [student.high, teacher.high, by_p * scale, by_log2 * scale, by_p_at_ids * scale]

@@ -51,7 +51,9 @@ def row_grad_kernel(
     out_row = out_ptr + row * out_stride_row
     MIXTURE: tl.constexpr = STUDENT_KL or OVERLAP
     TEACHER: tl.constexpr = FORWARD_KL or REVERSE_KL or MIXTURE or ENTRIES
-    WIDTH: tl.constexpr = COMMON + FORWARD_KL + 3 * REVERSE_KL + 4 * MIXTURE + ENTRY_NUMBERS * ENTRIES
+    WIDTH: tl.constexpr = (
+        COMMON + FORWARD_KL + 3 * REVERSE_KL + 2 * MIXTURE + STUDENT_KL + OVERLAP + ENTRY_NUMBERS * ENTRIES
+    )
     own = coefficients_ptr + row * WIDTH
     z_lse2, y_lse2, by_p, by_log, by_p_at_ids = (
         tl.load(own), tl.load(own + 1), tl.load(own + 2), tl.load(own + 3), tl.load(own + 4),
@@ -65,8 +67,13 @@ def row_grad_kernel(
         reverse = (tl.load(own), tl.load(own + 1), tl.load(own + 2))
         own += 3
     if MIXTURE:
-        mixed = (tl.load(own), tl.load(own + 1), tl.load(own + 2), tl.load(own + 3))
-        own += 4
+        by_student_kl, by_overlap = 0.0, 0.0
+        if STUDENT_KL:
+            by_student_kl = tl.load(own + 2)
+        if OVERLAP:
+            by_overlap = tl.load(own + 2 + STUDENT_KL)
+        mixed = (tl.load(own), tl.load(own + 1), by_student_kl, by_overlap)
+        own += 2 + STUDENT_KL + OVERLAP
     if ENTRIES:
         entries = load_numbers(own)
 

@@ -135,6 +135,7 @@ def test_the_kernels_hold_on_triton(run: Run) -> None:
     assert outcome["backends"] == ["triton"]
     assert {(check["op"], check["group"]) for check in outcome["checks"]} == {
         ("srpo_loss", "divergence"),
+        ("srpo_loss", "a divergence by row"),
         ("fused_loss", "divergence"),
         ("token_stats", "divergence"),
         ("token_stats", "engine=tile"),

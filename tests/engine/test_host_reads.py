@@ -26,7 +26,7 @@ from tests.strategies import cast, head_inputs, loss_inputs, workspace_floor
 
 pytestmark = pytest.mark.skipif(not launch.INTERPRETED, reason="counts what the interpreter's operators show")
 
-ORDER = "plan.order_rows: tolist"
+ORDER = "order.order_rows: tolist"
 # Numbers of the host's own, and what multiplies dW where that is a number: on a CPU.
 ON_A_CPU = {"transform._fp32: _local_scalar_dense", "gemm.add_weight: _local_scalar_dense"}
 

@@ -161,6 +161,7 @@ def test_every_option_of_the_loss_is_set_or_left_alone_on_purpose() -> None:
     # The others are not options of TRL, or were not set: those of the loss are sapo's alone.
     assert same == {
         "loss_options", "kl_type", "log_ratio_clamp", "count_inactive", "entropy_coef", "topk_of", "rollout_correction",
+        "divergence_clip", "teacher_transform",
     }  # fmt: skip
     sapo = config(loss_type="sapo", sapo_temperature_pos=2.0).loss_config()
     assert dict(sapo.loss_options) == {"tau_positive": 2.0, "tau_negative": 1.05}

@@ -25,6 +25,8 @@ ISSUE_RATIO = 0.7
 # A softcap's tanh is two more special functions per logit and, for logits near 0 to keep their relative accuracy, a
 # polynomial. Few models want it; on an MI300X it makes jsd's statistics a tenth slower than their memory.
 SOFTCAP_ISSUE_RATIO = 1.1
+# A divergence of any kind in each row: its logarithms take the time, and few rows have one.
+ENTRIES_ISSUE_RATIO = 1.25
 
 _KIB = 1024
 
