@@ -43,6 +43,10 @@ TOKENS = {name: x for name, x in LOSS.items() if name not in ("teacher_hidden", 
 }
 
 
+# Numbers of the divergence by row.
+OWN = {"divergence_alpha": torch.full((4, 6), 0.5), "divergence_clip": torch.ones(4, 6)}
+
+
 class Function(NamedTuple):
     """A public function, and a call that it takes."""
 
@@ -72,6 +76,8 @@ FUNCTIONS = {
         sk.srpo_loss, LOSS | {"normalizers": NORMALIZERS, "config": EVERY_TERM, "rollout_log_probs": -torch.ones(4, 6)}
     ),
     "srpo_loss, some tokens": Function(sk.srpo_loss, TOKENS),
+    "srpo_loss, own divergences": Function(sk.srpo_loss, LOSS | OWN),
+    "fused_loss, own divergences": Function(sk.fused_loss, FUSED | OWN),
     "srpo_loss, several teachers": Function(sk.srpo_loss, LOSS | HEADS),
     "fused_loss, several teachers": Function(sk.fused_loss, FUSED | HEADS),
     "srpo_loss, packed": Function(sk.srpo_loss, PACKED | {"config": sk.SRPOConfig(loss_type="gspo")}),

@@ -19,7 +19,7 @@ from srpo_kernels import Normalizers, SRPOConfig, srpo_loss, teacher_stats
 from tests.comparison import Results, assert_same, run_loss
 from tests.distributed.test_vocab_parallel import assembled, shard_of
 from tests.processes import needs_gloo, run_ranks
-from tests.strategies import SHARED, Inputs, configs, loss_inputs, take, transform_of, workspaces
+from tests.strategies import SHARED, Inputs, configs, loss_inputs, take, teacher_transform_of, workspaces
 
 pytestmark = needs_gloo
 
@@ -93,7 +93,7 @@ def normalizers_of(step: Step, parts: list[Inputs], vocabulary: ProcessGroup | N
     each = []
     for part in parts:
         teacher = {name: part[name] for name in ("teacher_hidden", "teacher_weight", "teacher_bias")}
-        entropy = teacher_stats(**teacher, **transform_of(step.config), vocab_parallel_group=vocabulary).entropy
+        entropy = teacher_stats(**teacher, **teacher_transform_of(step.config), vocab_parallel_group=vocabulary).entropy
         sequence_ids = part.get("sequence_ids")
         each.append(Normalizers.from_batch(part["mask"], part["sdpo_mask"], entropy, step.config.dw_beta, sequence_ids))
     whole = each[0].merge(*each[1:]).all_reduce(data)

@@ -24,7 +24,7 @@ from tests.strategies import (
     loss_inputs,
     policy_rows,
     take,
-    transform_of,
+    teacher_transform_of,
     workspace_floor,
 )
 
@@ -67,7 +67,7 @@ def pack(inputs: Inputs) -> Inputs:
 
 def normalizers_of(inputs: Inputs, config: SRPOConfig, backend: str = "torch") -> Normalizers:
     teacher = {name: inputs[name] for name in ("teacher_hidden", "teacher_weight", "teacher_bias", "mask")}
-    entropy = teacher_stats(**teacher, **transform_of(config), backend=backend).entropy
+    entropy = teacher_stats(**teacher, **teacher_transform_of(config), backend=backend).entropy
     ids = inputs.get("sequence_ids")
     return Normalizers.from_batch(inputs["mask"], inputs["sdpo_mask"], entropy, config.dw_beta, ids)
 
