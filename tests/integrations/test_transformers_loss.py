@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -236,9 +237,17 @@ def test_a_config_has_the_models_transform_and_no_other() -> None:
         config_for(wide("gemma2"), softcap=30.0)
 
 
-def test_accelerates_autocast_is_not_lost() -> None:
+@pytest.fixture
+def bf16_accelerator() -> Iterator[Any]:
+    """accelerate keeps one state per process, which a trainer of another test may have set up."""
     accelerate = pytest.importorskip("accelerate")
-    accelerator = accelerate.Accelerator(cpu=True, mixed_precision="bf16")
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+    yield accelerate.Accelerator(cpu=True, mixed_precision="bf16")
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_accelerates_autocast_is_not_lost(bf16_accelerator: Any) -> None:
+    accelerator = bf16_accelerator
     model = accelerator.prepare(tiny_model_of("gemma2"))
     options = {"response_mask": RESPONSES, "advantages": ADVANTAGES}
     with pytest.raises(ValueError, match=r"make the call within accelerator\.autocast\(\)"):
@@ -250,4 +259,3 @@ def test_accelerates_autocast_is_not_lost() -> None:
         logits = model(input_ids=IDS[3:]).logits.log_softmax(-1)[0, :-1].gather(1, IDS[3, 1:, None])
     assert dtype == torch.bfloat16
     torch.testing.assert_close(out.log_probs[3, 6:], logits[-3:, 0], rtol=0.0, atol=0.05)
-    accelerate.state.AcceleratorState._reset_state(True)
