@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from srpo_kernels import SRPOConfig
-from tests.strategies import LEAVES, Inputs
+from tests.inputs import LEAVES, Inputs
 
 Results = dict[str, Tensor]
 

@@ -10,7 +10,8 @@ from torch import Tensor
 import reference
 from srpo_kernels import SRPOConfig, srpo_loss, token_stats
 from tests.comparison import assert_as_accurate, assert_same, condition_of, run_loss, run_stats
-from tests.strategies import LEAVES, Case, Inputs, cast
+from tests.inputs import LEAVES, Inputs, cast
+from tests.strategies import Case
 
 STATS_FIELDS = (
     "divergence", "alpha", "distillation_mode", "topk", "topk_of", "add_tail", "divergence_clip", "temperature",

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 import reference
 from srpo_kernels import SRPOConfig, srpo_loss, token_stats
 from tests.comparison import Results, assert_same, gradients, largest, with_leaves
-from tests.strategies import LEAVES, Inputs, cast, head_inputs, loss_inputs
+from tests.inputs import LEAVES, Inputs, cast, head_inputs, loss_inputs
 
 Call = Callable[..., Tensor]
 

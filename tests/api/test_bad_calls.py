@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from srpo_kernels import Normalizers, SRPOConfig, SRPOLoss, srpo_loss, teacher_stats, token_stats
-from tests.strategies import Inputs, head_inputs, loss_inputs
+from tests.inputs import Inputs, head_inputs, loss_inputs
 
 BadCall = tuple[str, Inputs, type[Exception], str]
 

@@ -13,7 +13,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from srpo_kernels import Normalizers, SRPOConfig, SRPOLoss, srpo_loss, teacher_stats, token_stats
 from tests.comparison import Results, assert_same, gradients, run_loss, with_leaves
-from tests.strategies import Inputs, cast, head_inputs, loss_inputs
+from tests.inputs import Inputs, cast, head_inputs, loss_inputs
 
 LENGTHS = (17, 23, 5, 40, 2, 33)
 OPERATORS = torch.ops.srpo_kernels

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import srpo_kernels as sk
-from tests.strategies import cast, head_inputs, loss_inputs
+from tests.inputs import cast, head_inputs, loss_inputs
 
 LOSS = cast(loss_inputs(0, (4, 6), teacher_size=5), torch.float32)
 STATS = cast(head_inputs(0, (4, 6), 8, 33, teacher_size=5), torch.float32)

@@ -14,8 +14,8 @@ from srpo_kernels.engine.workspace import row_stride
 from srpo_kernels.losses.options import LOSS_TYPES
 from srpo_kernels.losses.registry import POLICY_LOSSES
 from srpo_kernels.rows.spec import DIVERGENCES
+from tests.inputs import Inputs, for_backend, head_inputs, loss_inputs
 from tests.meters import ProductMeter
-from tests.strategies import Inputs, for_backend, head_inputs, loss_inputs
 
 BACKENDS = ["torch", "triton"]
 

@@ -14,9 +14,9 @@ from srpo_kernels.engine.workspace import row_stride
 from srpo_kernels.losses.derived import Derivation
 from srpo_kernels.rows.spec import DIVERGENCES
 from tests.api.test_fused_loss import BACKENDS, actual, close, extras
+from tests.inputs import Inputs, cast, head_inputs, random_support, with_given_topk
 from tests.meters import ProductMeter
 from tests.parity import STATS_FIELDS
-from tests.strategies import Inputs, cast, head_inputs, random_support, with_given_topk
 
 Objective = Any
 

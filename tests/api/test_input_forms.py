@@ -14,7 +14,7 @@ from srpo_kernels import Normalizers, SRPOConfig, srpo_loss, teacher_stats, toke
 from srpo_kernels.losses.options import LOSS_TYPES, REDUCTIONS
 from srpo_kernels.rows.spec import DIVERGENCES
 from tests.comparison import assert_same, gradients, run_loss, with_leaves
-from tests.strategies import LEAVES, SHARED, Inputs, cast, head_inputs, loss_inputs, take
+from tests.inputs import LEAVES, SHARED, Inputs, cast, head_inputs, loss_inputs, take
 
 
 @pytest.fixture

@@ -13,8 +13,9 @@ from srpo_kernels import SRPOConfig, srpo_loss
 from srpo_kernels.losses.options import KL_TYPES, LOSS_TYPES
 from srpo_kernels.rows.spec import DIVERGENCES
 from tests.comparison import assert_as_accurate, assert_same, run_loss
+from tests.inputs import cast, loss_inputs
 from tests.parity import check_loss
-from tests.strategies import LOSS_OPTIONS, Case, cast, loss_cases, loss_inputs, thorough
+from tests.strategies import LOSS_OPTIONS, Case, loss_cases, thorough
 
 LOW_PRECISION = [torch.float32, torch.bfloat16, torch.float16]
 

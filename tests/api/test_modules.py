@@ -11,7 +11,7 @@ import torch
 
 from srpo_kernels import SRPOConfig, SRPOLoss, srpo_loss
 from tests.comparison import assert_same, run_loss
-from tests.strategies import loss_inputs
+from tests.inputs import loss_inputs
 
 
 @pytest.mark.parametrize("rows", [(6, 7), (23,)], ids=["padded", "packed"])

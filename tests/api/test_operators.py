@@ -18,7 +18,7 @@ from srpo_kernels.engine.batch import Needs
 from srpo_kernels.engine.stats_op import Statistics
 from srpo_kernels.rows.spec import DIVERGENCES
 from tests.comparison import assert_same, run_loss, run_stats, with_leaves
-from tests.strategies import LEAVES, Inputs, cast, head_inputs, loss_inputs
+from tests.inputs import LEAVES, Inputs, cast, head_inputs, loss_inputs
 
 OPERATORS = torch.ops.srpo_kernels
 INPUTS = ("advantages", "old_log_probs", "ref_log_probs", "is_weights")

@@ -14,8 +14,9 @@ import srpo_kernels as sk
 from srpo_kernels.rows.mixture import MIXTURE_DIVERGENCES
 from srpo_kernels.rows.spec import DIVERGENCES
 from tests.comparison import assert_same, run_loss
+from tests.inputs import LEAVES, Inputs, loss_inputs
 from tests.parity import check_loss
-from tests.strategies import LEAVES, Case, Inputs, each_backend, loss_inputs
+from tests.strategies import Case, each_backend
 
 ROWS = (5, 6)
 ENDS = torch.tensor([0.0, 1.0, 0.5, 0.1, 0.999999], dtype=torch.float64)

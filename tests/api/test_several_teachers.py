@@ -14,7 +14,8 @@ import srpo_kernels as sk
 from srpo_kernels.engine import gemm
 from srpo_kernels.rows.spec import DIVERGENCES
 from tests.comparison import assert_as_accurate, assert_same, condition_of, run_loss
-from tests.strategies import Inputs, each_backend, for_backend, loss_inputs, workspace_floor
+from tests.inputs import Inputs, for_backend, loss_inputs, workspace_floor
+from tests.strategies import each_backend
 
 ROWS = ((6, 5), (29,))
 

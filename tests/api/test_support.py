@@ -14,19 +14,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import srpo_kernels as sk
 from tests.comparison import assert_same, run_loss, run_stats, with_leaves
+from tests.inputs import LEAVES, Inputs, cast, head_inputs, loss_inputs, random_support, with_given_topk
 from tests.meters import ProductMeter
 from tests.parity import check_loss, check_loss_in, check_stats, check_stats_in, coefficients
-from tests.strategies import (
-    LEAVES,
-    Case,
-    Inputs,
-    cast,
-    each_backend,
-    head_inputs,
-    loss_inputs,
-    random_support,
-    with_given_topk,
-)
+from tests.strategies import Case, each_backend
 
 OPTIONS: list[dict[str, Any]] = [
     {},

@@ -12,7 +12,8 @@ from torch import Tensor
 from reference.logits import entropy, head_logits
 from srpo_kernels import Normalizers, SRPOConfig, TeacherStats, srpo_loss, teacher_stats, token_stats
 from tests.comparison import assert_same, largest, run_loss
-from tests.strategies import Case, Inputs, cast, each_backend, for_backend, head_inputs, loss_inputs, stats_cases
+from tests.inputs import Inputs, cast, for_backend, head_inputs, loss_inputs
+from tests.strategies import Case, each_backend, stats_cases
 
 OPTIONS = ("temperature", "logit_scale", "softcap")
 

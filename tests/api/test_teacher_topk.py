@@ -11,8 +11,9 @@ import torch
 import srpo_kernels as sk
 from srpo_kernels.rows.spec import DIVERGENCES
 from tests.comparison import assert_same, run_loss, run_stats
+from tests.inputs import Inputs, cast, head_inputs, loss_inputs, random_support, with_given_topk
 from tests.parity import check_loss_in, check_stats_in, coefficients
-from tests.strategies import Inputs, cast, each_backend, head_inputs, loss_inputs, random_support, with_given_topk
+from tests.strategies import each_backend
 
 GIVEN: dict[str, Any] = {"distillation_mode": "topk", "topk_of": "teacher"}
 MODES: list[dict[str, Any]] = [

@@ -12,7 +12,8 @@ import reference
 import srpo_kernels as sk
 from srpo_kernels.rows.spec import DIVERGENCES
 from tests.comparison import assert_as_accurate, assert_same, condition_of, run_loss, run_stats
-from tests.strategies import Inputs, cast, each_backend, for_backend, loss_inputs, transform_of, workspace_floor
+from tests.inputs import Inputs, cast, for_backend, loss_inputs, transform_of, workspace_floor
+from tests.strategies import each_backend
 
 # Student and teacher, with a softcap or without: the teacher's logits are larger, smaller, beyond the student's cap.
 PAIRS = {

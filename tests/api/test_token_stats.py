@@ -11,8 +11,9 @@ import reference
 from srpo_kernels import token_stats
 from srpo_kernels.rows.spec import DIVERGENCES
 from tests.comparison import Results, assert_as_accurate, assert_same, gradients, run_stats, with_leaves
+from tests.inputs import Inputs, cast, for_backend, head_inputs
 from tests.parity import check_stats, coefficients
-from tests.strategies import Case, Inputs, cast, each_backend, for_backend, head_inputs, stats_cases, thorough
+from tests.strategies import Case, each_backend, stats_cases, thorough
 
 
 @thorough

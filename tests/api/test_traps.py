@@ -18,7 +18,8 @@ from srpo_kernels import SRPOConfig, srpo_loss, teacher_stats, token_stats
 from srpo_kernels.engine import workspace
 from srpo_kernels.losses.options import DISTILLATION_MODES
 from tests.comparison import assert_as_accurate, assert_same, largest, run_loss, with_leaves
-from tests.strategies import LEAVES, Inputs, cast, each_backend, for_backend, head_inputs, loss_inputs, workspace_floor
+from tests.inputs import LEAVES, Inputs, cast, for_backend, head_inputs, loss_inputs, workspace_floor
+from tests.strategies import each_backend
 
 
 def relative_error(actual: Tensor, exact: Tensor) -> float:

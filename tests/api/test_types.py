@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from srpo_kernels import Normalizers, SRPOConfig, srpo_loss
-from tests.strategies import loss_inputs
+from tests.inputs import loss_inputs
 
 
 class Batch(NamedTuple):

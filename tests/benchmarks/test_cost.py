@@ -27,8 +27,8 @@ from benchmarks.providers import naive
 from reference.distillation import divergence
 from srpo_kernels import SRPOConfig, srpo_loss
 from tests.comparison import assert_same, run_loss
+from tests.inputs import cast, loss_inputs, workspace_floor
 from tests.meters import ProductMeter
-from tests.strategies import cast, loss_inputs, workspace_floor
 from tools.documents import replace_marked
 from tools.interpreter.launches import interpreting
 from tools.meters import OperatorMeter

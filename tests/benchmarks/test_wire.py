@@ -16,8 +16,8 @@ from srpo_kernels.rows.passes import RowPasses
 from srpo_kernels.rows.vocabulary import Vocabulary
 from tests.comparison import gradients, run_loss, with_leaves
 from tests.distributed.test_vocab_parallel import shard_of
+from tests.inputs import Inputs, cast, head_inputs, loss_inputs, policy_rows, workspace_floor
 from tests.processes import needs_gloo, run_ranks
-from tests.strategies import Inputs, cast, head_inputs, loss_inputs, policy_rows, workspace_floor
 from tests.wire import Wire
 from tools.documents import markdown_table
 

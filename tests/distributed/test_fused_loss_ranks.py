@@ -11,8 +11,8 @@ from torch import Tensor
 
 import srpo_kernels as sk
 from tests.distributed.test_vocab_parallel import assembled, shard_of
+from tests.inputs import head_inputs, random_support, with_given_topk
 from tests.processes import needs_gloo, run_ranks
-from tests.strategies import head_inputs, random_support, with_given_topk
 
 pytestmark = needs_gloo
 

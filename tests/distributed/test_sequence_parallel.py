@@ -14,8 +14,8 @@ from srpo_kernels.losses.options import LOSS_TYPES
 from srpo_kernels.losses.registry import POLICY_LOSSES
 from tests.comparison import Results, assert_same, run_loss
 from tests.engine.test_any_split import part_of
+from tests.inputs import Inputs, cast, loss_inputs
 from tests.processes import needs_gloo, run_ranks
-from tests.strategies import Inputs, cast, loss_inputs
 from tests.wire import Wire
 
 pytestmark = needs_gloo

@@ -21,9 +21,10 @@ from srpo_kernels.losses.registry import POLICY_LOSSES
 from srpo_kernels.rows.spec import DIVERGENCES
 from tests.api.test_loss_parity import EACH_OPTION
 from tests.comparison import Results, assert_as_accurate, assert_same, condition_of, run_loss, run_stats
+from tests.inputs import SHARED, Inputs, cast, loss_inputs
 from tests.parity import coefficients
 from tests.processes import needs_gloo, run_ranks
-from tests.strategies import SHARED, Case, Inputs, cast, loss_cases, loss_inputs, stats_cases
+from tests.strategies import Case, loss_cases, stats_cases
 
 pytestmark = needs_gloo
 

@@ -25,9 +25,9 @@ from srpo_kernels.rows.passes import RowPasses
 from srpo_kernels.rows.vocabulary import Vocabulary
 from tests.comparison import Results, assert_as_accurate, assert_same, run_loss, run_stats
 from tests.distributed.test_vocab_parallel import assembled, shard_of
+from tests.inputs import Inputs, cast, head_inputs, loss_inputs, workspace_floor
 from tests.parity import coefficients
 from tests.processes import RankError, needs_gloo, run_ranks
-from tests.strategies import Inputs, cast, head_inputs, loss_inputs, workspace_floor
 
 pytestmark = needs_gloo
 

@@ -14,8 +14,8 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from srpo_kernels import call_as_forward, scale_for_gradient_mean, srpo_loss, teacher_stats, token_stats
+from tests.inputs import loss_inputs
 from tests.processes import needs_gloo
-from tests.strategies import loss_inputs
 
 INPUTS = loss_inputs(0, (4, 6), teacher_size=5)
 

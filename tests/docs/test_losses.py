@@ -10,7 +10,7 @@ import srpo_kernels as sk
 from srpo_kernels.losses.options import DISTILLATION_MODES, KL_TYPES, REDUCTIONS, TOPK_OF
 from srpo_kernels.losses.rows import STUDENT, TEACHER
 from srpo_kernels.rows.spec import DIVERGENCES
-from tests.strategies import head_inputs
+from tests.inputs import head_inputs
 from tools.losses import DOCUMENT, MARKER, policy_losses
 
 TEXT = DOCUMENT.read_text()

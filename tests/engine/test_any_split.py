@@ -18,8 +18,9 @@ import reference
 from srpo_kernels import Normalizers, SRPOConfig, srpo_loss, teacher_stats
 from tests.comparison import Results, assert_same, run_loss
 from tests.distributed.test_vocab_parallel import assembled, shard_of
+from tests.inputs import SHARED, Inputs, loss_inputs, take, teacher_transform_of
 from tests.processes import needs_gloo, run_ranks
-from tests.strategies import SHARED, Inputs, configs, loss_inputs, take, teacher_transform_of, workspaces
+from tests.strategies import configs, workspaces
 
 pytestmark = needs_gloo
 

@@ -17,7 +17,8 @@ from srpo_kernels.rows.passes import Request, RowPasses
 from srpo_kernels.rows.spec import RowSpec
 from srpo_kernels.rows.vocabulary import Vocabulary
 from tests.comparison import assert_same, gradients, run_loss, run_stats, with_leaves
-from tests.strategies import Inputs, each_backend, for_backend, head_inputs, loss_inputs
+from tests.inputs import Inputs, for_backend, head_inputs, loss_inputs
+from tests.strategies import each_backend
 
 UPSTREAM = torch.linspace(-1.0, 1.0, 3 * 24, dtype=torch.float64).view(3, 4, 6)
 

@@ -13,8 +13,8 @@ from srpo_kernels.engine.plan import Plan, make_plan
 from srpo_kernels.engine.workspace import row_stride
 from srpo_kernels.losses.options import DISTILLATION_MODES
 from tests.comparison import assert_same, run_loss, with_leaves
+from tests.inputs import LEAVES, Inputs, cast, head_inputs, loss_inputs, policy_rows, workspace_floor
 from tests.meters import MemoryMeter, ProductMeter
-from tests.strategies import LEAVES, Inputs, cast, head_inputs, loss_inputs, policy_rows, workspace_floor
 
 
 @pytest.fixture

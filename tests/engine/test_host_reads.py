@@ -21,8 +21,8 @@ from srpo_kernels import (
 from srpo_kernels.engine.row_values import check_support
 from srpo_kernels.kernels import launch
 from tests.comparison import with_leaves
+from tests.inputs import cast, head_inputs, loss_inputs, workspace_floor
 from tests.meters import HostReads
-from tests.strategies import cast, head_inputs, loss_inputs, workspace_floor
 
 pytestmark = pytest.mark.skipif(not launch.INTERPRETED, reason="counts what the interpreter's operators show")
 

@@ -12,21 +12,19 @@ from torch import Tensor
 
 from srpo_kernels import Normalizers, SRPOConfig, srpo_loss, teacher_stats
 from tests.comparison import Results, assert_invariant, assert_same, gradients, run_loss, with_leaves
-from tests.strategies import (
+from tests.inputs import (
     LEAVES,
     SHARED,
     Inputs,
     cast,
-    configs,
-    each_backend,
     for_backend,
-    given_each_backend,
     loss_inputs,
     policy_rows,
     take,
     teacher_transform_of,
     workspace_floor,
 )
+from tests.strategies import configs, each_backend, given_each_backend
 
 
 @pytest.fixture(autouse=True)

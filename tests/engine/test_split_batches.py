@@ -15,8 +15,8 @@ from srpo_kernels.distributed import gather_ranks
 from srpo_kernels.losses.options import LOSS_TYPES
 from srpo_kernels.losses.registry import POLICY_LOSSES
 from tests.comparison import Results, assert_same, gradients, run_loss, with_leaves
+from tests.inputs import Inputs, loss_inputs, take
 from tests.processes import RankError, needs_gloo, run_ranks
-from tests.strategies import Inputs, loss_inputs, take
 
 pytestmark = needs_gloo
 

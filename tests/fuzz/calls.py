@@ -27,8 +27,8 @@ from tests.fuzz.token_losses import (
     oracle_policy,
     oracle_sampled,
 )
+from tests.inputs import SHARED, teacher_transform_of, transform_of
 from tests.parity import oracle_options
-from tests.strategies import SHARED, teacher_transform_of, transform_of
 
 STATISTICS = ("log_probs", "entropy", "divergence", "logsumexp")
 # What the objective of ``fused_loss`` reads besides.

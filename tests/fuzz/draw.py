@@ -16,7 +16,7 @@ from tests.fuzz.options import draw_config
 from tests.fuzz.own import own_numbers
 from tests.fuzz.rows import SEQUENCE_NAMES, distant, draw_mask, draw_rows, poisoned, rollout_rows
 from tests.fuzz.vectors import normalizers_case, routing_case, token_loss_case
-from tests.strategies import MODEL_TENSORS, random_support, transform_of, with_given_topk, workspace_floor
+from tests.inputs import MODEL_TENSORS, random_support, transform_of, with_given_topk, workspace_floor
 
 # How often each operation is drawn.
 _OPERATIONS = {

@@ -13,7 +13,7 @@ from tests.fuzz.calls import library, oracle
 from tests.fuzz.case import Case
 from tests.fuzz.models import Inputs, to_dtypes
 from tests.fuzz.sizes import finite, largest_logit, probability_size, weight_growth
-from tests.strategies import teacher_transform_of, transform_of
+from tests.inputs import teacher_transform_of, transform_of
 
 # Plain torch of the same precision is off by chance: its error is the largest of three orders of its sums, and a result
 # may be this many times as far off.

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from reference.logits import head_logits
 from srpo_kernels import SRPOConfig
-from tests.strategies import MODEL_TENSORS, teacher_transform_of, transform_of
+from tests.inputs import MODEL_TENSORS, teacher_transform_of, transform_of
 
 if TYPE_CHECKING:
     from tests.fuzz.case import Draw

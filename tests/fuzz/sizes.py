@@ -14,7 +14,7 @@ from srpo_kernels import SRPOConfig
 from srpo_kernels.rows.mixture import has_mixture, mixture_of
 from tests.comparison import Results, largest
 from tests.fuzz.case import Case
-from tests.strategies import teacher_transform_of, transform_of
+from tests.inputs import teacher_transform_of, transform_of
 
 
 def finite(x: Tensor) -> Tensor:

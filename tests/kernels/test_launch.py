@@ -14,7 +14,7 @@ from triton.runtime.interpreter import GridExecutor
 from srpo_kernels import srpo_loss, token_stats
 from srpo_kernels.kernels import launch
 from tests.comparison import with_leaves
-from tests.strategies import for_backend, head_inputs, loss_inputs
+from tests.inputs import for_backend, head_inputs, loss_inputs
 
 pytestmark = pytest.mark.skipif(not launch.INTERPRETED, reason="reads the launches of the interpreter")
 

@@ -22,8 +22,9 @@ from srpo_kernels.losses.options import DISTILLATION_MODES
 from srpo_kernels.rows.spec import DIVERGENCES
 from tests.api.test_loss_parity import EACH_OPTION
 from tests.comparison import Results, assert_as_accurate, assert_same, gradients, largest, run_loss, with_leaves
+from tests.inputs import Inputs, cast, loss_inputs
 from tests.parity import check_loss, check_stats
-from tests.strategies import Case, Inputs, cast, loss_cases, loss_inputs, stats_cases
+from tests.strategies import Case, loss_cases, stats_cases
 
 pytestmark = pytest.mark.skipif(not launch.INTERPRETED, reason="verify holds compiled kernels to the same")
 

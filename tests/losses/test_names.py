@@ -19,7 +19,8 @@ from srpo_kernels.losses.registry import POLICY_LOSSES
 from srpo_kernels.rollout.routing import ADVANTAGE_SCALES
 from srpo_kernels.rows.spec import DIVERGENCES
 from tests.comparison import run_loss
-from tests.strategies import LOSS_OPTIONS, Inputs, cast, each_backend, loss_inputs
+from tests.inputs import Inputs, cast, loss_inputs
+from tests.strategies import LOSS_OPTIONS, each_backend
 
 NAMES = {
     "loss_type": LOSS_TYPES,

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import srpo_kernels as sk
-from tests.strategies import Inputs, loss_inputs, take
+from tests.inputs import Inputs, loss_inputs, take
 
 REWARDS = torch.tensor([1.0, 0.0, 0.4, 0.0, 0.0, 0.0, 1.0, 1.0, 0.5, 0.0])
 GROUPS = torch.tensor([0, 0, 0, 1, 1, 1, 2, 2, 3, 4])

@@ -12,7 +12,7 @@ from torch import Tensor
 import srpo_kernels as sk
 from srpo_kernels.losses.registry import POLICY_LOSSES
 from tests.comparison import assert_same, run_loss
-from tests.strategies import Inputs, loss_inputs
+from tests.inputs import Inputs, loss_inputs
 
 
 @pytest.fixture(autouse=True)

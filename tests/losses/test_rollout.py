@@ -12,7 +12,8 @@ from torch import Tensor
 import reference
 import srpo_kernels as sk
 from tests.comparison import assert_same, run_loss
-from tests.strategies import CORRECTIONS, Inputs, cast, each_backend, for_backend, loss_inputs
+from tests.inputs import Inputs, cast, for_backend, loss_inputs
+from tests.strategies import CORRECTIONS, each_backend
 
 RC = sk.RolloutCorrection
 

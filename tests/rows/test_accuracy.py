@@ -16,8 +16,9 @@ import reference
 from srpo_kernels import SRPOConfig, srpo_loss, token_stats
 from srpo_kernels.rows.spec import DIVERGENCES
 from tests.comparison import run_loss, run_stats
+from tests.inputs import Inputs, cast
 from tests.rows.test_extreme_rows import distilled, heads
-from tests.strategies import Inputs, cast, each_backend
+from tests.strategies import each_backend
 
 ROWS, VOCABULARY = 8, 4097
 # Where plain torch is exact by luck: two roundings of a probability, one of a row's; and of every logit at its size.

@@ -18,7 +18,8 @@ from srpo_kernels.losses.registry import POLICY_LOSSES
 from srpo_kernels.rows.mixture import MIXTURE_DIVERGENCES
 from srpo_kernels.rows.spec import DIVERGENCES
 from tests.comparison import run_loss, run_stats
-from tests.strategies import Inputs, cast, each_backend
+from tests.inputs import Inputs, cast
+from tests.strategies import each_backend
 
 LOWEST_FP32 = torch.finfo(torch.float32).min
 INF = float("inf")

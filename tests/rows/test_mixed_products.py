@@ -17,8 +17,9 @@ from srpo_kernels import SRPOConfig, fused_loss
 from srpo_kernels.engine import gemm
 from srpo_kernels.rows.spec import DIVERGENCES
 from tests.comparison import Results, assert_as_accurate, gradients, with_leaves
+from tests.inputs import Inputs, cast, head_inputs, loss_inputs, workspace_floor
 from tests.parity import check_loss, check_stats
-from tests.strategies import Case, Inputs, cast, each_backend, head_inputs, loss_inputs, workspace_floor
+from tests.strategies import Case, each_backend
 
 WHERE = torch.device("cpu")
 ANSWERS = {"2.10": "addmm", "2.8": "mm", "before Ampere": "none"}
