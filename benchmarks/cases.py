@@ -125,7 +125,7 @@ class Batch:
     old_log_probs: Tensor
     distills: bool
     config: sk.SRPOConfig
-    workload: str = "routed"
+    workload: Workload | OwnWorkload = "routed"
     topk_ids: Tensor | None = None
     topk_log_probs: Tensor | None = None
     support_ids: Tensor | None = None

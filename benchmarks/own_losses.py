@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import srpo_kernels as sk
-from benchmarks.cases import Batch
+from benchmarks.cases import Batch, OwnWorkload, Workload
 
 
 def grpo(rows: Any) -> Tensor:
@@ -55,7 +55,7 @@ class Loss(NamedTuple):
 
 
 # By the workload of their batches.
-LOSSES: Mapping[str, Loss] = {
+LOSSES: Mapping[Workload | OwnWorkload, Loss] = {
     "policy": Loss("GRPO", grpo),
     "jsd": Loss("ratio, JSD and entropy", own, ("entropy", "divergence")),
     "ratio_mask": Loss("masked ratio and a penalty", ratio_mask),
@@ -67,34 +67,15 @@ LOSSES: Mapping[str, Loss] = {
 
 def with_fused_loss(batch: Batch) -> Tensor:
     out = sk.fused_loss(
-        batch.hidden,
-        batch.weight,
-        batch.target_ids,
-        LOSSES[batch.workload].function,
+        objective=LOSSES[batch.workload].function,
         inputs={"advantages": batch.advantages, "old_log_probs": batch.old_log_probs},
-        mask=batch.mask,
-        teacher_hidden=batch.teacher_hidden if batch.distills and batch.topk_ids is None else None,
-        teacher_topk_ids=batch.topk_ids,
-        teacher_topk_log_probs=batch.topk_log_probs,
-        support_ids=batch.support_ids,
-        config=batch.config,
+        **_call(batch),
     )
     return out.loss / batch.mask.sum()
 
 
 def with_token_stats(batch: Batch) -> Tensor:
-    stats = sk.token_stats(
-        batch.hidden,
-        batch.weight,
-        batch.target_ids,
-        mask=batch.mask,
-        teacher_hidden=batch.teacher_hidden if batch.distills and batch.topk_ids is None else None,
-        teacher_topk_ids=batch.topk_ids,
-        teacher_topk_log_probs=batch.topk_log_probs,
-        support_ids=batch.support_ids,
-        config=batch.config,
-    )
-    return _mean(batch, **stats._asdict())
+    return _mean(batch, **sk.token_stats(**_call(batch))._asdict())
 
 
 def with_srpo_loss(batch: Batch) -> Tensor:
@@ -143,6 +124,21 @@ def _with_rest(log_probs: Tensor) -> Tensor:
     """The tokens of ``[..., K]`` and all others as one more."""
     rest = torch.log1p(-log_probs.exp().sum(-1, keepdim=True))
     return torch.cat([log_probs, rest], dim=-1)
+
+
+def _call(batch: Batch) -> dict[str, Any]:
+    """What ``fused_loss`` and ``token_stats`` take alike."""
+    return {
+        "hidden": batch.hidden,
+        "weight": batch.weight,
+        "target_ids": batch.target_ids,
+        "mask": batch.mask,
+        "teacher_hidden": batch.teacher_hidden if batch.distills and batch.topk_ids is None else None,
+        "teacher_topk_ids": batch.topk_ids,
+        "teacher_topk_log_probs": batch.topk_log_probs,
+        "support_ids": batch.support_ids,
+        "config": batch.config,
+    }
 
 
 def _mean(batch: Batch, **statistics: Tensor | None) -> Tensor:

@@ -11,7 +11,8 @@ from torch import Tensor
 
 import reference
 import srpo_kernels as sk
-from srpo_kernels.rows.mixture import MIXTURE_DIVERGENCES
+from srpo_kernels.losses.options import DistillationMode
+from srpo_kernels.rows.mixture import MIXTURE_DIVERGENCES, Divergence
 from srpo_kernels.rows.spec import DIVERGENCES
 from tests.comparison import assert_same, run_loss
 from tests.inputs import LEAVES, Inputs, loss_inputs
@@ -43,17 +44,17 @@ def check(inputs: Inputs, config: sk.SRPOConfig, backend: str) -> None:
 @each_backend
 @pytest.mark.parametrize("mode", ["full", "topk"])
 @pytest.mark.parametrize("divergence", DIVERGENCES)
-def test_parity(divergence: str, mode: str, backend: str) -> None:
+def test_parity(divergence: Divergence, mode: DistillationMode, backend: str) -> None:
     for rows, softcap in ((ROWS, None), ((23,), 20.0)):
-        config = sk.SRPOConfig(divergence=divergence, distillation_mode=mode, topk=5, softcap=softcap, temperature=0.7)  # type: ignore[arg-type]
+        config = sk.SRPOConfig(divergence=divergence, distillation_mode=mode, topk=5, softcap=softcap, temperature=0.7)
         inputs = loss_inputs(1, rows, teacher_size=5, config=config) | own_numbers(divergence, rows)
         check(inputs, config, backend)
 
 
 @each_backend
 @pytest.mark.parametrize("divergence", DIVERGENCES)
-def test_one_bound_for_all(divergence: str, backend: str) -> None:
-    config = sk.SRPOConfig(divergence=divergence, divergence_clip=0.01)  # type: ignore[arg-type]
+def test_one_bound_for_all(divergence: Divergence, backend: str) -> None:
+    config = sk.SRPOConfig(divergence=divergence, divergence_clip=0.01)
     check(loss_inputs(1, ROWS, teacher_size=5, config=config), config, backend)
 
 
@@ -107,8 +108,8 @@ def both_kls(rows: Any) -> Tensor:
 @each_backend
 @pytest.mark.parametrize("softcap", [None, 20.0])
 @pytest.mark.parametrize("divergence", DIVERGENCES)
-def test_an_objective_of_several_divergences(divergence: str, softcap: float | None, backend: str) -> None:
-    config = sk.SRPOConfig(divergence=divergence, softcap=softcap, logit_scale=1.5)  # type: ignore[arg-type]
+def test_an_objective_of_several_divergences(divergence: Divergence, softcap: float | None, backend: str) -> None:
+    config = sk.SRPOConfig(divergence=divergence, softcap=softcap, logit_scale=1.5)
     inputs = loss_inputs(1, (23,), teacher_size=5)
     names = ("hidden", "weight", "bias", "target_ids", "mask", "teacher_hidden", "teacher_weight", "teacher_bias")
     inputs = {name: inputs[name] for name in names if name in inputs}

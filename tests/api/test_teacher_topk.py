@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import srpo_kernels as sk
+from srpo_kernels.rows.mixture import Divergence
 from srpo_kernels.rows.spec import DIVERGENCES
 from tests.comparison import assert_same, run_loss, run_stats
 from tests.inputs import Inputs, cast, head_inputs, loss_inputs, random_support, with_given_topk
@@ -32,8 +33,8 @@ def batch(config: sk.SRPOConfig, k: int, rows: tuple[int, ...] = (5, 6), *, fewe
 @pytest.mark.parametrize("add_tail", [True, False])
 @pytest.mark.parametrize("k", [1, 4, 33])
 @pytest.mark.parametrize("divergence", DIVERGENCES)
-def test_parity(divergence: str, k: int, add_tail: bool, backend: str) -> None:
-    config = sk.SRPOConfig(divergence=divergence, add_tail=add_tail, softcap=20.0, temperature=0.8, **GIVEN)  # type: ignore[arg-type]
+def test_parity(divergence: Divergence, k: int, add_tail: bool, backend: str) -> None:
+    config = sk.SRPOConfig(divergence=divergence, add_tail=add_tail, softcap=20.0, temperature=0.8, **GIVEN)
     for rows in ((5, 6), (23,)):
         check_loss_in(batch(config, k, rows), config, backend)
         given = with_given_topk(head_inputs(1, rows, 8, 33, teacher_size=5), config, k)
@@ -42,10 +43,10 @@ def test_parity(divergence: str, k: int, add_tail: bool, backend: str) -> None:
 
 @each_backend
 @pytest.mark.parametrize("divergence", DIVERGENCES)
-def test_statistics_of_every_mode(divergence: str, backend: str) -> None:
+def test_statistics_of_every_mode(divergence: Divergence, backend: str) -> None:
     """Beside a support: tokens that are compared are among those that were sampled from, or are not."""
     for options in MODES:
-        config = sk.SRPOConfig(divergence=divergence, softcap=9.0, **options)  # type: ignore[arg-type]
+        config = sk.SRPOConfig(divergence=divergence, softcap=9.0, **options)
         for rows in ((5, 6), (23,)):
             inputs = head_inputs(1, rows, 8, 33, teacher_size=5)
             support = {"support_ids": random_support(inputs["target_ids"], 33, 5)}
@@ -63,9 +64,9 @@ def test_without_a_config_the_rest_is_one_more_token() -> None:
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
-def test_it_is_the_top_k_of_the_teachers_logits(divergence: str) -> None:
+def test_it_is_the_top_k_of_the_teachers_logits(divergence: Divergence) -> None:
     # But for the weight by an entropy that a top-k does not know.
-    config = sk.SRPOConfig(divergence=divergence, topk=4, dw_beta=0.0, **GIVEN)  # type: ignore[arg-type]
+    config = sk.SRPOConfig(divergence=divergence, topk=4, dw_beta=0.0, **GIVEN)
     inputs = loss_inputs(1, (5, 6), teacher_size=5, config=config)
     given = with_given_topk(inputs, config, 4, fewer=False)
     expected, actual = (run_loss(sk.srpo_loss, x, config=config) for x in (inputs, given))

@@ -220,7 +220,7 @@ def test_a_loss_of_ones_own_is_the_same_in_every_way(run: Run, tmp_path: Path) -
 @pytest.mark.slow
 def test_a_compiled_loss_of_ones_own_is_the_same() -> None:
     for workload in LOSSES:
-        batch = make_batch(Case("tiny", workload, 128))  # type: ignore[arg-type]
+        batch = make_batch(Case("tiny", workload, 128))
         expected, compiled = (objectives.prepare(way, batch)() for way in ("naive", "naive-compiled"))
         torch.testing.assert_close(compiled[:3], expected[:3])
 

@@ -20,6 +20,7 @@ from srpo_kernels import (
     token_stats,
 )
 from srpo_kernels.engine.plan import RowMemory
+from srpo_kernels.losses.options import DistillationMode
 from srpo_kernels.rows import torch_rows
 from srpo_kernels.rows.passes import RowPasses
 from srpo_kernels.rows.vocabulary import Vocabulary
@@ -113,10 +114,8 @@ def distill_from_several(rank: int, config: SRPOConfig) -> list[Results]:
 
 
 @pytest.mark.parametrize("mode", ["full", "topk", "sampled"])
-def test_several_teachers_with_a_transform_of_their_own(mode: str) -> None:
-    config = SRPOConfig(
-        distillation_mode=mode, topk=3, softcap=5.0, teacher_transform=LogitTransform(0.8, 1.5)  # type: ignore[arg-type]
-    )  # fmt: skip
+def test_several_teachers_with_a_transform_of_their_own(mode: DistillationMode) -> None:
+    config = SRPOConfig(distillation_mode=mode, topk=3, softcap=5.0, teacher_transform=LogitTransform(0.8, 1.5))
     (actual,) = assembled(run_ranks(distill_from_several, 2, config))
     assert_same(actual, run_loss(reference.srpo_loss, several_teachers(), config=config), 1e-9)
 
