@@ -113,6 +113,8 @@ def cast(inputs: Inputs, dtype: torch.dtype) -> Inputs:
     row_dtype = torch.promote_types(dtype, torch.float32)
 
     def convert(name: str, value: Any) -> Any:
+        if isinstance(value, list):
+            return [convert(name, x) for x in value]
         if not isinstance(value, Tensor) or not value.is_floating_point():
             return value
         return value.to(dtype if name in MODEL_TENSORS else row_dtype)

@@ -31,13 +31,21 @@ def check_loss(case: Case, dtype: torch.dtype, backend: str) -> None:
     assert_as_accurate(actual, naive, exact, share=1.0 / len(exact["log_probs"]), condition=condition)
 
 
-def check_loss_in(inputs: Inputs, config: SRPOConfig, backend: str, leaves: tuple[str, ...] = LEAVES) -> None:
+def check_loss_in(
+    inputs: Inputs,
+    config: SRPOConfig,
+    backend: str,
+    leaves: tuple[str, ...] = LEAVES,
+    *,
+    workspace_bytes: int | None = None,
+) -> None:
     """Inputs in fp64: the same as the oracle's in fp64, and in fp32 as accurate as plain torch."""
     if backend == "torch":
         expected = run_loss(reference.srpo_loss, inputs, leaves, config=config)
-        assert_same(run_loss(srpo_loss, inputs, leaves, config=config), expected, 1e-9)
+        actual = run_loss(srpo_loss, inputs, leaves, config=config, backend=backend, workspace_bytes=workspace_bytes)
+        assert_same(actual, expected, 1e-9)
     else:
-        check_loss(Case(inputs, {"config": config}, leaves), torch.float32, backend)
+        check_loss(Case(inputs, {"config": config}, leaves, workspace_bytes), torch.float32, backend)
 
 
 def check_stats_in(inputs: Inputs, backend: str, leaves: tuple[str, ...] = LEAVES, **options: Any) -> None:

@@ -14,7 +14,8 @@ import srpo_kernels as sk
 from srpo_kernels.engine import gemm
 from srpo_kernels.rows.spec import DIVERGENCES
 from tests.comparison import assert_as_accurate, assert_same, condition_of, run_loss
-from tests.inputs import Inputs, for_backend, loss_inputs, workspace_floor
+from tests.inputs import Inputs, cast, loss_inputs, workspace_floor
+from tests.parity import check_loss_in
 from tests.strategies import each_backend
 
 ROWS = ((6, 5), (29,))
@@ -38,34 +39,12 @@ def batch(rows: tuple[int, ...] = (6, 5), heads: int = 3, *, tied: bool = False,
     return inputs | {"teacher_weight": weights, "teacher_bias": biases, "teacher_head_ids": ids}
 
 
-def converted(inputs: Inputs, dtype: torch.dtype) -> Inputs:
-    """Everything floating in ``dtype``, heads of a list too."""
-
-    def convert(value: Any) -> Any:
-        if isinstance(value, list):
-            return [convert(x) for x in value]
-        return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
-
-    return {name: convert(value) for name, value in inputs.items()}
-
-
-def check(inputs: Inputs, config: sk.SRPOConfig, backend: str, **options: Any) -> None:
-    inputs = converted(for_backend(inputs, backend), torch.float32 if backend == "triton" else torch.float64)
-    exact = run_loss(reference.srpo_loss, converted(inputs, torch.float64), config=config)
-    actual = run_loss(sk.srpo_loss, inputs, config=config, backend=backend, **options)
-    if backend == "torch":
-        assert_same(actual, exact, 1e-9)
-    else:
-        naive = run_loss(reference.srpo_loss, inputs, config=config)
-        assert_as_accurate(actual, naive, exact, condition=condition_of(config, exact))
-
-
 @each_backend
 @pytest.mark.parametrize("per_row", [False, True])
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("rows", ROWS)
 def test_parity(rows: tuple[int, ...], tied: bool, per_row: bool, backend: str) -> None:
-    check(batch(rows, tied=tied, per_row=per_row), sk.SRPOConfig(softcap=20.0, temperature=0.8), backend)
+    check_loss_in(batch(rows, tied=tied, per_row=per_row), sk.SRPOConfig(softcap=20.0, temperature=0.8), backend)
 
 
 @each_backend
@@ -84,7 +63,7 @@ def test_parity(rows: tuple[int, ...], tied: bool, per_row: bool, backend: str) 
 )
 def test_every_mode_in_small_chunks(options: dict[str, Any], backend: str) -> None:
     floor = workspace_floor(33, 4 if backend == "triton" else 8, 2, backend)
-    check(batch(), sk.SRPOConfig(**options), backend, workspace_bytes=3 * floor)
+    check_loss_in(batch(), sk.SRPOConfig(**options), backend, workspace_bytes=3 * floor)
 
 
 @pytest.mark.parametrize("per_row", [False, True])
@@ -108,7 +87,7 @@ def test_ids_of_rows_without_a_teacher_are_not_read() -> None:
 
 def test_no_row_has_a_teacher() -> None:
     inputs = batch() | {"sdpo_mask": torch.zeros(6, dtype=torch.bool)}
-    check(inputs, sk.SRPOConfig(), "torch")
+    check_loss_in(inputs, sk.SRPOConfig(), "torch")
 
 
 def test_one_list_of_equal_heads_is_one_head() -> None:
@@ -149,7 +128,7 @@ def test_rows_are_sorted_by_head(monkeypatch: pytest.MonkeyPatch) -> None:
 @each_backend
 @pytest.mark.parametrize("whole_sequences", [False, True])
 def test_fused_loss(whole_sequences: bool, backend: str) -> None:
-    inputs = converted(batch(per_row=True), torch.float32 if backend == "triton" else torch.float64)
+    inputs = cast(batch(per_row=True), torch.float32 if backend == "triton" else torch.float64)
     names = ("weight", "target_ids", "bias", "mask", "teacher_hidden", "teacher_weight", "teacher_bias")
     hidden, taught = inputs["hidden"].clone().requires_grad_(), inputs["sdpo_mask"]
 
@@ -185,9 +164,9 @@ def test_fused_loss(whole_sequences: bool, backend: str) -> None:
 
 
 def test_bf16_is_as_accurate_as_plain_torch() -> None:
-    inputs, config = converted(batch(), torch.bfloat16), sk.SRPOConfig()
+    inputs, config = cast(batch(), torch.bfloat16), sk.SRPOConfig()
     actual, naive = (run_loss(f, inputs, config=config) for f in (sk.srpo_loss, reference.srpo_loss))
-    exact = run_loss(reference.srpo_loss, converted(inputs, torch.float64), config=config)
+    exact = run_loss(reference.srpo_loss, cast(inputs, torch.float64), config=config)
     assert_as_accurate(actual, naive, exact, condition=condition_of(config, exact))
 
 

@@ -11,8 +11,9 @@ from torch import Tensor
 import reference
 import srpo_kernels as sk
 from srpo_kernels.rows.spec import DIVERGENCES
-from tests.comparison import assert_as_accurate, assert_same, condition_of, run_loss, run_stats
-from tests.inputs import Inputs, cast, for_backend, loss_inputs, transform_of, workspace_floor
+from tests.comparison import assert_as_accurate, assert_same, run_loss, run_stats
+from tests.inputs import cast, for_backend, loss_inputs, transform_of, workspace_floor
+from tests.parity import check_loss_in
 from tests.strategies import each_backend
 
 # Student and teacher, with a softcap or without: the teacher's logits are larger, smaller, beyond the student's cap.
@@ -31,17 +32,6 @@ def config_of(pair: str, **options: Any) -> sk.SRPOConfig:
     return sk.SRPOConfig(**student, teacher_transform=teacher, **options)
 
 
-def check_loss(inputs: Inputs, config: sk.SRPOConfig, backend: str, **options: Any) -> None:
-    inputs = for_backend(inputs, backend)
-    exact = run_loss(reference.srpo_loss, cast(inputs, torch.float64), config=config)
-    actual = run_loss(sk.srpo_loss, inputs, config=config, backend=backend, **options)
-    if backend == "torch":
-        assert_same(actual, exact, 1e-9)
-    else:
-        naive = run_loss(reference.srpo_loss, inputs, config=config)
-        assert_as_accurate(actual, naive, exact, condition=condition_of(config, exact))
-
-
 @each_backend
 @EACH_PAIR
 @pytest.mark.parametrize(
@@ -58,9 +48,9 @@ def check_loss(inputs: Inputs, config: sk.SRPOConfig, backend: str, **options: A
 def test_the_loss(options: dict[str, Any], pair: str, backend: str) -> None:
     config = config_of(pair, **options)
     inputs = loss_inputs(1, (5, 6), teacher_size=5, config=config)
-    check_loss(inputs, config, backend)
+    check_loss_in(inputs, config, backend)
     if backend == "torch":
-        check_loss(inputs, config, backend, workspace_bytes=2 * workspace_floor(33, 8, 2))
+        check_loss_in(inputs, config, backend, workspace_bytes=2 * workspace_floor(33, 8, 2))
 
 
 @each_backend
@@ -125,7 +115,7 @@ def test_excluded_tokens(who: str, pair: str, backend: str) -> None:
     for name in ("bias", "teacher_bias") if who == "both" else ("teacher_bias",):
         inputs[name][banned] = -torch.inf
     for divergence in DIVERGENCES:
-        check_loss(inputs, config_of(pair, divergence=divergence, distillation_is_clip=None), backend)
+        check_loss_in(inputs, config_of(pair, divergence=divergence, distillation_is_clip=None), backend)
 
 
 def test_a_compiled_graph_has_it_too() -> None:
