@@ -19,6 +19,8 @@ from srpo_kernels.rollout.normalizers import Normalizers
 from srpo_kernels.rollout.routing import Routing, group_advantages, route_samples
 from srpo_kernels.rows.spec import LogitTransform
 
+__version__ = "0.1.0"
+
 __all__ = [
     "POLICY_LOSSES",
     "FusedOutput",

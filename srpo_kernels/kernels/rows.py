@@ -7,6 +7,7 @@ reads them once more and writes dlogits over them, or into a buffer of the produ
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import triton
@@ -101,33 +102,16 @@ def _within(ids: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
 
 def divergence_sums(logits: Tensor, teacher_logits: Tensor, stats: Statistics, spec: RowSpec, *, first: bool) -> Tensor:
     """The kernel's are in bits, and off by what the log-sum-exps lack in fp32: both are put right here."""
-    transform, vendor, mixture = Transform.of(spec.transform), vendor_of(logits.device), spec.mixture
+    mixture = spec.mixture
     assert stats.teacher_logsumexp is not None
     if mixture is None:
-        return _entry_sums(logits, teacher_logits, stats, spec)
+        numbers = entry_numbers(stats, spec, logits.dtype)
+        return _compare(row_entries_kernel, logits, teacher_logits, numbers, logits.new_empty(len(logits), 2), spec)
     student, teacher = (Base2.of(x, logits.dtype) for x in (stats.logsumexp, stats.teacher_logsumexp))
     shares, wanted = mixture_shares(student, teacher, mixture), mixture_terms(mixture)
-    launch = row_launch(2, vendor)
+    numbers = torch.cat([student.high, teacher.high, shares.to(logits.dtype)], dim=1)
     out = logits.new_empty(len(logits), sum(wanted.values()))
-    if len(logits):
-        with on_device(logits):
-            row_mixture_kernel[(len(logits),)](
-                logits,
-                teacher_logits,
-                torch.cat([student.high, teacher.high, shares.to(logits.dtype)], dim=1),
-                out,
-                logits.stride(0),
-                teacher_logits.stride(0),
-                logits.shape[1],
-                transform.inner,
-                transform.slope2,
-                **wanted,
-                SOFTCAP=transform.softcap,
-                TEACHER_SOFTCAP=spec.teacher_transform.softcap is not None,
-                LANES=launch.lanes,
-                VENDOR=vendor,
-                **launch.options,
-            )
+    _compare(row_mixture_kernel, logits, teacher_logits, numbers, out, spec, **wanted)
     columns = dict(zip((name for name in wanted if wanted[name]), out.split(1, dim=1), strict=True))
     # The kernel's mixture is off by the rounding of the shares: their mean, where the models are nearly equal.
     rounding = shares.to(out.dtype) / shares - 1.0
@@ -145,25 +129,25 @@ def divergence_sums(logits: Tensor, teacher_logits: Tensor, stats: Statistics, s
     return torch.cat([center, mixture.divergence(*kls)], dim=1)
 
 
-def _entry_sums(logits: Tensor, teacher_logits: Tensor, stats: Statistics, spec: RowSpec) -> Tensor:
-    transform, vendor, launch = (
-        Transform.of(spec.transform),
-        vendor_of(logits.device),
-        row_launch(2, vendor_of(logits.device)),
-    )
-    out = logits.new_empty(len(logits), 2)
+def _compare(
+    kernel: Any, logits: Tensor, teacher_logits: Tensor, numbers: Tensor, out: Tensor, spec: RowSpec, **wanted: bool
+) -> Tensor:
+    """Launch a kernel that writes a few sums over both models' rows into ``out``."""
+    transform, vendor = Transform.of(spec.transform), vendor_of(logits.device)
+    launch = row_launch(2, vendor)
     if len(logits):
         with on_device(logits):
-            row_entries_kernel[(len(logits),)](
+            kernel[(len(logits),)](
                 logits,
                 teacher_logits,
-                entry_numbers(stats, spec, logits.dtype),
+                numbers,
                 out,
                 logits.stride(0),
                 teacher_logits.stride(0),
                 logits.shape[1],
                 transform.inner,
                 transform.slope2,
+                **wanted,
                 SOFTCAP=transform.softcap,
                 TEACHER_SOFTCAP=spec.teacher_transform.softcap is not None,
                 LANES=launch.lanes,
@@ -198,10 +182,8 @@ def dlogits_(
     ids, at_ids = coefficients.ids, coefficients.at_ids
     if not ids.shape[1]:
         # A kernel has one id at least: that of another slice.
-        ids, at_ids = (
-            torch.full_like(coefficients.outside, -1, dtype=torch.int64)[:, None],
-            at_ids.new_zeros(len(ids), 1),
-        )
+        ids = torch.full_like(coefficients.outside, -1, dtype=torch.int64)[:, None]
+        at_ids = at_ids.new_zeros(len(ids), 1)
     z, y = logits, teacher_logits if coefficients.compares else None
     transform, vendor = Transform.of(spec.transform), vendor_of(z.device)
     terms, numbers = gradient_numbers(stats, coefficients, spec)

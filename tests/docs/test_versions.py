@@ -10,6 +10,8 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.version import Version
 
+import srpo_kernels as sk
+
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = {name: [Requirement(line) for line in lines] for name, lines in PROJECT["optional-dependencies"].items()}
@@ -51,3 +53,18 @@ def test_the_versions_that_were_tried_are_admitted() -> None:
     triton = EXTRAS["triton"][0].specifier
     newest = max(Version(row[1]) for row in tried)
     assert Version(f"{newest.major}.{newest.minor + 1}") not in triton
+
+
+def test_there_is_one_version() -> None:
+    assert "version" in PROJECT["dynamic"]
+    assert re.findall(r"^version: (.+)$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE) == [sk.__version__]
+
+
+def test_continuous_integration_tries_versions_that_are_admitted() -> None:
+    workflow = (ROOT / ".github" / "workflows" / "ci.yml").read_text()
+    matrix = re.findall(r'python: "([\d.]+)", torch: "([\d.]+)"', workflow)
+    assert (matrix[0][1], PINNED["torch"]) == ("2.10.0", matrix[1][1])
+    [torch] = [requirement for requirement in REQUIREMENTS if requirement.name == "torch"]
+    assert all(Version(version) in torch.specifier for _, version in matrix)
+    pythons = {f"Programming Language :: Python :: {python}" for python, _ in matrix}
+    assert pythons <= set(PROJECT["classifiers"])
