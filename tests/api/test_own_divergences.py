@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -17,7 +18,7 @@ from srpo_kernels.rows.spec import DIVERGENCES
 from tests.comparison import assert_same, run_loss
 from tests.inputs import LEAVES, loss_inputs
 from tests.parity import check_loss_in
-from tests.strategies import each_backend
+from tests.strategies import each_backend, shapes
 
 ROWS = (5, 6)
 ENDS = torch.tensor([0.0, 1.0, 0.5, 0.1, 0.999999], dtype=torch.float64)
@@ -37,7 +38,7 @@ def own_numbers(divergence: str, rows: tuple[int, ...] = ROWS, seed: int = 0) ->
 @pytest.mark.parametrize("mode", ["full", "topk"])
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_parity(divergence: Divergence, mode: DistillationMode, backend: str) -> None:
-    for rows, softcap in ((ROWS, None), ((23,), 20.0)):
+    for rows, softcap in itertools.product(shapes(backend), (None, 20.0)):
         config = sk.SRPOConfig(divergence=divergence, distillation_mode=mode, topk=5, softcap=softcap, temperature=0.7)
         inputs = loss_inputs(1, rows, teacher_size=5, config=config) | own_numbers(divergence, rows)
         check_loss_in(inputs, config, backend)

@@ -17,7 +17,7 @@ from tests.comparison import assert_same, run_loss, run_stats, with_leaves
 from tests.inputs import LEAVES, Inputs, cast, head_inputs, loss_inputs, random_support, with_given_topk
 from tests.meters import ProductMeter
 from tests.parity import check_loss, check_loss_in, check_stats, check_stats_in, coefficients
-from tests.strategies import Case, each_backend
+from tests.strategies import Case, each_backend, shapes
 
 OPTIONS: list[dict[str, Any]] = [
     {},
@@ -51,7 +51,7 @@ def batch(config: sk.SRPOConfig, k: int, rows: tuple[int, ...] = (5, 6)) -> Inpu
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_parity(options: dict[str, Any], k: int, backend: str) -> None:
     config = sk.SRPOConfig(**options)
-    for rows in ((5, 6), (23,)):
+    for rows in shapes(backend):
         check_loss_in(batch(config, k, rows), config, backend)
 
 
@@ -59,7 +59,7 @@ def test_parity(options: dict[str, Any], k: int, backend: str) -> None:
 @pytest.mark.parametrize("k", [1, 5, 33])
 @pytest.mark.parametrize("teacher", [True, False])
 def test_statistics(teacher: bool, k: int, backend: str) -> None:
-    for rows in ((5, 6), (23,)):
+    for rows in shapes(backend):
         inputs = with_support(head_inputs(1, rows, 8, 33, teacher_size=5), k)
         if not teacher:
             inputs |= dict.fromkeys(("teacher_hidden", "teacher_weight", "teacher_bias"))
@@ -131,7 +131,7 @@ def test_statistics_by_columns(softcap: float | None, frozen: str) -> None:
     leaves = tuple(name for name in LEAVES if name != frozen)
     config = sk.SRPOConfig(softcap=softcap, logit_scale=0.5, add_tail=False, **GIVEN)
     teachers: list[tuple[Inputs, dict[str, Any]]] = []
-    for rows in ((5, 6), (23,)):
+    for rows in shapes("torch"):
         inputs = with_support(head_inputs(1, rows, 8, 400, teacher_size=5), 6)
         nobody = dict.fromkeys(("teacher_hidden", "teacher_weight", "teacher_bias"))
         teachers += [(inputs | nobody, {"softcap": softcap}), (with_given_topk(inputs, config, 4), {"config": config})]

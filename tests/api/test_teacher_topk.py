@@ -14,7 +14,7 @@ from srpo_kernels.rows.spec import DIVERGENCES
 from tests.comparison import assert_same, run_loss, run_stats
 from tests.inputs import Inputs, cast, head_inputs, loss_inputs, random_support, with_given_topk
 from tests.parity import check_loss_in, check_stats_in, coefficients
-from tests.strategies import each_backend
+from tests.strategies import each_backend, shapes
 
 GIVEN: dict[str, Any] = {"distillation_mode": "topk", "topk_of": "teacher"}
 MODES: list[dict[str, Any]] = [
@@ -35,7 +35,7 @@ def batch(config: sk.SRPOConfig, k: int, rows: tuple[int, ...] = (5, 6), *, fewe
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_parity(divergence: Divergence, k: int, add_tail: bool, backend: str) -> None:
     config = sk.SRPOConfig(divergence=divergence, add_tail=add_tail, softcap=20.0, temperature=0.8, **GIVEN)
-    for rows in ((5, 6), (23,)):
+    for rows in shapes(backend):
         check_loss_in(batch(config, k, rows), config, backend)
         given = with_given_topk(head_inputs(1, rows, 8, 33, teacher_size=5), config, k)
         check_stats_in(given, backend, config=config)
@@ -47,7 +47,7 @@ def test_statistics_of_every_mode(divergence: Divergence, backend: str) -> None:
     """Beside a support: tokens that are compared are among those that were sampled from, or are not."""
     for options in MODES:
         config = sk.SRPOConfig(divergence=divergence, softcap=9.0, **options)
-        for rows in ((5, 6), (23,)):
+        for rows in shapes(backend):
             inputs = head_inputs(1, rows, 8, 33, teacher_size=5)
             support = {"support_ids": random_support(inputs["target_ids"], 33, 5)}
             check_stats_in(inputs, backend, config=config)

@@ -14,7 +14,7 @@ from srpo_kernels.rows.spec import DIVERGENCES
 from tests.comparison import assert_as_accurate, assert_same, run_loss, run_stats
 from tests.inputs import cast, for_backend, loss_inputs, transform_of, workspace_floor
 from tests.parity import check_loss_in
-from tests.strategies import each_backend
+from tests.strategies import each_backend, shapes
 
 # Student and teacher, with a softcap or without: the teacher's logits are larger, smaller, beyond the student's cap.
 PAIRS = {
@@ -47,7 +47,7 @@ def config_of(pair: str, **options: Any) -> sk.SRPOConfig:
 )
 def test_the_loss(options: dict[str, Any], pair: str, backend: str) -> None:
     config = config_of(pair, **options)
-    inputs = loss_inputs(1, (5, 6), teacher_size=5, config=config)
+    inputs = loss_inputs(1, shapes(backend)[0], teacher_size=5, config=config)
     check_loss_in(inputs, config, backend)
     if backend == "torch":
         check_loss_in(inputs, config, backend, workspace_bytes=2 * workspace_floor(33, 8, 2))
@@ -58,9 +58,10 @@ def test_the_loss(options: dict[str, Any], pair: str, backend: str) -> None:
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_the_statistics(divergence: str, pair: str, backend: str) -> None:
     student, teacher = PAIRS[pair]
-    inputs = for_backend({name: loss_inputs(1, (5, 6), teacher_size=5)[name] for name in STATS}, backend)
+    rows = shapes(backend)[0]
+    inputs = for_backend({name: loss_inputs(1, rows, teacher_size=5)[name] for name in STATS}, backend)
     options = {**student, "teacher_transform": teacher, "divergence": divergence}
-    upstream = torch.randn(4, 5, 6, dtype=torch.float64)
+    upstream = torch.randn(4, *rows, dtype=torch.float64)
     exact = run_stats(reference.token_stats, cast(inputs, torch.float64), upstream, **options)
     actual = run_stats(sk.token_stats, inputs, upstream, backend=backend, **options)
     if backend == "torch":
@@ -109,7 +110,7 @@ def test_the_students_own_is_none() -> None:
 @EACH_PAIR
 @pytest.mark.parametrize("who", ["both", "teacher"])
 def test_excluded_tokens(who: str, pair: str, backend: str) -> None:
-    inputs = loss_inputs(1, (5, 6), teacher_size=5, config=config_of(pair))
+    inputs = loss_inputs(1, shapes(backend)[0], teacher_size=5, config=config_of(pair))
     banned = torch.tensor([3, 7, 32])
     inputs["target_ids"] = inputs["target_ids"].where(~torch.isin(inputs["target_ids"], banned), 0)
     for name in ("bias", "teacher_bias") if who == "both" else ("teacher_bias",):
