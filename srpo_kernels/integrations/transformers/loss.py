@@ -57,13 +57,17 @@ def response_loss(
         teacher: what ``teacher_rows`` has made of the distilled sequences, with another prompt before the same
             responses. Or a model of the same vocabulary and logit transform, ``model`` itself or an ``AverageTeacher``,
             which then reads the student's own rows.
-        old_log_probs, ref_log_probs, is_weights, rollout_log_probs: ``[B, S]``, as in ``srpo_loss``.
+        old_log_probs: ``[B, S]``, as in ``srpo_loss``.
+        ref_log_probs: the same.
+        is_weights: the same.
+        rollout_log_probs: the same.
         support_ids: ``[B, S, K]``, as in ``srpo_loss``.
         normalizers: those of the whole optimizer batch, of ``response_normalizers``. None: this call is all of it.
         config: every option, with the logit transform of ``model``: ``config_for`` makes it. None: its defaults.
         in_head_dtype: the head is multiplied in its own dtype, even under autocast.
         model_inputs: more arguments of the forward, such as ``token_type_ids``; per token they are ``[B, S, ...]``.
-        backend, workspace_bytes: as in ``srpo_loss``.
+        backend: as in ``srpo_loss``.
+        workspace_bytes: as in ``srpo_loss``.
 
     Returns:
         As ``srpo_loss``; ``log_probs`` is ``[B, S]``.
