@@ -36,14 +36,14 @@ def probability_size(case: Case, name: str, exact: Results) -> float:
     if name == "log_probs" or (of_statistics and not name.startswith("grad")):
         if name == "divergence":
             # The probabilities of each of its two models add up to 1, rounded.
-            # Entries that are bounded one by one are of log-probs, each rounded at the size of a logit.
-            bounded = case.config.divergence_clip is not None and case.dtype == torch.float64
-            return (max(2.0, 2 * _concentration(case)) + (_nats(case) if bounded else 0.0)) * product
+            return (max(2.0, 2 * _concentration(case)) + _bounded_entries(case)) * product
         size = _concentration(case) + _capped_size(case)
         return coefficient * product * max(2.0, 2 * size) if name == "losses" else size
     coefficient *= product
     if case.operation == "srpo_loss":
         coefficient = _largest_coefficient(case, config, exact)
+        if not name.startswith("grad"):
+            coefficient *= 1.0 + _bounded_entries(case)
     if name.startswith("metric"):
         rows = case.inputs["target_ids"].numel()
         # A sum of log-probs, each rounded at its own size.
@@ -66,6 +66,12 @@ def probability_size(case: Case, name: str, exact: Results) -> float:
     narrower = torch.finfo(torch.float64).eps / torch.finfo(case.dtype).eps
     size *= 1.0 + slope * largest_logit(case, "") * narrower
     return coefficient * slope * size
+
+
+def _bounded_entries(case: Case) -> float:
+    """Entries of a divergence that are bounded one by one are of log-probs, in fp64 rounded at the size of a logit."""
+    bounded = case.config.divergence_clip is not None or case.inputs.get("divergence_clip") is not None
+    return _nats(case) if bounded and case.dtype == torch.float64 else 0.0
 
 
 def weight_growth(case: Case, name: str) -> float:
