@@ -1,4 +1,4 @@
-"""The lines of README and docs/trainers.md for a loop that owns its loss run, and give the loss that they promise."""
+"""The lines of docs/trainers.md for a loop that owns its loss run, and give the loss that they promise."""
 
 from __future__ import annotations
 
@@ -54,9 +54,8 @@ def hidden_alone(model: TinyModel, ids: Tensor, mask: Tensor, prompt_length: int
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=["default", "transformed"])
-@pytest.mark.parametrize("document", ["README.md", "docs/trainers.md"])
-def test_the_lines_for_a_loop_of_ones_own(document: str, config: sk.SRPOConfig) -> None:
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / document).read_text(), re.DOTALL)
+def test_the_lines_for_a_loop_of_ones_own(config: sk.SRPOConfig) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/trainers.md").read_text(), re.DOTALL)
     (lines,) = (block for block in blocks if "route_samples(" in block and "sk.srpo_loss(" in block)
     rewards, response_ids = torch.tensor([1.0, 0.0, 0.0, 0.0]), torch.randint(13, (4, 5))
     model, teacher = TinyModel(), TinyModel()
@@ -92,7 +91,6 @@ def test_the_lines_for_a_loop_of_ones_own(document: str, config: sk.SRPOConfig) 
         sdpo_mask=torch.tensor([False, True, False, False]),
         teacher_hidden=hidden_alone(teacher, teacher_ids, teacher_attention_mask, 4),
         teacher_weight=teacher.lm_head.weight,
-        # README's first lines make one.
         config=names["config"],
     )
     assert names["out"].loss.item() == pytest.approx(expected.loss.item(), rel=1e-6)

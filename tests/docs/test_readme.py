@@ -1,4 +1,4 @@
-"""README's lines for a loss of one's own run, and it has every name that there is to choose."""
+"""README's first lines and those for a loss of one's own run, and it has every name that there is to choose."""
 
 from __future__ import annotations
 
@@ -37,6 +37,12 @@ def names() -> dict[str, Any]:
         "advantages": torch.randn(4, dtype=torch.float64),
         "old_log_probs": -3.0 + torch.randn(4, 5, dtype=torch.float64),
     }
+
+
+def test_the_first_lines_run_as_they_stand(capsys: pytest.CaptureFixture[str]) -> None:
+    exec(BLOCKS[0], {})
+    shown = README.split(BLOCKS[0])[1].split("```\n")[2]
+    assert capsys.readouterr().out == shown
 
 
 def test_the_lines_of_a_loss_of_ones_own() -> None:
