@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("trl", "1.16", reason="the trl integration needs trl >= 1.16")
 
-from examples import train_trl
+from examples import rollouts, train_trl
 from tests.tiny_trainer import tiny_model, tiny_tokenizer
 
 README = Path(__file__).parents[2] / "README.md"
@@ -19,9 +19,11 @@ def test_the_example_trains(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(train_trl, "load_model", lambda _: (tiny_model(), tiny_tokenizer()))
-    train_trl.main()
-    assert capsys.readouterr().out.count("srpo/sdpo_token_fraction") == 8
+    monkeypatch.setattr(rollouts, "load_model", lambda _: (tiny_model(), tiny_tokenizer()))
+    train_trl.main(["--steps", "2", "--questions", "2", "--out", "here"])
+    assert capsys.readouterr().out.count("srpo/sdpo_token_fraction") == 2
+    with pytest.raises(SystemExit):
+        train_trl.main(["--step", "2"])
 
 
 def test_the_script_of_the_readme_trains(
