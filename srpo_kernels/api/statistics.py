@@ -90,8 +90,8 @@ def token_stats(
         backend: ``"auto"``, ``"torch"`` or ``"triton"``.
         engine: ``"rows"`` holds the logits of some rows at a time; ``"tile"`` holds none: projection and reductions in
             one kernel, whose results for a row are the same to the last bit in any batch. It has no gradient, no
-            divergence from a mixture and no ``teacher_transform``, and needs the triton backend and one dtype for
-            hidden states and weight.
+            divergence from a mixture, no ``divergence_clip`` and no ``teacher_transform``, and needs the triton backend
+            and one dtype for hidden states and weight.
             ``"auto"``: rows, or tile where it can run and a row of logits does not fit ``workspace_bytes``.
         workspace_bytes: bound of the logits that are alive at a time, of both models together.
 

@@ -39,6 +39,11 @@ def tiles(call: StatsArguments, options: StatsOptions, needs: Needs, vocabulary:
             f"does not support divergence={options.divergence!r}, which takes a second look at the logits: "
             "ask for 'forward_kl' or 'reverse_kl'"
         )
+    elif call.teacher_hidden is not None and config.divergence_clip is not None:
+        obstacle = (
+            f"does not support divergence_clip={config.divergence_clip!r}, which takes a second look at the logits: "
+            "ask for engine='rows'"
+        )
     elif call.teacher_hidden is not None and config.own_teacher_transform is not None:
         obstacle = "takes one logit transform for both models, got a teacher_transform of the teacher's own"
     elif len({x.dtype for pair in pairs for x in pair}) > 1:

@@ -100,11 +100,12 @@ class RowPasses:
         return results
 
     def _sampled_units(self, request: Request) -> Generator[Tensor, Tensor, Tensor | None]:
-        """Units of ``sampled_ids``, LOWEST for none."""
+        """Units of ``sampled_ids`` and, behind them, of the row's own token; LOWEST for none."""
         if request.sampled_ids is None:
             return None
-        logits, ids = request.logits, request.sampled_ids - self.vocabulary.first_id
-        here = (request.sampled_ids >= 0) & (ids >= 0) & (ids < logits.shape[1])
+        logits, sampled = request.logits, torch.cat([request.sampled_ids, request.target_ids[:, None]], dim=1)
+        ids = sampled - self.vocabulary.first_id
+        here = (sampled >= 0) & (ids >= 0) & (ids < logits.shape[1])
         units = self.rows.units(logits.gather(1, ids.masked_fill(~here, 0)), request.spec.transform)
         units = units.masked_fill(~here, LOWEST)
         return units if self.vocabulary.group is None else (yield units).amax(0)
@@ -114,7 +115,10 @@ class RowPasses:
             return stats
         log_probs = self.rows.slope(request.spec.transform) * units.to(stats.logsumexp) - stats.logsumexp
         log_probs = log_probs.to(stats.log_probs).clamp(LOWEST, 0.0)
-        return stats._replace(sampled_ids=request.sampled_ids, sampled_log_probs=log_probs)
+        # Under a large softcap a log-prob is rounded by more than two tokens differ in: all of them in one way.
+        return stats._replace(
+            log_probs=log_probs[:, -1], sampled_ids=request.sampled_ids, sampled_log_probs=log_probs[:, :-1]
+        )
 
     def _rounds(self, request: Request) -> _Rounds:
         z, y, spec, target_ids, entropy, gradient, support, _ = request

@@ -5,6 +5,7 @@ Vocabulary shards, tiles, and a support with its complement are all parts of a r
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -61,6 +62,10 @@ def logsumexp(sums: ModelSums, slope: float) -> Tensor:
     return (slope * sums.maximum.to(wide) + sums.total.to(wide).log())[:, None]
 
 
+# In nats: entries of a divergence are of log-probs, and fp64 rounds a log-sum-exp of this size at 1e-7.
+_LARGEST_LOGSUMEXP = 2.0**30
+
+
 def row_statistics(sums: ModelSums, slope: float, *, entropy: bool) -> Statistics:
     """What the sums of a row say."""
     log_total = sums.total.log()
@@ -96,6 +101,10 @@ def pair_statistics(
 
 def with_divergence_sums(stats: Statistics, sums: Tensor, spec: RowSpec) -> Statistics:
     """These with a divergence that is no KL, of its sums ``[n, 2]``."""
+    if spec.entries is not None:
+        assert stats.teacher_logsumexp is not None
+        sizes = torch.maximum(stats.logsumexp.abs(), stats.teacher_logsumexp.abs())
+        sums = sums.masked_fill(sizes > _LARGEST_LOGSUMEXP, math.nan)
     center, divergence = sums.split(1, dim=1)
     # Rounding can take it below 0; one whose entries are bounded from above may be there by itself.
     divergence = divergence.squeeze(1)

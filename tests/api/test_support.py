@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -91,6 +92,18 @@ def test_rows_that_are_not_of_the_policy_are_not_read() -> None:
     spoilt = {"support_ids": inputs["support_ids"].masked_fill(unread, 2**40)}
     expected = run_loss(sk.srpo_loss, inputs, config=config)
     assert_same(run_loss(sk.srpo_loss, inputs | spoilt, config=config), expected, 0.0)
+
+
+@each_backend
+def test_tokens_that_a_large_softcap_cannot_tell_apart(backend: str) -> None:
+    """Two excluded tokens at -1e6, where fp32 rounds at 0.06: their log-probs among themselves are known exactly."""
+    hidden, bias = torch.tensor([[[120.0, -30.0]]]), torch.tensor([0.0, 0.0, -torch.inf, -torch.inf])
+    weight = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.3, 0.1], [0.2, 0.4]])
+    rows = {"target_ids": torch.tensor([[2]]), "support_ids": torch.tensor([[[3]]]), "softcap": 1e6, "bias": bias}
+    stats = sk.token_stats(hidden, weight, **rows, backend=backend)
+    expected = torch.tensor([[math.log(2.0)]])
+    torch.testing.assert_close(-stats.log_probs, expected)
+    torch.testing.assert_close(stats.entropy, expected)
 
 
 @pytest.mark.parametrize(

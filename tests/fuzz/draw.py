@@ -163,6 +163,7 @@ def _stats_case(draw: Draw, seed: int, backend: str) -> Case:
     one_dtype = len({x.dtype for name, x in inputs.items() if x is not None and name in MODEL_TENSORS}) == 1
     few = inputs.get("support_ids") is not None or (teacher and config.distillation_mode != "full")
     mixed = teacher and (has_mixture(config.divergence) or config.teacher_transform is not None)
+    mixed |= teacher and config.divergence_clip is not None
     if backend == "triton" and operation != "fused_loss" and not (leaves or few or mixed) and one_dtype:
         keywords["engine"] = draw.one_of("engine", "rows", "tile")
     if operation == "fused_loss":

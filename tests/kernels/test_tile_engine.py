@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import reference
-from srpo_kernels import teacher_stats, token_stats
+from srpo_kernels import SRPOConfig, teacher_stats, token_stats
 from srpo_kernels.rows.mixture import MIXTURE_DIVERGENCES
 from tests.comparison import assert_as_accurate, with_leaves
 from tests.inputs import Inputs, cast, head_inputs
@@ -110,6 +110,19 @@ def test_what_it_cannot_do_is_refused(change: dict[str, Any], message: str) -> N
     call["hidden"] = call["hidden"].to(DEVICE)
     with torch.no_grad(), pytest.raises(ValueError, match=message):
         token_stats(**call)
+
+
+def test_a_bounded_divergence_takes_the_rows() -> None:
+    """Where a row of logits does not fit the workspace, too: the tiles have no entries to bound."""
+    inputs, config = inputs_of(torch.float32), SRPOConfig(divergence="reverse_kl", divergence_clip=0.01)
+    with torch.no_grad():
+        with pytest.raises(ValueError, match=r"engine='tile' does not support divergence_clip=0\.01"):
+            token_stats(**inputs, backend="triton", engine="tile", config=config)
+        with pytest.raises(ValueError, match="workspace_bytes must be at least"):
+            token_stats(**inputs, backend="triton", workspace_bytes=1, config=config)
+        assert (
+            token_stats(**inputs, backend="triton", workspace_bytes=1, divergence="reverse_kl").divergence is not None
+        )
 
 
 def test_a_gradient_is_refused() -> None:

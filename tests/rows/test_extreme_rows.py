@@ -15,7 +15,7 @@ import reference
 from srpo_kernels import SRPOConfig, policy_loss, srpo_loss, token_stats
 from srpo_kernels.losses.options import DISTILLATION_MODES, KL_TYPES, LOSS_TYPES
 from srpo_kernels.losses.registry import POLICY_LOSSES
-from srpo_kernels.rows.mixture import MIXTURE_DIVERGENCES
+from srpo_kernels.rows.mixture import MIXTURE_DIVERGENCES, Divergence
 from srpo_kernels.rows.spec import DIVERGENCES
 from tests.comparison import run_loss, run_stats
 from tests.inputs import Inputs, cast
@@ -201,11 +201,14 @@ def test_a_row_whose_gradient_alone_is_not_finite_is_counted(leaves: tuple[str, 
 
 @each_backend
 @pytest.mark.parametrize("scale", [1e5, 1e8, 1e10, 1e15, 1e20])
+@pytest.mark.parametrize("clip", [None, 0.3])
 @pytest.mark.parametrize("divergence", DIVERGENCES)
-def test_huge_logits_are_right_or_not_finite(divergence: str, scale: float, backend: str) -> None:
+def test_huge_logits_are_right_or_not_finite(
+    divergence: Divergence, clip: float | None, scale: float, backend: str
+) -> None:
     z = scale * torch.tensor([[1.0, 0.5, -1.0, 0.0], [1.0, 1.0, 0.0, -1.0]])
     y = scale * torch.tensor([[0.0, 1.0, -1.0, 0.5], [0.0, 1.0, 1.0, 0.0]])
-    config = SRPOConfig(divergence=divergence, dw_beta=0.0)
+    config = SRPOConfig(divergence=divergence, divergence_clip=clip, dw_beta=0.0)
     for inputs in (distilled(z, y), heads(z) | {"advantages": torch.ones(2), "old_log_probs": -torch.ones(2)}):
         actual, exact = run_loss(srpo_loss, inputs, config=config, backend=backend), exact_loss(inputs, config)
         counted = actual["metric nonfinite_rows"] > 0
