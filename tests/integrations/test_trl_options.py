@@ -155,7 +155,7 @@ def test_every_option_of_the_loss_is_set_or_left_alone_on_purpose() -> None:
         temperature=0.7,
         loss_type="dr_grpo",
         importance_sampling_level="sequence",
-    ).loss_config(2.0, 30.0)
+    ).loss_config(sk.LogitTransform(1.0, 2.0, 30.0))
     default = config().loss_config()
     same = {f.name for f in dataclasses.fields(default) if getattr(changed, f.name) == getattr(default, f.name)}
     # The others are not options of TRL, or were not set: those of the loss are sapo's alone.

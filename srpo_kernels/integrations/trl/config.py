@@ -46,6 +46,8 @@ _FIXED: dict[str, tuple[Any, str]] = {
     "parallelism_config": (None, "the loss needs the whole LM head and whole sequences on a device"),
 }
 
+_NO_TRANSFORM = sk.LogitTransform()
+
 TEACHER_TEMPLATE = (
     "{prompt}\n\nHere is a correct solution:\n\n{solution}\n\nNow solve the original problem, in your own words."
 )
@@ -110,8 +112,8 @@ class SRPOTrainerConfig(GRPOConfig):
         self._check_inherited_options()
         self.loss_config()
 
-    def loss_config(self, logit_scale: float = 1.0, softcap: float | None = None) -> sk.SRPOConfig:
-        """The options of `srpo_loss`, with the logit transform of a model's head.
+    def loss_config(self, transform: sk.LogitTransform = _NO_TRANSFORM) -> sk.SRPOConfig:
+        """The options of `srpo_loss`, with the logit scale and softcap of a model.
 
         Raises ValueError for a value that the loss does not take.
         """
@@ -141,8 +143,8 @@ class SRPOTrainerConfig(GRPOConfig):
             "distillation_is_clip": self.distillation_is_clip,
             "dw_beta": self.dw_beta,
             "temperature": self.temperature,
-            "logit_scale": logit_scale,
-            "softcap": softcap,
+            "logit_scale": transform.logit_scale,
+            "softcap": transform.softcap,
             "reduction": reduction,
             "max_length": self.max_completion_length if reduction == "constant" else None,
         }

@@ -90,7 +90,7 @@ class SRPOTrainer(GRPOTrainer):
             peft_config=peft_config,
         )
         self._refuse_models()
-        self.loss_config = args.loss_config(*logit_transform(self.model.config))
+        self.loss_config = args.loss_config(logit_transform(self.model.config))
         check_model(self.model, self.loss_config)
         self._forwards = Forwards(
             self.accelerator,
