@@ -29,6 +29,7 @@ REFUSED: dict[str, tuple[Any, dict[str, Any]]] = {
     "sapo_temperature_pos": (0.0, {"loss_type": "sapo"}),
     "beta": (0.1, {"method": "sdpo"}),
     "entropy_coef": (0.1, {"method": "distill"}),
+    "use_adaptive_entropy": (True, {"method": "sdpo"}),
     "questions_per_batch": (3, {"per_device_train_batch_size": 32}),
     "method": ("ppo", {}),
     "teacher_model_kind": ("base", {}),

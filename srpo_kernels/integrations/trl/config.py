@@ -125,10 +125,11 @@ class SRPOTrainerConfig(GRPOConfig):
                 "max_teacher_length must be more than max_completion_length, for the teacher's prompt to have room, "
                 f"got {self.max_teacher_length!r} and {self.max_completion_length!r}"
             )
-        if self.method in ("sdpo", "distill") and (self.beta != 0.0 or self.entropy_coef != 0.0):
+        terms = (self.beta, self.entropy_coef, self.use_adaptive_entropy)
+        if self.method in ("sdpo", "distill") and any(terms):
             raise ValueError(
-                f"beta and entropy_coef are terms of the policy loss, which method={self.method!r} has not, "
-                f"got {self.beta!r} and {self.entropy_coef!r}"
+                "beta, entropy_coef and use_adaptive_entropy are terms of the policy loss, which "
+                f"method={self.method!r} has not, got {', '.join(map(repr, terms))}"
             )
         if self.method == "distill" and self.teacher_model_kind != "other":
             raise ValueError(
