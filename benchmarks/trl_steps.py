@@ -48,7 +48,9 @@ def prepare(side: Side, step: Step, folder: Path) -> Callable[[], Tensor]:
     if side == "srpo_kernels":
         # TRL's mean over sequences with equal weights, for the trainer that has no other.
         as_trl: dict[str, Any] = {"loss_type": "grpo", "dw_beta": 0.0} if step.branch == "sdpo" else {}
-        as_trl |= {"teacher_model_kind": "live", "teacher_template": _TEMPLATE}
+        as_trl |= {"teacher_model_kind": "live", "teacher_template": _TEMPLATE, "solution_template": "{solution}"}
+        # Their log is a forward of completions that cannot move a weight.
+        as_trl["log_entropy"] = False
         config = SRPOTrainerConfig(method=step.branch, **options, **as_trl)
         return _srpo_step(_trainer(_Srpo, config, step))
     if step.branch == "grpo":

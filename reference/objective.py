@@ -77,7 +77,7 @@ def policy_branch(
         losses = losses + config.kl_coef * policy.kl_estimate(
             log_probs, ref_log_probs, config.kl_type, config.log_ratio_clamp, old_log_probs
         )
-    if config.entropy_coef != 0:
+    if config.entropy_coef != 0 or config.count_entropy:
         entropies = entropy(logits)
         losses = losses - config.entropy_coef * entropies
         metrics |= {"entropy_sum": entropies.sum(), "entropy_tokens": torch.tensor(len(entropies))}
@@ -268,6 +268,11 @@ def srpo_loss(
     log_probs[active] = policy_part.log_probs
     log_probs[sdpo_rows] = sdpo_part.log_probs
     log_probs[idle] = token_log_probs(policy_logits_of(idle), target_ids[idle]).detach()
+
+    if config.count_entropy and idle.any():
+        idle_entropy = entropy(policy_logits_of(idle)).detach()
+        policy_part.metrics["entropy_sum"] = policy_part.metrics["entropy_sum"] + idle_entropy.sum()
+        policy_part.metrics["entropy_tokens"] = policy_part.metrics["entropy_tokens"] + len(idle_entropy)
 
     zero = torch.zeros((), dtype=dtype, device=hidden.device)
     old, ref = select(old_log_probs, scored), select(ref_log_probs, scored)

@@ -148,6 +148,7 @@ def configs(draw: st.DrawFn, *, whole_batch: bool = True) -> SRPOConfig:
         reduction=reduction,
         max_length=9 if reduction == "constant" else None,
         count_inactive=one_of(False, True),
+        count_entropy=one_of(False, True),
         rollout_correction=one_of(*[None] * len(CORRECTIONS), *CORRECTIONS),
     )
 

@@ -100,7 +100,10 @@ def log_probs(model: Any, **inputs: Tensor) -> Tensor:
     """From the hidden states and the head of a model, ``[B, S, V]``."""
     hidden, weight, bias = call_with_hidden(model, lambda *args: head_operands(*args, in_head_dtype=True), **inputs)
     transform = logit_transform(causal_model(model).config)
-    return transform(nn.functional.linear(hidden, weight, bias)).log_softmax(-1)
+    logits = nn.functional.linear(hidden, weight, bias) * transform.logit_scale
+    if transform.softcap is not None:
+        logits = transform.softcap * torch.tanh(logits / transform.softcap)
+    return logits.log_softmax(-1)
 
 
 def shrink(config: PretrainedConfig) -> None:

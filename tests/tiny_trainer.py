@@ -115,10 +115,14 @@ CONFIGS = {SRPOTrainer: SRPOTrainerConfig, GRPOTrainer: GRPOConfig, SDPOTrainer:
 
 
 def tiny_trainer(cls: Any, folder: Path, *, reward: Any = graded, model: Any = None, **options: Any) -> Any:
-    """A trainer of 8 completions per micro-batch in groups of 4; ``options`` go to its config."""
+    """A trainer of 8 completions per micro-batch in groups of 4; ``options`` go to its config.
+
+    ``processing_class="own"`` is that of a model that is a path.
+    """
     peft_config = options.pop("peft_config", None)
     dataset = options.pop("dataset", None)
     tokenizer = options.pop("processing_class", None)
+    arguments = {name: options.pop(name) for name in ("teacher_model", "rollout_func") if name in options}
     defaults: dict[str, Any] = {
         "output_dir": str(folder),
         "per_device_train_batch_size": 8,
@@ -140,8 +144,9 @@ def tiny_trainer(cls: Any, folder: Path, *, reward: Any = graded, model: Any = N
         reward_funcs=reward,
         args=next(CONFIGS[base] for base in cls.__mro__ if base in CONFIGS)(**(defaults | options)),
         train_dataset=prompts() if dataset is None else dataset,
-        processing_class=tiny_tokenizer() if tokenizer is None else tokenizer,
+        processing_class=tiny_tokenizer() if tokenizer is None else None if tokenizer == "own" else tokenizer,
         peft_config=peft_config,
+        **arguments,
     )
 
 

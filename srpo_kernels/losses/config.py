@@ -87,6 +87,7 @@ class SRPOConfig:
             token does not count, padded or packed; TRL counts it, which ``Normalizers.sequence_count`` can say.
         max_length: the length of ``"constant"`` (tokens); >= 1. None with the other reductions.
         count_inactive: also compute the log-probs of tokens that cannot move a weight, for the metrics.
+        count_entropy: also compute the entropies of the policy tokens whose log-probs are computed, for the metrics.
         rollout_correction: weights and masks of rows that another policy than ``old_log_probs``' has sampled, whose
             ``rollout_log_probs`` a call then takes. None: none.
 
@@ -121,13 +122,14 @@ class SRPOConfig:
     reduction: Reduction = "token"
     max_length: int | None = None
     count_inactive: bool = False
+    count_entropy: bool = False
     rollout_correction: RolloutCorrection | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "loss_options", _pairs(self.loss_options))
         for name in ("loss_type", *CHOICES, *RANGES, *OPTIONAL_RANGES, "teacher_transform"):
             require_option(name, getattr(self, name))
-        for name in ("add_tail", "count_inactive"):
+        for name in ("add_tail", "count_inactive", "count_entropy"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be a bool, got {getattr(self, name)!r}")
         require_count("topk", self.topk)

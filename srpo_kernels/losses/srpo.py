@@ -84,8 +84,10 @@ class SRPOObjective:
         spread = config.dw_beta * math.log(vocab_size)
         self.teacher_first = bool(num_taught) and log_mean is None and spread > _MAX_LOG_WEIGHT_SPREAD
         self.whole_sequences, self.derivation = config.whole_sequences, derivation
-        # Of rows without a teacher.
-        self._policy_names = ("log_probs", "entropy") if config.entropy_coef != 0.0 else ("log_probs",)
+        # Of rows without a teacher: what is computed, and what carries gradient.
+        has_bonus = config.entropy_coef != 0.0
+        self._policy_names = ("log_probs", "entropy") if has_bonus or config.count_entropy else ("log_probs",)
+        self._moving_names = self._policy_names if has_bonus else ("log_probs",)
         self._reference: Tensor | float = -0.5 * spread
         self._entropies: list[Tensor] = []
         self.metrics: dict[str, Tensor | float] = dict.fromkeys(METRICS, 0.0)
@@ -94,8 +96,11 @@ class SRPOObjective:
     def reads(self, taught: bool) -> tuple[frozenset[str], frozenset[str]]:
         """The statistics that rows with a teacher, or without one, need, and those that carry gradient."""
         if not taught:
-            names = frozenset[str]().union(*map(self.derivation.sources, self._policy_names))
-            return names, names
+            names, moving = (
+                frozenset[str]().union(*map(self.derivation.sources, of))
+                for of in (self._policy_names, self._moving_names)
+            )
+            return names, moving
         compared = self.derivation.sources("divergence")
         return compared | {"log_probs", "teacher_entropy"}, compared & frozenset(DIFFERENTIABLE)
 
@@ -141,7 +146,7 @@ class SRPOObjective:
             old_log_probs=inputs.get("old_log_probs"),
             ref_log_probs=inputs.get("ref_log_probs"),
             is_weights=self._is_weights(log_probs, inputs, sequences),
-            entropy=entropy,
+            entropy=entropy if config.entropy_coef != 0.0 else None,
             sequences=sequences,
         )
         self._add("scored_policy_tokens", len(log_probs))

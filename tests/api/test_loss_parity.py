@@ -68,6 +68,8 @@ EACH_OPTION: list[dict[str, Any]] = [
     {"reduction": "sequence"},
     {"reduction": "constant", "max_length": 9},
     {"count_inactive": True},
+    {"count_entropy": True},
+    {"count_entropy": True, "count_inactive": True, "loss_type": "gspo"},
 ]
 
 

@@ -24,7 +24,7 @@ OPTIONS: list[dict[str, Any]] = [
     {},
     {"loss_type": "gspo", "entropy_coef": 0.1},
     {"loss_type": "kl_cov", "loss_options": {"share": 1.0}, "kl_coef": 0.1},
-    {"count_inactive": True, "softcap": 10.0, "temperature": 0.7},
+    {"count_inactive": True, "count_entropy": True, "softcap": 10.0, "temperature": 0.7},
     {"distillation_mode": "topk", "topk": 4},
 ]
 

@@ -113,6 +113,6 @@ KINDS: dict[str, dict[str, Bad]] = (
     | dict.fromkeys(("distillation_mode", "reduction", "topk_of"), CHOICE)
     | dict.fromkeys(("vocab_parallel_group", "sequence_parallel_group", "group"), GROUP)
     | dict.fromkeys(("normalizers", "generator", "module", "function"), OBJECT)
-    | dict.fromkeys(("add_tail", "count_inactive", "whole_sequences"), FLAG)
+    | dict.fromkeys(("add_tail", "count_inactive", "count_entropy", "whole_sequences"), FLAG)
     | {"workspace_bytes": BYTES, "config": CONFIG}
 )

@@ -46,5 +46,6 @@ def draw_config(draw: Draw) -> SRPOConfig:
         reduction=reduction,
         max_length=9 if reduction == "constant" else None,
         count_inactive=one_of("count_inactive", False, True),
+        count_entropy=one_of("count_entropy", False, True),
         rollout_correction=one_of("rollout_correction", *[None] * 2 * len(CORRECTIONS), *CORRECTIONS),
     )

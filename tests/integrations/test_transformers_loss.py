@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,6 +21,7 @@ from srpo_kernels.integrations.transformers import (
     check_model,
     config_for,
     head_operands,
+    logit_transform,
     response_loss,
     response_normalizers,
     response_stats,
@@ -186,6 +188,31 @@ def test_teachers_read_without_dropout_gradient_or_a_trace(kind: str) -> None:
     out.loss.backward()
     if kind == "another":
         assert all(parameter.grad is None for parameter in source.parameters())
+
+
+@pytest.mark.parametrize("own", [None, 0.7])
+@pytest.mark.parametrize("names", [("llama", "gemma2"), ("gemma2", "granite")])
+def test_a_teacher_with_a_logit_transform_of_its_own(names: tuple[str, str], own: float | None) -> None:
+    model, other = map(wide, names)
+    config = config_for(model, temperature=0.8)
+    if own is not None:
+        transform = logit_transform(other.config)._replace(temperature=own)
+        config = dataclasses.replace(config, teacher_transform=transform)
+    options: dict[str, Any] = {"advantages": ADVANTAGES.double(), "sdpo_mask": ROUTED, "config": config}
+    shown = teacher_rows(other, IDS[ROUTED], MASK[ROUTED], response_mask=RESPONSES[ROUTED], config=config)
+    losses = [
+        response_loss(model, IDS, MASK, response_mask=RESPONSES, teacher=teacher, **options).loss
+        for teacher in (other, shown)
+    ]
+    with torch.no_grad():
+        student = packed_log_probs(model, IDS, MASK, RESPONSES)
+        teacher = packed_log_probs(other, IDS[ROUTED], MASK[ROUTED], RESPONSES[ROUTED])
+    plain = sk.SRPOConfig(temperature=0.8, teacher_transform=sk.LogitTransform(0.8 if own is None else own))
+    expected = oracle(student, teacher, config=plain)
+    for loss in losses:
+        assert loss.item() == pytest.approx(expected.item(), rel=1e-9)
+    tempered = (teacher / plain.teacher_transform.temperature).log_softmax(-1)  # type: ignore[union-attr]
+    torch.testing.assert_close(shown.entropy, -(tempered.exp() * tempered).sum(1))
 
 
 def test_a_teacher_in_another_dtype() -> None:

@@ -21,7 +21,7 @@ from transformers.masking_utils import sdpa_mask
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 import srpo_kernels as sk
-from srpo_kernels.integrations.transformers import LogitTransform, check_model, logit_transform, response_stats
+from srpo_kernels.integrations.transformers import check_model, logit_transform, response_stats
 from srpo_kernels.integrations.transformers.head import DIVISORS, FACTORS, SOFTCAPS
 from tests.tiny_models import ARCHITECTURES, log_probs, tiny_model_of
 
@@ -55,7 +55,7 @@ OTHERS = tuple(name for name in ARCHITECTURES if name not in (*ACCEPTED, *REFUSE
 STARTS, LENGTHS, WIDTH = (0, 2, 3), (3, 8, 5), 10
 
 
-def config_of(transform: LogitTransform) -> sk.SRPOConfig:
+def config_of(transform: sk.LogitTransform) -> sk.SRPOConfig:
     return sk.SRPOConfig(logit_scale=transform.logit_scale, softcap=transform.softcap)
 
 
@@ -114,20 +114,20 @@ def test_the_architectures_without_a_tiny_model_still_have_none(name: str) -> No
         tiny_model_of(name)(input_ids=torch.arange(1, 9)[None])
 
 
-TRANSFORMS: dict[str, tuple[dict[str, float], LogitTransform]] = {
-    "cohere": ({"logit_scale": 0.3}, LogitTransform(0.3, None)),
-    "falcon_h1": ({"lm_head_multiplier": 0.3}, LogitTransform(0.3, None)),
-    "granite": ({"logits_scaling": 3.0}, LogitTransform(1 / 3.0, None)),
-    "granitemoehybrid": ({"logits_scaling": 3.0}, LogitTransform(1 / 3.0, None)),
-    "hyperclovax": ({"logits_scaling": 3.0}, LogitTransform(3.0, None)),
-    "inkling_text": ({"logits_mup_width_multiplier": 3.0}, LogitTransform(1 / 3.0, None)),
-    "minicpm3": ({"dim_model_base": 10}, LogitTransform(10 / 32, None)),
-    "mpt": ({"logit_scale": 0.3}, LogitTransform(1.0, None)),
-    "gemma2": ({"final_logit_softcapping": 20.0}, LogitTransform(1.0, 20.0)),
-    "inkling2_text": ({"final_logit_softcapping": 20.0}, LogitTransform(1.0, 20.0)),
-    "nanochat": ({"final_logit_softcapping": 20.0}, LogitTransform(1.0, 20.0)),
-    "recurrent_gemma": ({"logits_soft_cap": 20.0}, LogitTransform(1.0, 20.0)),
-    "xlstm": ({"output_logit_soft_cap": 20.0}, LogitTransform(1.0, 20.0)),
+TRANSFORMS: dict[str, tuple[dict[str, float], sk.LogitTransform]] = {
+    "cohere": ({"logit_scale": 0.3}, sk.LogitTransform(1.0, 0.3)),
+    "falcon_h1": ({"lm_head_multiplier": 0.3}, sk.LogitTransform(1.0, 0.3)),
+    "granite": ({"logits_scaling": 3.0}, sk.LogitTransform(1.0, 1 / 3.0)),
+    "granitemoehybrid": ({"logits_scaling": 3.0}, sk.LogitTransform(1.0, 1 / 3.0)),
+    "hyperclovax": ({"logits_scaling": 3.0}, sk.LogitTransform(1.0, 3.0)),
+    "inkling_text": ({"logits_mup_width_multiplier": 3.0}, sk.LogitTransform(1.0, 1 / 3.0)),
+    "minicpm3": ({"dim_model_base": 10}, sk.LogitTransform(1.0, 10 / 32)),
+    "mpt": ({"logit_scale": 0.3}, sk.LogitTransform(1.0, 1.0)),
+    "gemma2": ({"final_logit_softcapping": 20.0}, sk.LogitTransform(1.0, 1.0, 20.0)),
+    "inkling2_text": ({"final_logit_softcapping": 20.0}, sk.LogitTransform(1.0, 1.0, 20.0)),
+    "nanochat": ({"final_logit_softcapping": 20.0}, sk.LogitTransform(1.0, 1.0, 20.0)),
+    "recurrent_gemma": ({"logits_soft_cap": 20.0}, sk.LogitTransform(1.0, 1.0, 20.0)),
+    "xlstm": ({"output_logit_soft_cap": 20.0}, sk.LogitTransform(1.0, 1.0, 20.0)),
 }
 
 
@@ -143,8 +143,8 @@ def test_scales_and_softcaps_have_to_be_known(name: str, dtype: torch.dtype) -> 
     model = tiny_model_of(name, **fields).to(dtype)
     assert logit_transform(model.config) == pytest.approx(transform)
     check_model(model, config_of(transform))
-    scale, softcap = transform
-    for wrong in (LogitTransform(1.1 * scale, softcap), LogitTransform(scale, 25.0)):
+    _, scale, softcap = transform
+    for wrong in (sk.LogitTransform(1.0, 1.1 * scale, softcap), sk.LogitTransform(1.0, scale, 25.0)):
         with pytest.raises(ValueError, match="model must compute its logits"):
             check_model(model, config_of(wrong))
 
@@ -154,7 +154,7 @@ def test_a_refusal_says_what_the_model_does() -> None:
     with pytest.raises(
         ValueError, match=r"RecurrentGemmaForCausalLM makes -?30 of a product of -?1.638e\+04, where Logit"
     ):
-        check_model(model, config_of(LogitTransform(1.0, None)))
+        check_model(model, config_of(sk.LogitTransform(1.0, 1.0)))
 
 
 def test_every_name_of_a_scale_or_softcap_in_transformers_is_known() -> None:
@@ -197,17 +197,17 @@ def test_a_model_with_flash_attention_is_checked_in_a_dtype_that_it_takes(
     model.config._attn_implementation = flash_attention
     check_model(model)
     with pytest.raises(ValueError, match="model must compute its logits"):
-        check_model(model, config_of(LogitTransform(1.0, None)))
+        check_model(model, config_of(sk.LogitTransform(1.0, 1.0)))
     assert model.lm_head.weight.dtype == dtype
 
 
 def test_it_leaves_the_model_as_it_was() -> None:
     model = tiny_model_of("llama", attention_dropout=0.5).train()
     model.lm_head.forward = forward = model.lm_head.forward
-    check_model(model, config_of(LogitTransform(1.0, None)))
+    check_model(model, config_of(sk.LogitTransform(1.0, 1.0)))
     assert model.training and model.lm_head.__dict__["forward"] is forward
     with pytest.raises(ValueError, match="model must compute its logits"):
-        check_model(model, config_of(LogitTransform(2.0, None)))
+        check_model(model, config_of(sk.LogitTransform(1.0, 2.0)))
     assert model.training and model.lm_head.__dict__["forward"] is forward
 
 
@@ -226,7 +226,7 @@ class LargestTensor(TorchDispatchMode):
 def test_it_does_not_copy_a_large_head() -> None:
     model = tiny_model_of("llama", vocab_size=100_000, hidden_size=64).bfloat16()
     with LargestTensor() as largest:
-        check_model(model, config_of(LogitTransform(1.0, None)))
+        check_model(model, config_of(sk.LogitTransform(1.0, 1.0)))
     # A slice of 8,192 rows, or the logits of eight tokens, in fp32; the head itself has 12.8 MB.
     assert largest.bytes <= 4 * max(8192 * 64, 8 * 100_000)
 

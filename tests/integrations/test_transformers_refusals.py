@@ -77,9 +77,13 @@ BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         "must have the tokenizer of model, whose vocabulary has 96 tokens, got one with 97",
     ),
     "the teacher's transform": (
-        changed(sdpo_mask=ROUTED, teacher=wide("gemma2")),
+        changed(
+            sdpo_mask=ROUTED,
+            teacher=wide("gemma2"),
+            config=sk.SRPOConfig(teacher_transform=sk.LogitTransform(0.7, softcap=4.0)),
+        ),
         ValueError,
-        r"config must have the logit transform of teacher, .*softcap=3.0\) of Gemma2ForCausalLM",
+        r"config.teacher_transform must have .* of teacher, .*softcap=3.0 of Gemma2ForCausalLM, got .*softcap=4.0",
     ),
     "the model's transform": (
         changed(model=lambda: wide("granite"), config=sk.SRPOConfig(temperature=0.7)),

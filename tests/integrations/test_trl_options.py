@@ -14,7 +14,6 @@ pytest.importorskip("trl", "1.16", reason="the trl integration needs trl >= 1.16
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
-    MixtralConfig,
 )
 from trl import GRPOConfig
 
@@ -24,25 +23,22 @@ from srpo_kernels.integrations.trl.teacher import teacher_prompt
 from tests.tiny_trainer import ScriptedSRPO, graded, prompts, tiny_model, tiny_tokenizer, tiny_trainer
 
 REFUSED: dict[str, tuple[Any, dict[str, Any]]] = {
-    "use_liger_kernel": (True, {}),
-    "top_entropy_quantile": (0.2, {}),
-    "use_adaptive_entropy": (True, {}),
-    "off_policy_mask_threshold": (0.5, {}),
-    "use_bias_correction_kl": (True, {"beta": 0.1, "importance_sampling_level": "sequence"}),
-    "vllm_importance_sampling_correction": (True, {"loss_type": "vespo", "use_vllm": True}),
-    "loss_type": ("bnpo", {}),
-    "importance_sampling_level": ("sequence", {"loss_type": "sapo"}),
+    "importance_sampling_level": ("sequence", {"loss_type": "reinforce"}),
+    "dual_clip": (3.0, {"top_entropy_quantile": 0.5}),
+    "loss_type": ("reinforce", {"off_policy_mask_threshold": 0.5}),
     "sapo_temperature_pos": (0.0, {"loss_type": "sapo"}),
-    "entropy_coef": (0.1, {"loss_type": "grpo"}),
     "beta": (0.1, {"method": "sdpo"}),
-    "delta": (1.5, {"loss_type": "cispo", "epsilon_high": 5.0}),
-    "epsilon_high": (0.28, {"loss_type": "cispo"}),
-    "steps_per_generation": (3, {"gradient_accumulation_steps": 2, "num_generations": 2}),
+    "entropy_coef": (0.1, {"method": "distill"}),
+    "use_adaptive_entropy": (True, {"method": "sdpo"}),
     "questions_per_batch": (3, {"per_device_train_batch_size": 32}),
     "method": ("ppo", {}),
     "teacher_model_kind": ("base", {}),
     "teacher_update_rate": (0.0, {}),
+    "teacher_update_every": (0, {}),
     "teacher_template": ("{prompt} {answer}", {}),
+    "solution_template": ("{prompt}", {}),
+    "feedback_template": ("{solution}", {}),
+    "token_denominator": ("batch", {}),
     "distillation_alpha": (1.5, {}),
     "distillation_mode": ("full_logits", {}),
     "dw_beta": (-1.0, {}),
@@ -63,12 +59,6 @@ def test_what_the_loss_cannot_do_is_refused_by_name(name: str) -> None:
         config(**({name: value} | others))
 
 
-@pytest.mark.parametrize("loss_type", ["bnpo", "unknown"])
-def test_a_loss_type_is_refused_with_a_reason(loss_type: str) -> None:
-    with pytest.raises(ValueError, match=r"loss_type must be one of .*: (it|its) "):
-        config(loss_type=loss_type)
-
-
 def test_a_registered_loss_trains(tmp_path: Path) -> None:
     sk.register_policy_loss("mine", lambda rows: -rows.advantages * rows.log_ratio.exp())
     try:
@@ -78,22 +68,12 @@ def test_a_registered_loss_trains(tmp_path: Path) -> None:
         trainer.train()
     finally:
         del sk.POLICY_LOSSES["mine"]
-    with pytest.raises(ValueError, match=r"'reinforce'.*got 'mine': it is unknown"):
+    with pytest.raises(ValueError, match=r"loss_type must be one of .*'bnpo'.*'reinforce'.*got 'mine'"):
         config(loss_type="mine")
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [({}, "importance_sampling_level must be 'sequence'"), ({"beta": 0.1}, "beta must be 0")],
-)
-def test_luspo_is_of_sequences_without_a_kl(options: dict[str, Any], message: str) -> None:
-    level = {"importance_sampling_level": "sequence"} if options else {}
-    with pytest.raises(ValueError, match=message):
-        config(loss_type="luspo", **options, **level)
-
-
 def test_the_default_bound_is_none_for_cispo() -> None:
-    with pytest.raises(ValueError, match=r"epsilon_high must be at least 1\.0 with loss_type='cispo'.*5\.0; got 0\.28"):
+    with pytest.warns(UserWarning, match="epsilon_high is the bound of the ratio itself with loss_type='cispo'"):
         config(loss_type="cispo")
 
 
@@ -103,25 +83,9 @@ def test_a_template_must_have_both_fields(template: str) -> None:
         config(teacher_template=template)
 
 
-@pytest.mark.parametrize("name", ["tools", "rollout_func", "environment_factory", "something_else"])
-def test_arguments_of_the_trainer_are_refused_by_name(name: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=name):
-        SRPOTrainer(tiny_model(), graded, config(output_dir=str(tmp_path)), prompts(), **{name: print})
-
-
 def test_a_config_of_trl_is_refused(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="args must be an SRPOTrainerConfig, got GRPOConfig"):
         SRPOTrainer(tiny_model(), graded, GRPOConfig(str(tmp_path), use_cpu=True, bf16=False), prompts())
-
-
-def test_experts_with_an_auxiliary_loss_are_refused(tmp_path: Path) -> None:
-    sizes = {"vocab_size": 47, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "num_local_experts": 2}
-    experts = AutoModelForCausalLM.from_config(MixtralConfig(**sizes, **heads, pad_token_id=0, eos_token_id=1))
-    with pytest.raises(ValueError, match=r"router_aux_loss_coef must be 0\.0"):
-        tiny_trainer(ScriptedSRPO, tmp_path, model=experts)
-    trainer = tiny_trainer(ScriptedSRPO, tmp_path, model=experts, router_aux_loss_coef=0.0)
-    trainer.train()
 
 
 def test_the_defaults_are_the_papers() -> None:
@@ -155,13 +119,13 @@ def test_every_option_of_the_loss_is_set_or_left_alone_on_purpose() -> None:
         temperature=0.7,
         loss_type="dr_grpo",
         importance_sampling_level="sequence",
-    ).loss_config(2.0, 30.0)
+    ).loss_config(sk.LogitTransform(1.0, 2.0, 30.0))
     default = config().loss_config()
     same = {f.name for f in dataclasses.fields(default) if getattr(changed, f.name) == getattr(default, f.name)}
     # The others are not options of TRL, or were not set: those of the loss are sapo's alone.
     assert same == {
-        "loss_options", "kl_type", "log_ratio_clamp", "count_inactive", "entropy_coef", "topk_of", "rollout_correction",
-        "divergence_clip", "teacher_transform",
+        "loss_options", "kl_type", "log_ratio_clamp", "count_inactive", "count_entropy", "entropy_coef", "topk_of",
+        "rollout_correction", "divergence_clip", "teacher_transform",
     }  # fmt: skip
     sapo = config(loss_type="sapo", sapo_temperature_pos=2.0).loss_config()
     assert dict(sapo.loss_options) == {"tau_positive": 2.0, "tau_negative": 1.05}
@@ -169,14 +133,29 @@ def test_every_option_of_the_loss_is_set_or_left_alone_on_purpose() -> None:
 
 def test_the_teacher_reads_the_solution_in_the_last_user_message() -> None:
     chat = [{"role": "system", "content": "s"}, {"role": "user", "content": "{x}"}]
-    shown = teacher_prompt(chat, "{prompt}", "{prompt}|{solution}")
+    shown = teacher_prompt(chat, "{prompt}|{solution}", solution="{prompt}")
     assert shown == [{"role": "system", "content": "s"}, {"role": "user", "content": "{x}|{prompt}"}]
     assert chat[1]["content"] == "{x}"
-    assert teacher_prompt("p", "s", "{{{prompt}}} {solution}") == "{p} s"
-    with pytest.raises(ValueError, match="prompt must end with a user message"):
-        teacher_prompt([{"role": "assistant", "content": "a"}], "s", "{prompt}{solution}")
-    with pytest.raises(ValueError, match="content of type list"):
-        teacher_prompt([{"role": "user", "content": [{"type": "text", "text": "a"}]}], "s", "{prompt}{solution}")
+    assert teacher_prompt("p", "{{{prompt}}} {solution}", solution="s") == "{p} s"
+
+
+def test_the_teacher_reads_in_any_conversation() -> None:
+    def shown(*messages: dict[str, Any]) -> list[Any]:
+        return [message["content"] for message in teacher_prompt(list(messages), "{prompt}|{solution}", solution="s")]
+
+    system, user = {"role": "system", "content": "y"}, {"role": "user", "content": "u"}
+    assistant = {"role": "assistant", "content": "a"}
+    # A prefill, several turns, a system message at the end or alone.
+    assert shown(system, user, assistant) == ["y", "u|s", "a"]
+    assert shown(user, assistant, user) == ["u", "a", "u|s"]
+    assert shown(user, system) == ["u|s", "y"]
+    assert shown(system) == ["y|s"]
+    assert shown({"role": "assistant", "content": None}) == ["|s"]
+    text, image = {"type": "text", "text": "t"}, {"type": "image"}
+    blocks = [image, text, {"type": "text", "text": "v"}]
+    assert shown({"role": "user", "content": blocks}) == [[image, {"type": "text", "text": "t\nv|s"}]]
+    assert shown({"role": "user", "content": [image]}) == [[image, {"type": "text", "text": "|s"}]]
+    assert blocks == [image, text, {"type": "text", "text": "v"}]
 
 
 SIZES: dict[str, Any] = {"vocab_size": 32, "hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1}

@@ -46,12 +46,13 @@ def told(folder: Path, completions: list[list[int]], rewards: Any, **options: An
 
     tool_mask = options.pop("tool_mask", None)
     functions = [function(name, table) for name, table in tables.items()]
-    defaults = {"teacher_template": TEMPLATE, "num_generations": len(completions), "reward": functions}
-    defaults["per_device_train_batch_size"] = len(completions)
-    trainer = tiny_trainer(Told, folder, **(defaults | options))
+    defaults = {"teacher_template": TEMPLATE, "solution_template": "{solution}", "reward": functions}
+    defaults |= dict.fromkeys(("num_generations", "per_device_train_batch_size"), len(completions))
+    trainer = tiny_trainer(options.pop("trainer", Told), folder, **(defaults | options))
     trainer.told, trainer.tool_mask = completions, tool_mask
     trainer.model.train()
-    return trainer, trainer._generate_and_score_completions([trainer.train_dataset[0]] * len(completions))
+    examples = [dict(trainer.train_dataset[0]) for _ in completions]
+    return trainer, trainer._generate_and_score_completions(examples)
 
 
 def words(*ids: int) -> str:

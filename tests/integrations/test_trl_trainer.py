@@ -20,7 +20,7 @@ pytest.importorskip("trl", "1.16", reason="the trl integration needs trl >= 1.16
 import reference
 from srpo_kernels.integrations.trl import SRPOTrainer
 from srpo_kernels.integrations.trl.teacher import FILE_NAME
-from tests.tiny_trainer import ScriptedSRPO, curve, graded, prompts, tiny_model, tiny_trainer
+from tests.tiny_trainer import ScriptedSRPO, curve, graded, prompts, tiny_model, tiny_trainer, train
 
 
 def scored_batch(trainer: Any, rows: int = 16) -> dict[str, Any]:
@@ -65,7 +65,8 @@ def test_the_loss_is_the_oracles(options: dict[str, Any], chat: bool, tools: boo
         for sibling in group:
             solution = tokenizer.decode(completions[sibling], skip_special_tokens=True)
             text = prompt[0]["content"] if chat else prompt
-            text = trainer.args.teacher_template.format(prompt=text, solution=solution)
+            solution = trainer.args.solution_template.format(solution=solution)
+            text = trainer.args.teacher_template.format(prompt=text, solution=solution, feedback="")
             shown.append(tokenizer(f"user {text} assistant" if chat else text)["input_ids"])
         assert batch["teacher_prompt_ids"][row] in shown if routed else batch["teacher_prompt_ids"][row] == []
     assert 0 < int(batch["sdpo_mask"].sum()) < 16
@@ -170,7 +171,14 @@ def free_port() -> int:
 
 # One group over both processes: a teacher may have to show what the other process generated.
 SHARED = {"num_generations": 16, "gradient_accumulation_steps": 2, "max_steps": 3}
-RUNS = {"tokens": SHARED, "sequences": SHARED | {"loss_type": "grpo"}, "sdpo": SHARED | {"method": "sdpo"}}
+RUNS: dict[str, dict[str, Any]] = {
+    "tokens": SHARED,
+    "sequences": SHARED | {"loss_type": "grpo"},
+    "sdpo": SHARED | {"method": "sdpo"},
+    "log-probs": SHARED | {"off_policy_mask_threshold": 1e6},
+    "shards": SHARED | {"shards": True},
+    "shards, log-probs": SHARED | {"shards": True, "off_policy_mask_threshold": 1e6},
+}
 # The ratios move far enough for the clips.
 CLIPPED = SHARED | {"num_iterations": 2, "learning_rate": 3e-2, "epsilon": 0.02, "epsilon_high": 0.03}
 # TRL's bonus is a mean of means: one that is too small to part the models.
@@ -209,8 +217,8 @@ def histories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[s
 
 @pytest.mark.parametrize("name", RUNS)
 def test_two_processes_train_as_one(name: str, histories: Any, tmp_path: Path) -> None:
-    alone = tiny_trainer(ScriptedSRPO, tmp_path, **RUNS[name])
-    alone.train()
+    options = {key: value for key, value in RUNS[name].items() if key != "shards"}
+    alone = train(ScriptedSRPO, tmp_path, **options)
     assert curve(alone, "srpo/sdpo_token_fraction")[0] > 0.0
     for metric in ("loss", "grad_norm", *(key for key in alone.state.log_history[0] if key.startswith("srpo/"))):
         together = [entry[metric] for entry in histories[name] if metric in entry]
@@ -230,6 +238,19 @@ def test_metrics_of_two_processes_are_trls(level: str, histories: Any) -> None:
         assert expected.keys() <= mine.keys()
         for name in expected.keys() - {"step_time", "loss", "grad_norm"}:
             assert mine[name] == pytest.approx(expected[name], rel=1e-3, abs=1e-4), name
+
+
+def test_a_model_that_is_compiled_as_a_whole_trains_alike(tmp_path: Path) -> None:
+    plain, compiled = (train(ScriptedSRPO, tmp_path / str(on), torch_compile=on) for on in (False, True))
+    assert isinstance(compiled.model_wrapped, torch._dynamo.OptimizedModule)
+    assert curve(compiled) == pytest.approx(curve(plain), rel=1e-6)
+
+
+def test_a_model_on_several_devices_is_refused(tmp_path: Path) -> None:
+    model = tiny_model()
+    model.hf_device_map = {"model": 0, "lm_head": 1}
+    with pytest.raises(ValueError, match=r"device_map must have the model on one device .* got \['0', '1'\]"):
+        tiny_trainer(ScriptedSRPO, tmp_path, model=model)
 
 
 def test_importance_weights_of_the_sampler_reach_the_loss(tmp_path: Path) -> None:

@@ -65,6 +65,7 @@ def test_defaults_are_the_papers() -> None:
         "max_length": None,
         "rollout_correction": None,
         "count_inactive": False,
+        "count_entropy": False,
     }
 
 
@@ -139,7 +140,7 @@ def test_a_count_is_an_int(name: str) -> None:
         SRPOConfig(**{name: 8.0})
 
 
-@pytest.mark.parametrize("name", ["add_tail", "count_inactive"])
+@pytest.mark.parametrize("name", ["add_tail", "count_inactive", "count_entropy"])
 def test_a_number_is_no_bool(name: str) -> None:
     with pytest.raises(TypeError, match=f"^{name} must be a bool, got 1"):
         SRPOConfig(**{name: 1})

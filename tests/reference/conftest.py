@@ -37,6 +37,7 @@ def config_factory() -> Make:
             "reduction": "token",
             "max_length": 7,
             "count_inactive": False,
+            "count_entropy": False,
         }
         assert overrides.keys() <= defaults.keys()
         return SimpleNamespace(**{**defaults, **overrides})

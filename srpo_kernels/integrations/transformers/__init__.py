@@ -8,7 +8,6 @@ try:
     from srpo_kernels.integrations.transformers.check import check_model
     from srpo_kernels.integrations.transformers.head import (
         Head,
-        LogitTransform,
         config_for,
         head_operands,
         logit_transform,
@@ -30,7 +29,6 @@ except ImportError as error:
 __all__ = [
     "AverageTeacher",
     "Head",
-    "LogitTransform",
     "TeacherRows",
     "call_with_hidden",
     "causal_model",

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import srpo_kernels as sk
 from srpo_kernels.integrations.transformers.adapters import SLICE, linear_head
-from srpo_kernels.integrations.transformers.head import Head, LogitTransform, head_operands, resolve_config
+from srpo_kernels.integrations.transformers.head import Head, head_operands, resolve_config
 from srpo_kernels.integrations.transformers.hidden import call_with_hidden, causal_model, evaluating, peft_model
 
 
@@ -62,7 +62,7 @@ def check_model(model: Any, config: sk.SRPOConfig | None = None) -> None:
     is_same = torch.equal(alone.float(), probe.entered.float())
     tolerance = 1e-5 if is_same else max(1e-5, 4 * torch.finfo(probe.entered.dtype).eps)
     _check_operands(name, probe)
-    _check_logits(name, LogitTransform(config.logit_scale, config.softcap), products, logits, tolerance)
+    _check_logits(name, config.transform._replace(temperature=1.0), products, logits, tolerance)
     whole, part = padded[0, -8:-3].float(), padded[1, -5:].float()
     error = float(torch.dist(part, whole) / whole.norm())
     if not error <= (1e-4 if is_wide and not is_autocast else 1e-2):
@@ -126,9 +126,11 @@ def _check_operands(name: str, probe: _Probe) -> None:
         )
 
 
-def _check_logits(name: str, transform: LogitTransform, products: Tensor, logits: Tensor, tolerance: float) -> None:
+def _check_logits(name: str, transform: sk.LogitTransform, products: Tensor, logits: Tensor, tolerance: float) -> None:
     must = "model must compute its logits from the last hidden states and the LM head, up to a scale and a softcap"
-    expected = transform(products)
+    expected = products * transform.logit_scale
+    if transform.softcap is not None:
+        expected = transform.softcap * torch.tanh(expected / transform.softcap)
     if logits.shape != expected.shape:
         raise ValueError(f"{must}; those of {name} are {list(logits.shape)}, the product is {list(expected.shape)}")
     errors, sizes = (expected - logits).abs(), torch.maximum(expected.abs(), logits.abs()).amax(-1, keepdim=True)

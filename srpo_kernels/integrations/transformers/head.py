@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -18,18 +19,6 @@ DIVISORS = ("logits_scaling", "logits_mup_width_multiplier")
 SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 
 
-class LogitTransform(NamedTuple):
-    """What a model does to the product of hidden states and head: ``softcap * tanh(x * logit_scale / softcap)``."""
-
-    logit_scale: float
-    softcap: float | None
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """The logits of a product."""
-        x = x * self.logit_scale
-        return x if self.softcap is None else self.softcap * torch.tanh(x / self.softcap)
-
-
 class Head(NamedTuple):
     """The operands of the logits: ``[..., H]``, ``[V, H]`` and ``[V]`` or None."""
 
@@ -38,8 +27,8 @@ class Head(NamedTuple):
     bias: Tensor | None
 
 
-def logit_transform(config: Any) -> LogitTransform:
-    """The transform that a model's config declares, under any of the names that transformers has for it."""
+def logit_transform(config: Any) -> sk.LogitTransform:
+    """The scale and the softcap that a model's config declares, under any of the names of transformers."""
     text = config.get_text_config()
     declared = {
         name: float(value)
@@ -49,9 +38,9 @@ def logit_transform(config: Any) -> LogitTransform:
     }
     scale = math.prod(declared.get(name, 1.0) for name in FACTORS)
     divisor = math.prod(declared.get(name, 1.0) for name in DIVISORS)
-    return LogitTransform(
-        scale * divisor if text.model_type == "hyperclovax" else scale / divisor,
-        next((declared[name] for name in SOFTCAPS if name in declared), None),
+    return sk.LogitTransform(
+        logit_scale=scale * divisor if text.model_type == "hyperclovax" else scale / divisor,
+        softcap=next((declared[name] for name in SOFTCAPS if name in declared), None),
     )
 
 
@@ -72,20 +61,42 @@ def config_for(model: Any, **options: Any) -> sk.SRPOConfig:
     return sk.SRPOConfig(logit_scale=transform.logit_scale, softcap=transform.softcap, **options)
 
 
-def resolve_config(model: Any, config: sk.SRPOConfig | None, name: str = "model") -> sk.SRPOConfig:
+def resolve_config(model: Any, config: sk.SRPOConfig | None) -> sk.SRPOConfig:
     """``config``, or the default one of ``model``. Raises ValueError for the logit transform of another model."""
     if config is None:
         return config_for(model)
     if not isinstance(config, sk.SRPOConfig):
         raise TypeError(f"config must be an SRPOConfig or None, got {type(config).__name__}")
+    _require_transform(config.transform, model, "config", "model", "config_for(model, ...) makes one that has it")
+    return config
+
+
+def teacher_config(teacher: Any, config: sk.SRPOConfig | None) -> sk.SRPOConfig:
+    """``config`` with the logit transform of ``teacher``, at the student's temperature where it has none of its own.
+
+    Raises ValueError for a ``teacher_transform`` of another model.
+    """
+    if config is None:
+        return config_for(teacher)
+    if not isinstance(config, sk.SRPOConfig):
+        raise TypeError(f"config must be an SRPOConfig or None, got {type(config).__name__}")
+    if config.teacher_transform is not None:
+        why = "None takes the teacher's"
+        _require_transform(config.teacher_transform, teacher, "config.teacher_transform", "teacher", why)
+        return config
+    declared = logit_transform(causal_model(teacher).config)._replace(temperature=config.temperature)
+    return config if declared == config.transform else replace(config, teacher_transform=declared)
+
+
+def _require_transform(transform: sk.LogitTransform, model: Any, name: str, whose: str, hint: str) -> None:
     base = causal_model(model)
     declared = logit_transform(base.config)
-    if (config.logit_scale, config.softcap) != declared:
+    if transform._replace(temperature=1.0) != declared:
         raise ValueError(
-            f"config must have the logit transform of {name}, {declared} of {type(base).__name__}, got logit_scale="
-            f"{config.logit_scale} and softcap={config.softcap}: config_for(model, ...) makes one that has it"
+            f"{name} must have the logit transform of {whose}, logit_scale={declared.logit_scale} and softcap="
+            f"{declared.softcap} of {type(base).__name__}, got logit_scale={transform.logit_scale} and softcap="
+            f"{transform.softcap}: {hint}"
         )
-    return config
 
 
 def head_operands(hidden: Tensor, head: nn.Module, *, in_head_dtype: bool = False) -> Head:

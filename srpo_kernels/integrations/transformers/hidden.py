@@ -110,6 +110,12 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
+def backbone_of(model: Any) -> Any:
+    """What of a model makes its hidden states: all but the LM head."""
+    # Llama 4's base model is itself.
+    return model.base_model if model.base_model is not model else model.model
+
+
 def last_hidden_states(model: Any, *, attention_mask: Tensor | None = None, **inputs: Any) -> Tensor:
     """The hidden states ``[B, S, H]`` of a batch, each of them what it is in a row without padding.
 
@@ -127,8 +133,7 @@ def last_hidden_states(model: Any, *, attention_mask: Tensor | None = None, **in
     """
     # PEFT names every argument that it knows of, and not every model takes them all.
     inputs = {name: value for name, value in inputs.items() if value is not None}
-    # Llama 4's base model is itself.
-    backbone = model.base_model if model.base_model is not model else model.model
+    backbone = backbone_of(model)
     if attention_mask is None:
         hidden: Tensor = backbone(**inputs, use_cache=False)[0]
         return hidden

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import srpo_kernels as sk
 from srpo_kernels.integrations.transformers.adapters import linear_head
-from srpo_kernels.integrations.transformers.head import head_operands, head_weight, resolve_config
+from srpo_kernels.integrations.transformers.head import head_operands, head_weight, teacher_config
 from srpo_kernels.integrations.transformers.hidden import call_with_hidden, causal_model
 from srpo_kernels.integrations.transformers.responses import find_responses
 from srpo_kernels.integrations.transformers.statistics import TeacherRows, checked_config, teacher_rows
@@ -55,8 +55,9 @@ def response_loss(
         advantages: ``[B]`` or ``[B, S]``; None only when every sequence is distilled.
         sdpo_mask: ``[B]``, bool: the sequences to distill. None: none.
         teacher: what ``teacher_rows`` has made of the distilled sequences, with another prompt before the same
-            responses. Or a model of the same vocabulary and logit transform, ``model`` itself or an ``AverageTeacher``,
-            which then reads the student's own rows.
+            responses. Or a model of the same vocabulary, ``model`` itself or an ``AverageTeacher``, which then reads
+            the student's own rows. Its logit transform may be another: it is ``config.teacher_transform``, made of
+            the teacher's config and ``config.temperature`` where that is None.
         old_log_probs: ``[B, S]``, as in ``srpo_loss``.
         ref_log_probs: the same.
         is_weights: the same.
@@ -74,7 +75,7 @@ def response_loss(
 
     Raises:
         TypeError, ValueError: an argument that does not fit, by name; a model that ``check_model`` refuses, a teacher
-            with another vocabulary, logit transform or response, and what ``srpo_loss`` raises.
+            with another vocabulary or response, and what ``srpo_loss`` raises.
     """
     config = checked_config(model, config)
     responses = find_responses(input_ids, attention_mask, response_mask, labels)
@@ -96,7 +97,8 @@ def response_loss(
     if teacher is not None:
         if sdpo_mask is None:
             raise ValueError("teacher needs sdpo_mask, which says what sequences it teaches; got sdpo_mask=None")
-        _check_teacher(model, teacher, config)
+        _check_teacher(model, teacher)
+        config = teacher_config(_source(teacher), config)
         if isinstance(teacher, TeacherRows):
             taught = teacher
         elif sdpo_mask.any() or is_sharded(teacher):
@@ -177,9 +179,8 @@ def _check_sdpo_mask(sdpo_mask: object, input_ids: Tensor) -> None:
         raise ValueError(f"sdpo_mask must have shape [B], [{len(input_ids)}], got {list(sdpo_mask.shape)}")
 
 
-def _check_teacher(model: nn.Module, teacher: Any, config: sk.SRPOConfig) -> None:
+def _check_teacher(model: nn.Module, teacher: Any) -> None:
     source = _source(teacher)
-    resolve_config(source, config, "teacher")
     sizes = [len(linear_head(causal_model(x).get_output_embeddings()).weight) for x in (source, model)]
     if sizes[0] != sizes[1]:
         raise ValueError(

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import srpo_kernels as sk
 from srpo_kernels.integrations.transformers.adapters import linear_head
 from srpo_kernels.integrations.transformers.check import check_model
-from srpo_kernels.integrations.transformers.head import head_operands, resolve_config
+from srpo_kernels.integrations.transformers.head import head_operands, resolve_config, teacher_config
 from srpo_kernels.integrations.transformers.hidden import call_with_hidden, causal_model, evaluating
 from srpo_kernels.integrations.transformers.responses import find_responses
 from srpo_kernels.integrations.transformers.teacher import AverageTeacher, is_sharded
@@ -97,7 +97,8 @@ def teacher_rows(
         entropy: whether to compute them, where ``config.dw_beta`` is not 0: one more matmul.
     """
     source = teacher.model if isinstance(teacher, AverageTeacher) else teacher
-    config = checked_config(source, config, "teacher")
+    config = teacher_config(source, config)
+    check_once(source)
     responses = find_responses(input_ids, attention_mask, response_mask, labels, "teacher_")
     inputs = {"input_ids": input_ids, "attention_mask": attention_mask, **(model_inputs or {})}
 
@@ -152,11 +153,16 @@ def response_normalizers(
     return sk.Normalizers.from_batch(response_mask, sdpo_mask, entropy, config=config)
 
 
-def checked_config(model: nn.Module, config: sk.SRPOConfig | None, name: str = "model") -> sk.SRPOConfig:
+def checked_config(model: nn.Module, config: sk.SRPOConfig | None) -> sk.SRPOConfig:
     """``resolve_config``, for a model that has been checked."""
-    config = resolve_config(model, config, name)
+    config = resolve_config(model, config)
+    check_once(model)
+    return config
+
+
+def check_once(model: nn.Module) -> None:
+    """``check_model``, the first time that a model comes."""
     base = causal_model(model)
     if base not in _CHECKED:
         check_model(model)
         _CHECKED.add(base)
-    return config

@@ -3,10 +3,9 @@
 `SRPOTrainer` is a `trl.GRPOTrainer`, not an experimental `SDPOTrainer`: the latter is a second copy of the generation
 and scoring code whose interface TRL does not promise to keep, weights two losses of every sequence where SRPO routes
 each sequence to one, and means over sequences alone. `GRPOTrainer` is stable and already buffers the whole generation
-batch with its rewards, which is where routing, teacher contexts and exact normalizers belong. Three of its methods are
-extended, `_calculate_rewards` and `_generate_and_score_completions` (who is distilled, from which sibling) and
-`_prepare_inputs` (the teacher, at the start of each optimizer step), and two are replaced: `_compute_loss`, and
-`_get_per_token_logps_and_entropies` (the old and the reference policy).
+batch with its rewards, which is where routing, teacher contexts and exact normalizers belong. `routing` extends what
+scores completions (`_calculate_rewards`, `_generate_and_score_completions`), `steps` what prepares and computes a step
+(`_prepare_inputs`, `_compute_loss`, and log-probs), `trainer` the constructor and checkpoints.
 """
 
 try:

@@ -3,66 +3,24 @@
 from __future__ import annotations
 
 import os
+import warnings
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 from trl import GRPOConfig
 
 import srpo_kernels as sk
+from srpo_kernels.integrations.trl.losses import TokenDenominator, is_trls, loss_config, reasons_for_log_probs
 
-Method = Literal["srpo", "grpo", "sdpo"]
-TeacherKind = Literal["ema", "live"]
+Method = Literal["srpo", "grpo", "sdpo", "distill"]
+TeacherKind = Literal["ema", "live", "frozen", "other"]
 
-# TRL's loss types as a policy loss and a reduction. With "grpo" of importance_sampling_level="sequence" it is "gspo".
-_LOSSES: dict[str, tuple[str, str]] = {
-    "dapo": ("grpo", "token"),
-    "grpo": ("grpo", "sequence"),
-    "dr_grpo": ("grpo", "constant"),
-    "cispo": ("cispo", "token"),
-    "sapo": ("sapo", "sequence"),
-    "luspo": ("luspo", "sequence"),
-    "vespo": ("vespo", "token"),
-}
-# The options of a policy loss's own, by TRL's names.
-_LOSS_OPTIONS = {
-    "sapo": {"tau_positive": "sapo_temperature_pos", "tau_negative": "sapo_temperature_neg"},
-    "vespo": {
-        "k_positive": "vespo_k_pos",
-        "lambda_positive": "vespo_lambda_pos",
-        "k_negative": "vespo_k_neg",
-        "lambda_negative": "vespo_lambda_neg",
-    },
-}
-_REFUSED_LOSSES = {
-    "bnpo": "it divides by the tokens of a micro-batch; 'dapo' divides by those of the optimizer batch",
-}
-# Options of TRL that need something the fused loss does not have: the one value that is accepted, and why.
-_FIXED: dict[str, tuple[Any, str]] = {
-    "use_liger_kernel": (False, "it replaces the model's forward, where the loss is computed"),
-    "top_entropy_quantile": (1.0, "a mask of high-entropy tokens needs every entropy before the loss"),
-    "use_adaptive_entropy": (False, "the controller needs the entropy of every token"),
-    "off_policy_mask_threshold": (None, "the trainer does not hand the rollout's log-probs to the loss"),
-    "torch_compile": (False, "it is not tested"),
-    "parallelism_config": (None, "the loss needs the whole LM head and whole sequences on a device"),
-}
+_NO_TRANSFORM = sk.LogitTransform()
 
-TEACHER_TEMPLATE = (
-    "{prompt}\n\nHere is a correct solution:\n\n{solution}\n\nNow solve the original problem, in your own words."
-)
-
-
-def resolve_loss_type(loss_type: str) -> tuple[str, str]:
-    """The policy loss and the reduction of a name of TRL's, or of a registered loss, which is per token.
-
-    Raises ValueError for other names.
-    """
-    if loss_type in _LOSSES:
-        return _LOSSES[loss_type]
-    if loss_type in sk.POLICY_LOSSES:
-        return loss_type, "token"
-    reason = _REFUSED_LOSSES.get(loss_type, "it is unknown")
-    names = tuple(dict.fromkeys((*_LOSSES, *sk.POLICY_LOSSES)))
-    raise ValueError(f"loss_type must be one of {names}, got {loss_type!r}: {reason}")
+# SDPO's words (arXiv 2601.20802), whose teacher SRPO takes over.
+TEACHER_TEMPLATE = "{prompt}{solution}{feedback}\n\nCorrectly solve the original question.\n"
+SOLUTION_TEMPLATE = "\nCorrect solution:\n\n{solution}\n\n"
+FEEDBACK_TEMPLATE = "\nThe following is feedback from your unsuccessful earlier attempt:\n\n{feedback}\n\n"
 
 
 @dataclass
@@ -75,7 +33,7 @@ class SRPOTrainerConfig(GRPOConfig):
     token denominator.
 
     Raises:
-        ValueError: a bad value, or an option of `GRPOConfig` that the fused loss does not have; both name the option.
+        ValueError: a bad value, or options that contradict each other; it names them.
     """
 
     learning_rate: float = 5e-6
@@ -83,7 +41,7 @@ class SRPOTrainerConfig(GRPOConfig):
     scale_rewards: str = "none"
     use_bias_correction_kl: bool = False
 
-    method: str = field(default="srpo", metadata={"help": "srpo, grpo or sdpo."})
+    method: str = field(default="srpo", metadata={"help": "srpo, grpo, sdpo or distill."})
     questions_per_batch: int | None = field(default=None, metadata={"help": "Prompts per optimizer step."})
     success_threshold: float = field(default=0.5, metadata={"help": "The least reward of a correct completion."})
     success_reward: str | None = field(default=None, metadata={"help": "The reward function that decides. None: all."})
@@ -92,65 +50,44 @@ class SRPOTrainerConfig(GRPOConfig):
     distillation_topk: int = field(default=100, metadata={"help": "Tokens that topk compares."})
     distillation_add_tail: bool = field(default=True, metadata={"help": "One more bucket for the rest of topk."})
     distillation_is_clip: float | None = field(default=2.0, metadata={"help": "Bound of the importance weight."})
-    dw_beta: float = field(default=1.0, metadata={"help": "Strength of the entropy-aware weight."})
+    dw_beta: float | None = field(default=None, metadata={"help": "Entropy-aware weight. None: 1, 0 with distill."})
     dual_clip: float | None = field(default=None, metadata={"help": "Bound of the loss of negative advantages."})
-    teacher_model_kind: str = field(default="ema", metadata={"help": "ema or live."})
+    teacher_model_kind: str = field(default="ema", metadata={"help": "ema, live, frozen or other."})
+    teacher_model_name_or_path: str | None = field(default=None, metadata={"help": "Of another model."})
     teacher_update_rate: float = field(default=0.05, metadata={"help": "Rate of the moving average."})
-    teacher_template: str = field(default=TEACHER_TEMPLATE, metadata={"help": "Has {prompt} and {solution}."})
+    teacher_update_every: int = field(default=1, metadata={"help": "Steps from one update of it to the next."})
+    teacher_template: str = field(default=TEACHER_TEMPLATE, metadata={"help": "{prompt}, {solution}, {feedback}."})
+    solution_template: str = field(default=SOLUTION_TEMPLATE, metadata={"help": "How {solution} is shown."})
+    feedback_template: str = field(default=FEEDBACK_TEMPLATE, metadata={"help": "How {feedback} is shown."})
+    include_feedback: bool = field(default=False, metadata={"help": "Show privileged_context to the teacher."})
+    feedback_only_without_solution: bool = field(default=False, metadata={"help": "Not beside a solution."})
     remove_thinking_from_solution: bool = field(default=False, metadata={"help": "Show no <think>...</think>."})
     max_teacher_length: int | None = field(default=None, metadata={"help": "Bound of teacher prompt and completion."})
     shorten_solution: bool = field(default=False, metadata={"help": "Cut the beginning of a long solution off."})
+    token_denominator: str = field(default="step", metadata={"help": "step, or generation_batch as in TRL."})
+    log_entropy: bool = field(default=True, metadata={"help": "Log TRL's entropy, for a forward of every row."})
     workspace_bytes: int | None = field(default=None, metadata={"help": "Bound of the logits alive at a time."})
 
     def __post_init__(self) -> None:
         if self.questions_per_batch is not None:
             self.gradient_accumulation_steps = self._accumulation_steps(self.questions_per_batch)
         super().__post_init__()
+        if self.teacher_model_name_or_path is not None or self.method == "distill":
+            self.teacher_model_kind = "other" if self.teacher_model_kind == "ema" else self.teacher_model_kind
+        if self.dw_beta is None:
+            self.dw_beta = 0.0 if self.method == "distill" else 1.0
+        # That is of the policy branch.
+        self.log_entropy = self.log_entropy and self.method in ("srpo", "grpo")
         self._check_own_options()
         self._check_inherited_options()
         self.loss_config()
 
-    def loss_config(self, logit_scale: float = 1.0, softcap: float | None = None) -> sk.SRPOConfig:
-        """The options of `srpo_loss`, with the logit transform of a model's head.
+    def loss_config(self, transform: sk.LogitTransform = _NO_TRANSFORM) -> sk.SRPOConfig:
+        """The options of `srpo_loss`, with the logit scale and softcap of a model.
 
         Raises ValueError for a value that the loss does not take.
         """
-        loss_type, reduction = resolve_loss_type(self.loss_type)
-        epsilon_low, epsilon_high = self.epsilon, self.epsilon if self.epsilon_high is None else self.epsilon_high
-        if self.importance_sampling_level == "sequence" and loss_type == "grpo":
-            loss_type = "gspo"
-        if loss_type == "cispo":
-            # TRL's bound of the ratio is epsilon_high itself, and there is no lower one.
-            if not epsilon_high >= 1.0:
-                raise ValueError(
-                    "epsilon_high must be at least 1.0 with loss_type='cispo', where it is the bound of the ratio "
-                    f"itself, such as 5.0; got {epsilon_high!r}"
-                )
-            epsilon_low, epsilon_high = 1.0, epsilon_high - 1.0
-        options: dict[str, Any] = {
-            "loss_type": loss_type,
-            "epsilon_low": epsilon_low,
-            "epsilon_high": epsilon_high,
-            "delta": self.delta,
-            "dual_clip": self.dual_clip,
-            "kl_coef": self.beta,
-            "entropy_coef": self.entropy_coef,
-            "distillation_mode": self.distillation_mode,
-            "topk": self.distillation_topk,
-            "add_tail": self.distillation_add_tail,
-            "distillation_is_clip": self.distillation_is_clip,
-            "dw_beta": self.dw_beta,
-            "temperature": self.temperature,
-            "logit_scale": logit_scale,
-            "softcap": softcap,
-            "reduction": reduction,
-            "max_length": self.max_completion_length if reduction == "constant" else None,
-        }
-        own = _LOSS_OPTIONS.get(loss_type, {})
-        options["loss_options"] = {ours: getattr(self, theirs) for ours, theirs in own.items()}
-        if self.beta != 0.0 and self.use_bias_correction_kl:
-            options["kl_type"] = "k3_weighted"
-        return sk.SRPOConfig.from_alpha(self.distillation_alpha, **options)
+        return loss_config(self, transform)
 
     def _accumulation_steps(self, questions: int) -> int:
         if self.gradient_accumulation_steps != 1:
@@ -171,65 +108,67 @@ class SRPOTrainerConfig(GRPOConfig):
         return steps
 
     def _check_own_options(self) -> None:
-        for name, choices in (("method", get_args(Method)), ("teacher_model_kind", get_args(TeacherKind))):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} must be one of {choices}, got {getattr(self, name)!r}")
+        choices = {"method": Method, "teacher_model_kind": TeacherKind, "token_denominator": TokenDenominator}
+        for name, options in choices.items():
+            if getattr(self, name) not in get_args(options):
+                raise ValueError(f"{name} must be one of {get_args(options)}, got {getattr(self, name)!r}")
         if not 0.0 < self.teacher_update_rate <= 1.0:
             raise ValueError(f"teacher_update_rate must be in (0, 1], got {self.teacher_update_rate!r}")
-        try:
-            text = self.teacher_template.format(prompt="\0", solution="\1")
-        except (IndexError, KeyError, ValueError):
-            text = ""
-        if "\0" not in text or "\1" not in text:
-            raise ValueError(
-                "teacher_template must have the fields {prompt} and {solution}, and no other, "
-                f"got {self.teacher_template!r}"
-            )
+        if self.teacher_update_every < 1:
+            raise ValueError(f"teacher_update_every must be at least 1, got {self.teacher_update_every!r}")
+        fields = ("prompt", "solution", "feedback")
+        _check_template("teacher_template", self.teacher_template, fields if self.include_feedback else fields[:2])
+        _check_template("solution_template", self.solution_template, ("solution",))
+        _check_template("feedback_template", self.feedback_template, ("feedback",))
         if self.max_teacher_length is not None and self.max_teacher_length <= (self.max_completion_length or 0):
             raise ValueError(
                 "max_teacher_length must be more than max_completion_length, for the teacher's prompt to have room, "
                 f"got {self.max_teacher_length!r} and {self.max_completion_length!r}"
             )
-        if self.method == "sdpo" and (self.beta != 0.0 or self.entropy_coef != 0.0):
+        terms = (self.beta, self.entropy_coef, self.use_adaptive_entropy)
+        if self.method in ("sdpo", "distill") and any(terms):
             raise ValueError(
-                f"beta and entropy_coef are terms of the policy loss, which method='sdpo' has not, "
-                f"got {self.beta!r} and {self.entropy_coef!r}"
+                "beta, entropy_coef and use_adaptive_entropy are terms of the policy loss, which "
+                f"method={self.method!r} has not, got {', '.join(map(repr, terms))}"
+            )
+        if self.method == "distill" and self.teacher_model_kind != "other":
+            raise ValueError(
+                "teacher_model_kind must be 'other' with method='distill', whose teacher reads what the student reads, "
+                f"got {self.teacher_model_kind!r}"
             )
 
     def _check_inherited_options(self) -> None:
-        for name, (accepted, reason) in _FIXED.items():
-            if getattr(self, name) != accepted:
-                raise ValueError(f"{name} must be {accepted!r} with SRPOTrainer, got {getattr(self, name)!r}: {reason}")
-        loss_type, reduction = resolve_loss_type(self.loss_type)
-        levels = {"grpo": ("token", "sequence"), "luspo": ("sequence",)}.get(loss_type, ("token",))
-        if self.importance_sampling_level not in levels:
+        if self.parallelism_config is not None and self.parallelism_config.tp_enabled:
             raise ValueError(
-                f"importance_sampling_level must be {' or '.join(map(repr, levels))} with "
-                f"loss_type={self.loss_type!r}, got {self.importance_sampling_level!r}"
+                "parallelism_config must be without tensor parallelism with SRPOTrainer, which takes the whole LM head "
+                f"in a forward, got tp_size={self.parallelism_config.tp_size}"
             )
-        if loss_type == "luspo" and self.beta != 0.0:
+        if self.importance_sampling_level == "sequence" and not is_trls(self.loss_type):
             raise ValueError(
-                f"beta must be 0 with loss_type='luspo', got {self.beta!r}: TRL sums the KL over a sequence, srpo_loss "
-                "takes its mean"
+                f"importance_sampling_level must be 'token' with loss_type={self.loss_type!r}, which says itself what "
+                "its ratios are, got 'sequence'"
             )
-        if self.beta != 0.0 and self.use_bias_correction_kl and self.importance_sampling_level == "sequence":
+        reasons = reasons_for_log_probs(self)
+        if reasons and (self.dual_clip is not None or not is_trls(self.loss_type)):
             raise ValueError(
-                "use_bias_correction_kl must be False with importance_sampling_level='sequence', got True: TRL weights "
-                "the KL by the sequence's ratio, srpo_loss by the token's"
+                f"dual_clip must be None and loss_type one of TRL's with {reasons[0]}, whose loss is TRL's code, got "
+                f"{self.dual_clip!r} and {self.loss_type!r}"
             )
-        if loss_type == "vespo" and self.use_vllm and self.vllm_importance_sampling_correction:
-            raise ValueError(
-                "vllm_importance_sampling_correction must be False with loss_type='vespo', got True: TRL adds it to "
-                "the log-ratio of the sequence, srpo_loss multiplies the loss by it"
+        if self.loss_type == "cispo" and "cispo's bound below 1" in reasons:
+            warnings.warn(
+                "epsilon_high is the bound of the ratio itself with loss_type='cispo', such as 5.0: below 1 it scales "
+                "every gradient",
+                stacklevel=4,
             )
-        if self.entropy_coef != 0.0 and reduction != "token":
-            raise ValueError(
-                f"entropy_coef must be 0 with loss_type={self.loss_type!r}, got {self.entropy_coef!r}: TRL takes the "
-                "bonus per token whatever the loss type, srpo_loss divides it as the loss"
-            )
-        if self.steps_per_generation % self.gradient_accumulation_steps:
-            raise ValueError(
-                "steps_per_generation must be a multiple of gradient_accumulation_steps, got "
-                f"{self.steps_per_generation} and {self.gradient_accumulation_steps}: the normalizers of an optimizer "
-                "batch are known when it lies in one generation batch"
-            )
+
+
+def _check_template(name: str, template: str, fields: tuple[str, ...]) -> None:
+    """Raise ValueError unless ``template`` has these fields; {feedback} may be there without being required."""
+    marks = {field: f"\0{index}" for index, field in enumerate(("prompt", "solution", "feedback"))}
+    known = marks if name == "teacher_template" else {field: marks[field] for field in fields}
+    try:
+        text = template.format(**known)
+    except (IndexError, KeyError, ValueError):
+        text = ""
+    if not all(marks[field] in text for field in fields):
+        raise ValueError(f"{name} must have the fields {fields}, and no other, got {template!r}")

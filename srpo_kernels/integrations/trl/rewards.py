@@ -42,14 +42,17 @@ def correctness_scores(rewards: Tensor, weights: Tensor, deciding: int | None) -
     return scores.masked_fill(rewards.isnan().all(1), torch.nan)
 
 
-def route_completions(showable: Tensor, distillable: Tensor, group_size: int, seed: int) -> tuple[Tensor, Tensor]:
+def route_completions(
+    showable: Tensor, distillable: Tensor, group_size: int, seed: int, has_feedback: Tensor
+) -> tuple[Tensor, Tensor]:
     """``[B]`` each: whether a completion is distilled, and the sibling that teaches it, or -1.
 
-    A ``distillable`` completion is distilled where its group has another one that is ``showable``, both ``[B]`` bool.
+    A ``distillable`` completion is distilled where its group has another one that is ``showable``, or where it
+    ``has_feedback``, all ``[B]`` bool.
     To the router a correct completion that cannot be shown is a failed one: it must not teach. Every process draws the
     same teachers from one ``seed``.
     """
     group_ids = torch.arange(len(showable), device=showable.device) // group_size
     generator = torch.Generator().manual_seed(seed)
     teacher_index = sk.route_samples(showable.float(), group_ids, generator=generator).teacher_index
-    return distillable & (teacher_index >= 0), teacher_index
+    return distillable & ((teacher_index >= 0) | has_feedback), teacher_index

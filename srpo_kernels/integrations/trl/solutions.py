@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from srpo_kernels.integrations.trl.config import SRPOTrainerConfig
 from srpo_kernels.integrations.trl.teacher import teacher_prompt
+
+
+class Shown(NamedTuple):
+    """A solution: its text, and the ids of the prompt that shows it."""
+
+    text: str
+    prompt_ids: list[int]
 
 
 class Solutions:
@@ -15,16 +22,16 @@ class Solutions:
 
     Args:
         tokenizer: decodes completions.
-        tokenize: the token ids of a prompt, text or conversation.
+        tokenize: the token ids of a prompt, text or conversation, of a row of the batch.
         ends: the ids that end a completion; one without is truncated.
         max_length: tokens of the teacher's prompt and a completion together. None: no bound.
-        args: the template, and what becomes of thinking and of solutions that are too long.
+        args: the templates, and what becomes of thinking and of solutions that are too long.
     """
 
     def __init__(
         self,
         tokenizer: Any,
-        tokenize: Callable[[Any], list[int]],
+        tokenize: Callable[[Any, int], list[int]],
         *,
         ends: set[int],
         max_length: int | None,
@@ -39,19 +46,24 @@ class Solutions:
         completions: Sequence[Sequence[int]],
         candidates: Sequence[bool],
         lengths: Sequence[int],
-    ) -> list[list[int] | None]:
-        """The token ids of the prompt that shows each completion, or None.
+    ) -> list[Shown | None]:
+        """What shows each completion, or None.
 
         None is for a completion that is no candidate, is truncated, says nothing, or leaves no room for a completion of
         ``lengths`` tokens.
         """
         texts = self.texts(completions)
-        shown: list[list[int] | None] = []
-        for prompt, ids, text, candidate, length in zip(prompts, completions, texts, candidates, lengths, strict=True):
+        shown: list[Shown | None] = []
+        rows = zip(prompts, completions, texts, candidates, lengths, strict=True)
+        for row, (prompt, ids, text, candidate, length) in enumerate(rows):
             ended = len(ids) > 0 and ids[-1] in self._ends
-            room = None if self._max_length is None else self._max_length - length
-            shown.append(self._fitting(prompt, text, room) if candidate and ended and text.strip() else None)
+            shown.append(self._fitting(prompt, row, text, "", length) if candidate and ended and text.strip() else None)
         return shown
+
+    def with_feedback(self, prompt: Any, row: int, text: str | None, feedback: str, length: int) -> list[int] | None:
+        """The ids of the prompt that shows feedback, and a solution if there is one; None where it is too long."""
+        shown = self._fitting(prompt, row, text or "", self._args.feedback_template.format(feedback=feedback), length)
+        return None if shown is None else shown.prompt_ids
 
     def texts(self, completions: Sequence[Sequence[int]]) -> list[str]:
         """Completions without special tokens and, where the options say so, without thinking."""
@@ -63,22 +75,26 @@ class Solutions:
         special = re.compile("|".join(map(re.escape, self._tokenizer.all_special_tokens)))
         return [special.sub("", without_thinking(text)).strip() for text in texts]
 
-    def _fitting(self, prompt: Any, solution: str, room: int | None) -> list[int] | None:
-        """The prompt's ids, at most ``room``; with ``shorten_solution`` the solution may have no beginning."""
-        ids = self._show(prompt, solution)
+    def _fitting(self, prompt: Any, row: int, text: str, feedback: str, length: int) -> Shown | None:
+        """With room for ``length`` tokens; with ``shorten_solution`` the solution may have no beginning."""
+        room = None if self._max_length is None else self._max_length - length
+        ids = self._show(prompt, row, text, feedback)
         tokens: list[int] = []
         if self._args.shorten_solution:
-            tokens = self._tokenizer(solution, add_special_tokens=False)["input_ids"]
+            tokens = self._tokenizer(text, add_special_tokens=False)["input_ids"]
         # Fewer tokens, decoded, may be more again: until it fits.
         while room is not None and len(ids) > room:
             tokens = tokens[len(ids) - room :]
             if not tokens:
                 return None
-            ids = self._show(prompt, self._tokenizer.decode(tokens))
-        return ids
+            text = self._tokenizer.decode(tokens)
+            ids = self._show(prompt, row, text, feedback)
+        return Shown(text, ids)
 
-    def _show(self, prompt: Any, solution: str) -> list[int]:
-        return self._tokenize(teacher_prompt(prompt, solution, self._args.teacher_template))
+    def _show(self, prompt: Any, row: int, text: str, feedback: str) -> list[int]:
+        solution = self._args.solution_template.format(solution=text) if text else ""
+        fields = {"solution": solution, "feedback": feedback}
+        return self._tokenize(teacher_prompt(prompt, self._args.teacher_template, **fields), row)
 
 
 def without_thinking(text: str) -> str:

@@ -1,8 +1,8 @@
-"""The self-teacher of the trainer, as a part of its checkpoints, and what it reads."""
+"""The teacher of the trainer, as a part of its checkpoints, and what it reads."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,59 +17,85 @@ FILE_NAME = "srpo_teacher.safetensors"
 
 
 class Teacher(TrainerCallback):
-    """The moving average of a model, updated after each optimizer step, or the model as it is.
+    """The moving average of a model, the model as it was or as it is, or another one.
+
+    It is made when training begins, or when it is first needed: FSDP2 shards parameters after a trainer is constructed.
 
     Args:
-        model: the trained model, not wrapped for distribution.
-        rate: of an `AverageTeacher`; None for the current parameters.
+        kind: ``"ema"``, ``"live"``, ``"frozen"`` or ``"other"``.
+        model: returns the trained model, not wrapped for distribution; or the other one.
+        rate: of the moving average.
+        every: optimizer steps from one update of it to the next.
     """
 
-    def __init__(self, model: Any, rate: float | None) -> None:
-        self._average = None if rate is None else AverageTeacher(model, rate)
-        self.model: Any = model if self._average is None else self._average
+    def __init__(self, kind: str, model: Callable[[], Any], *, rate: float, every: int) -> None:
+        self.kind, self._make, self._rate, self._every = kind, model, rate, every
+        self._model: Any = None
+
+    @property
+    def model(self) -> Any:
+        """What ``teacher_rows`` runs: a model, or an `AverageTeacher`."""
+        if self._model is None:
+            model = self._make()
+            if self.kind in ("ema", "frozen"):
+                model = AverageTeacher(model, self._rate if self.kind == "ema" else 0.0)
+            self._model = model
+        return self._model
 
     def averages(self) -> dict[str, Tensor]:
-        """The average of each trained parameter, by its name in the model; empty with the current parameters."""
-        return {} if self._average is None else self._average.state_dict()
+        """The average of each trained parameter, by its name in the model; empty without averages."""
+        return self.model.state_dict() if isinstance(self.model, AverageTeacher) else {}
 
-    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        """Take the parameters as they are before the first step."""
+        _ = self.model
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Move the averages towards the model."""
-        if self._average is not None:
-            self._average.update()
+        if self.kind == "ema" and state.global_step % self._every == 0:
+            self.model.update()
 
-    def save(self, folder: Path) -> None:
-        """Write the averages, if there are any, into a checkpoint."""
-        if self._average is not None:
-            averages = {name: average.contiguous() for name, average in self.averages().items()}
+    def save(self, folder: Path, *, writes: bool) -> None:
+        """Write the averages, if there are any, into a checkpoint; every process gathers those that are sharded."""
+        averages = {name: average.contiguous() for name, average in self.averages().items()}
+        if averages and writes:
             save_file(averages, folder / FILE_NAME)
 
     def load(self, folder: Path) -> None:
         """Read them again; raises ValueError where a checkpoint has none, or those of other parameters."""
-        if self._average is None:
+        if not isinstance(self.model, AverageTeacher):
             return
         path = folder / FILE_NAME
         if not path.exists():
             raise ValueError(
-                f"resume_from_checkpoint must be a checkpoint of SRPOTrainer with teacher_model_kind='ema', "
+                f"resume_from_checkpoint must be a checkpoint of SRPOTrainer with teacher_model_kind={self.kind!r}, "
                 f"{path} does not exist"
             )
-        self._average.load_state_dict(load_file(path))
+        self.model.load_state_dict(load_file(path))
 
 
-def teacher_prompt(prompt: Any, solution: str, template: str) -> Any:
-    """A prompt, text or conversation, that shows a correct solution.
+def teacher_prompt(prompt: Any, template: str, **fields: str) -> Any:
+    """A prompt, text or conversation, that shows more: ``template`` with its text as ``{prompt}`` and ``fields``.
 
-    In a conversation the last message, which must be the user's and text, is replaced; the ones before it stay.
+    In a conversation the text of the last message of the user is replaced, for want of one that of the last message;
+    others, and images, stay.
     """
     if isinstance(prompt, str):
-        return template.format(prompt=prompt, solution=solution)
-    *earlier, last = prompt
-    if last["role"] != "user" or not isinstance(last["content"], str):
-        raise ValueError(
-            "prompt must end with a user message whose content is text, for the teacher to see a solution there, "
-            f"got role {last['role']!r} and content of type {type(last['content']).__name__}"
-        )
-    return [*earlier, {**last, "content": template.format(prompt=last["content"], solution=solution)}]
+        return template.format(prompt=prompt, **fields)
+    users = [index for index, message in enumerate(prompt) if message["role"] == "user"]
+    index = users[-1] if users else len(prompt) - 1
+    content = prompt[index].get("content") or ""
+    if isinstance(content, str):
+        shown: Any = template.format(prompt=content, **fields)
+    else:
+        texts = [block for block in content if block["type"] == "text"]
+        text = template.format(prompt="\n".join(block["text"] for block in texts), **fields)
+        # Where the last text was.
+        shown = [block for block in content if block["type"] != "text" or block is texts[-1]]
+        shown = [{"type": "text", "text": text} if block["type"] == "text" else block for block in shown]
+        if not texts:
+            shown.append({"type": "text", "text": text})
+    return [*prompt[:index], {**prompt[index], "content": shown}, *prompt[index + 1 :]]
 
 
 def pad_left(sequences: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -20,7 +21,7 @@ from rich.console import Console
 from tools.documents import rich_table
 from tools.peers.suites.suite import Suite
 
-_PEERS = ("liger", "cce", "quack", "trl", "verl")
+_PEERS = ("liger", "cce", "quack", "trl", "trl_trainer", "verl")
 _ROOT = Path(__file__).parents[3]
 
 
@@ -40,6 +41,8 @@ class Options:
     """A checkout of Dao-AILab/quack."""
     trl: Path | None = None
     """A checkout of huggingface/trl."""
+    trl_trainer: Path | None = None
+    """The same, for the tests of its GRPOTrainer, with SRPOTrainer in the place of the installed one."""
     verl: Path | None = None
     """A checkout of volcengine/verl."""
     backend: Literal["torch", "triton"] = "torch"
@@ -69,10 +72,14 @@ def run(peer: str, checkout: Path, backend: str, select: str = "") -> list[dict[
         raise SystemExit(f"{checkout} has no {missing}: another version of {suite.peer}?")
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder, "report.json")
+        if suite.tests_alone:
+            shutil.copytree(checkout / "tests", Path(folder, "tests"))
+            checkout = Path(folder)
         paths = [str(_ROOT), *(str(checkout / path) for path in suite.paths)]
         environment = os.environ | {
             "PYTHONPATH": os.pathsep.join(paths), "SRPO_PEER": peer, "SRPO_PEER_BACKEND": backend,
             "SRPO_PEER_REPORT": str(report), "TORCHDYNAMO_DISABLE": "1", "TRITON_INTERPRET": "1",
+            "HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(Path(folder, "hub")),
         }  # fmt: skip
         # Of their settings of pytest none is read: they are for their own runs.
         command = [sys.executable, "-m", "pytest", "-p", "tools.peers.suites.plugin", "-c", os.devnull, "-q"]

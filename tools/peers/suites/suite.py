@@ -26,6 +26,8 @@ class Suite:
         absent: packages to fake, which a machine without a GPU does not have.
         asks_for_cuda: its tests name the device "cuda", and are given the CPU.
         conftest: their conftest.py is loaded.
+        tests_alone: what they test is installed: of the checkout the folder ``tests`` alone is used.
+        reaches: a test has to reach a function of ours, or it has no counterpart.
         prepare: called before a module of theirs is imported.
     """
 
@@ -38,6 +40,8 @@ class Suite:
     absent: tuple[str, ...] = ()
     asks_for_cuda: bool = False
     conftest: bool = True
+    tests_alone: bool = False
+    reaches: bool = True
     prepare: Callable[[], None] = field(default=lambda: None)
 
 
