@@ -9,10 +9,10 @@ from pathlib import Path
 import pandas as pd
 
 from benchmarks import objectives, pictures, trainers
-from benchmarks.cases import HeadName, Workload
-from benchmarks.providers import REGISTRY
 from benchmarks.results import RESULTS, describe_environment, read_csv
 from benchmarks.scaling import exponents, points
+from srpo_kernels.verify.batches import HeadName, Workload
+from srpo_kernels.verify.providers import REGISTRY
 from tools.documents import markdown_table, replace_marked
 
 _ROOT = Path(__file__).parent.parent

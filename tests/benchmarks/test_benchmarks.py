@@ -16,16 +16,16 @@ pytest.importorskip("tyro")
 pytest.importorskip("rich")
 
 from benchmarks import objectives, pictures
-from benchmarks.agreement import compare
-from benchmarks.cases import Case, make_batch
 from benchmarks.own_losses import LOSSES, WAYS
 from benchmarks.processes import in_fresh_process
-from benchmarks.providers import PROVIDERS, ProviderName, Result, Unsupported, prepare
 from benchmarks.report import report
 from benchmarks.results import Measurement, ResultsFile, read_csv, single
 from benchmarks.scaling import exponents
-from benchmarks.timing import Rounds, interleave, quantiles
 from benchmarks.trainers import SIDES, Step, table
+from srpo_kernels.verify.agreement import compare
+from srpo_kernels.verify.batches import Case, make_batch
+from srpo_kernels.verify.providers import PROVIDERS, ProviderName, Result, Unsupported, prepare
+from srpo_kernels.verify.rounds import Rounds, interleave, quantiles
 
 ROUTED = Case("tiny", "routed", 1_024)
 CPU = torch.device("cpu")

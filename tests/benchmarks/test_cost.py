@@ -23,9 +23,9 @@ from benchmarks.costs.measure import KernelCost, PerRow, StepCost, measure
 from benchmarks.costs.sheet import Sheet
 from benchmarks.costs.steps import bf16_products, make_batch, prepare
 from benchmarks.costs.tiles import measure_tiles
-from benchmarks.providers import naive
 from reference.distillation import divergence
 from srpo_kernels import SRPOConfig, srpo_loss
+from srpo_kernels.verify.providers import naive
 from tests.comparison import assert_same, run_loss
 from tests.inputs import cast, loss_inputs, workspace_floor
 from tests.meters import ProductMeter
