@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import math
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import pandas as pd
 import pytest
 import torch
 
 pytest.importorskip("rich", reason="a command prints with rich: the extras verify and bench have it")
+pytest.importorskip("tyro", reason="a command reads its options with tyro: the extras verify and bench have it")
 
 from srpo_kernels.rows.spec import RowSpec
 from srpo_kernels.verify import roofline, rounds
@@ -36,7 +38,7 @@ Plant = Callable[..., list[str]]
 class Inline:
     """A process that is this one, and what it ended with."""
 
-    def __init__(self, target: Callable[..., None], args: tuple[Any, ...], daemon: bool) -> None:
+    def __init__(self, target: Callable[..., None], args: tuple[Any, ...]) -> None:
         self._run, self.exitcode = lambda: target(*args), 0
 
     def start(self) -> None:
@@ -163,7 +165,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(steps, "PROVIDERS", few)
     monkeypatch.setattr(steps, "_ROUNDS", rounds.Rounds(2, 1.0))
     quick = sections.parity_tasks
-    monkeypatch.setattr(sections, "parity_tasks", lambda machine, **options: quick(machine, **options)[::9])
+    monkeypatch.setattr(sections, "parity_tasks", lambda machine, **options: quick(machine, **options)[::40])
     monkeypatch.setattr(sections, "determinism_tasks", lambda machine: [])
 
 
@@ -228,11 +230,12 @@ def test_options_without_a_report_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("case", ["policy", "forward_kl", "reverse_kl", "jsd"])
 @pytest.mark.parametrize(("provider", "itemsize"), [("srpo_kernels", 4), ("srpo_kernels-bf16", 2)])
 def test_the_passes_bytes_are_those_that_the_interpreter_counted(provider: str, itemsize: int, case: Any) -> None:
-    cells = pd.read_csv(COSTS)
-    cells = cells[(cells["rows"] == case) & (cells["provider"] == provider)]
-    moved = cells[cells["metric"].isin(["loaded_per_element", "stored_per_element"])].groupby("kernel")["value"].sum()
+    moved: Counter[str] = Counter()
+    for line in csv.DictReader(COSTS.read_text().splitlines()):
+        if (line["rows"], line["provider"]) == (case, provider) and line["metric"].endswith("_per_element"):
+            moved[line["kernel"]] += int(line["value"])
     spec = RowSpec(divergence=None if case == "policy" else case)
-    assert roofline.pass_bytes(case != "policy", spec, itemsize) == moved.to_dict()
+    assert roofline.pass_bytes(case != "policy", spec, itemsize) == moved
 
 
 def test_the_work_of_a_batch() -> None:
@@ -270,19 +273,37 @@ def test_kernels_that_were_compiled_are_counted(monkeypatch: pytest.MonkeyPatch)
     kernel = SimpleNamespace(hash="abc", metadata=metadata, n_regs=64, n_spills=0)
     launched = SimpleNamespace(device_caches={0: ({"key": kernel}, None)})
     monkeypatch.setattr("srpo_kernels.kernels.row_stats.row_stats_kernel", launched)
-    assert compiled.compiled_kernels(torch.device("cpu")) == []
+    here = SimpleNamespace(backends=("torch", "triton"), interpreted=True, device=torch.device("cuda"))
+    assert compiled.compiled_kernels(here) == []
+    here.interpreted = False
     limits = {"warp_size": 32, "max_threads_per_multi_processor": 2048, "regs_per_multiprocessor": 65_536}
     properties = SimpleNamespace(**limits, shared_memory_per_multiprocessor=233_472)
     module = SimpleNamespace(get_device_properties=lambda device: properties)
     monkeypatch.setattr(torch, "get_device_module", lambda device: module)
-    (found,) = compiled.compiled_kernels(torch.device("cuda"))
+    (found,) = compiled.compiled_kernels(here)
     # Registers are what there are for four programs.
     assert (found["kernel"], found["registers"], found["warps_per_multiprocessor"]) == ("row_stats", 64, 32)
     del properties.warp_size
-    assert compiled.compiled_kernels(torch.device("cuda"))[0]["warps_per_multiprocessor"] is None
+    assert compiled.compiled_kernels(here)[0]["warps_per_multiprocessor"] is None
     assert "| row_stats | 1 | 64 | 0 | 1,024 | 8 | 32 |" in render._kernels([found])
 
 
+def test_a_device_that_is_not_there_is_said(inline: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--report", str(tmp_path), "--device", "gpu"]) == command._REFUSED
+    assert "gpu" in capsys.readouterr().err
+
+
+def test_kernels_that_cannot_be_asked_lose_nothing(
+    plant: Plant, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plant(a=lambda: 1, b=lambda: 2)
+    monkeypatch.setattr(command, "compiled_kernels", lambda machine: raising())
+    assert write_report(job(tmp_path)) == 1
+    found = content(tmp_path)["sections"]
+    assert {name: x["state"] for name, x in found.items()} == {"a": "done", "kernels": "failed", "b": "done"}
+
+
+@pytest.mark.slow
 def test_a_process_of_its_own_runs_the_sections(tmp_path: Path) -> None:
     assert main(["--report", str(tmp_path), "--device", "cpu", "--minutes", "0"]) == 0
     missing = content(tmp_path)["missing"]

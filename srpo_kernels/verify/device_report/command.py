@@ -17,11 +17,11 @@ from srpo_kernels.verify.device_report.record import Record
 from srpo_kernels.verify.device_report.render import failures, markdown
 from srpo_kernels.verify.device_report.sections import Section, sections
 from srpo_kernels.verify.device_report.sizes import SizesName
-from srpo_kernels.verify.machine import inspect
+from srpo_kernels.verify.machine import Machine, inspect
 
 # A section that is running when the time is over may end.
 _GRACE_SECONDS = 180.0
-# Exit codes of the process that runs the sections: the device is of no use to it any more; the folder is another's.
+# Exit codes of the process that runs the sections: the device is of no use to it any more; it has no device or folder.
 _BROKEN, _REFUSED = 3, 4
 
 
@@ -44,7 +44,7 @@ def write_report(job: Job, *, retry: bool = False) -> int:
         record.forget("failed")
     while True:
         begun = len(record.content["sections"])
-        process = multiprocessing.get_context("spawn").Process(target=work, args=(job,), daemon=True)
+        process = multiprocessing.get_context("spawn").Process(target=work, args=(job,))
         process.start()
         try:
             process.join(max(job.deadline - time.time(), 0.0) + _GRACE_SECONDS)
@@ -76,33 +76,38 @@ def work(job: Job) -> None:
     """Run sections in this process, which ends with an exit code of its own where it cannot go on."""
     # Lanes of the interpreter beyond the vocabulary overflow, as they may.
     warnings.filterwarnings("ignore", category=RuntimeWarning, module=r"triton\.runtime\.interpreter")
-    machine, record = inspect(job.device, job.backend), Record(job.folder)
-    size: SizesName = job.size or ("small" if machine.device.type == "cpu" else "gpu")
-    identity = {"device": machine.device_name, "backends": list(machine.backends), "sizes": size}
+    record = Record(job.folder)
     try:
+        machine = inspect(job.device, job.backend)
+        size: SizesName = job.size or ("small" if machine.device.type == "cpu" else "gpu")
+        identity = {"device": machine.device_name, "backends": list(machine.backends), "sizes": size}
         record.identify(identity | {"versions": machine.versions})
-    except ValueError as reason:
+    except (RuntimeError, ValueError) as reason:
+        # There is no such device, or the folder is another's.
         print(reason, file=sys.stderr)
         sys.exit(_REFUSED)
     every = sections(machine, size)
     for section in every:
         if record.state(section.name) is None and time.time() < job.deadline:
-            _run(section, record, machine.device)
+            _run(section, record, machine)
     record.missing([section.name for section in every if record.state(section.name) is None])
 
 
-def _run(section: Section, record: Record, device: torch.device) -> None:
+def _run(section: Section, record: Record, machine: Machine) -> None:
     record.begin(section.name)
     start = time.perf_counter()
     try:
         result = section.run()
     except Exception as reason:
         record.fail(section.name, describe(reason))
-        if not _works(device):
+        if not _works(machine.device):
             sys.exit(_BROKEN)
     else:
         record.finish(section.name, result, time.perf_counter() - start)
-    record.add_kernels(compiled_kernels(device))
+    try:
+        record.add_kernels(compiled_kernels(machine))
+    except Exception as reason:
+        record.fail("kernels", describe(reason))
     print(f"{section.name}: {record.state(section.name)}, {time.perf_counter() - start:.0f} s", flush=True)
 
 

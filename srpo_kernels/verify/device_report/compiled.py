@@ -8,21 +8,23 @@ from typing import Any
 
 import torch
 
+from srpo_kernels.verify.machine import Machine
+
 _MODULES = ("row_stats", "row_mixture", "row_entries", "row_grad", "tile_stats")
 _LIMITS = (
     "warp_size", "max_threads_per_multi_processor", "regs_per_multiprocessor", "shared_memory_per_multiprocessor",
 )  # fmt: skip
 
 
-def compiled_kernels(device: torch.device) -> list[dict[str, Any]]:
+def compiled_kernels(machine: Machine) -> list[dict[str, Any]]:
     """Registers, spilled bytes, shared memory and occupancy of each kernel that this process has launched.
 
-    Nothing on a CPU; a number that this Triton or this device does not give is None.
+    Nothing in the interpreter; a number that this Triton or this device does not give is None.
     """
-    if device.type == "cpu":
+    if "triton" not in machine.backends or machine.interpreted:
         return []
-    module = torch.get_device_module(device)
-    properties = module.get_device_properties(device) if hasattr(module, "get_device_properties") else None
+    module = torch.get_device_module(machine.device)
+    properties = module.get_device_properties(machine.device) if hasattr(module, "get_device_properties") else None
     return [_numbers(name, kernel, properties) for name, kernel in _launched()]
 
 
