@@ -30,10 +30,9 @@ from tests.comparison import assert_same, run_loss
 from tests.inputs import cast, loss_inputs, workspace_floor
 from tests.meters import ProductMeter
 from tools.documents import replace_marked
-from tools.interpreter.launches import interpreting
 from tools.meters import OperatorMeter
 
-pytestmark = pytest.mark.skipif(not interpreting(), reason="kernels are compiled here: needs TRITON_INTERPRET=1")
+pytestmark = pytest.mark.interpreter
 
 ROOT = Path(__file__).parents[2]
 DIVERGENCES = tuple(case for case in CASES if case != "policy")
