@@ -12,10 +12,10 @@ from rich.table import Table
 
 import reference
 from benchmarks import tables
-from benchmarks.agreement import relative_error
-from benchmarks.cases import DTYPES, Batch, Case, DtypeName, HeadName, Workload, make_batch
-from benchmarks.providers import COMPARED, REGISTRY, ProviderName, Result, Unsupported, prepare
 from benchmarks.results import RESULTS, Measurement, ResultsFile, resolve_device, single
+from srpo_kernels.verify.agreement import relative_error
+from srpo_kernels.verify.batches import DTYPES, Batch, Case, DtypeName, HeadName, Workload, make_batch
+from srpo_kernels.verify.providers import COMPARED, REGISTRY, ProviderName, Result, Unsupported, prepare
 
 METRICS = ("loss_error", "log_probs_error", "grad_hidden_error", "grad_weight_error")
 

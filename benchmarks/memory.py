@@ -9,11 +9,11 @@ from typing import Literal
 import torch
 
 from benchmarks import tables
-from benchmarks.cases import Case, DtypeName, HeadName, Workload, make_batch
 from benchmarks.processes import extra_resident_bytes, fresh_peak
-from benchmarks.providers import COMPARED, ProviderName, Step, prepare
-from benchmarks.providers.fused import peak_limit
 from benchmarks.results import RESULTS, Measurement, ResultsFile, resolve_device, single
+from srpo_kernels.verify.batches import Case, DtypeName, HeadName, Workload, make_batch
+from srpo_kernels.verify.providers import COMPARED, ProviderName, Step, prepare
+from srpo_kernels.verify.providers.fused import peak_limit
 
 
 def memory(

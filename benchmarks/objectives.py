@@ -11,16 +11,17 @@ import pandas as pd
 import torch
 from rich.console import Console
 
-from benchmarks import providers, tables
-from benchmarks.agreement import TOLERANCES, Errors, relative_error
-from benchmarks.cases import HEADS, Batch, Case, HeadName, OwnWorkload, Workload, make_batch
+from benchmarks import tables
 from benchmarks.memory import measure_peak
 from benchmarks.own_losses import LOSSES, WAYS, with_full_logits
 from benchmarks.processes import fresh_peak
-from benchmarks.providers import Result, Step, Unsupported, autograd_step, naive
-from benchmarks.providers.naive_compiled import require_compiler
 from benchmarks.results import RESULTS, Measurement, ResultsFile, describe_environment, read_csv, resolve_device, single
-from benchmarks.timing import Rounds, interleave, quantiles
+from srpo_kernels.verify import providers
+from srpo_kernels.verify.agreement import TOLERANCES, Errors, relative_error
+from srpo_kernels.verify.batches import HEADS, Batch, Case, HeadName, OwnWorkload, Workload, make_batch
+from srpo_kernels.verify.providers import Result, Step, Unsupported, autograd_step, naive
+from srpo_kernels.verify.providers.naive_compiled import require_compiler
+from srpo_kernels.verify.rounds import Rounds, interleave, quantiles
 from tools.documents import rich_table
 
 Loss = Literal["grpo", "own", "ratio-mask", "certainty", "topk-teacher", "support"]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import srpo_kernels as sk
-from benchmarks.cases import Batch, OwnWorkload, Workload
+from srpo_kernels.verify.batches import Batch, OwnWorkload, Workload
 
 
 def grpo(rows: Any) -> Tensor:

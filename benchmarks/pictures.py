@@ -17,8 +17,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
-from benchmarks.cases import HeadName, Workload
 from benchmarks.scaling import points
+from srpo_kernels.verify.batches import HeadName, Workload
 
 _OURS, _PEERS = "#d1495b", "#8d99ae"
 # Lines need more than two colours; ours stays the same.

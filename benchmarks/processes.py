@@ -13,8 +13,8 @@ from unittest.mock import patch
 
 import psutil
 
-from benchmarks.providers import Unsupported
 from benchmarks.results import Measured, Measurement, single
+from srpo_kernels.verify.providers import Unsupported
 
 T = TypeVar("T")
 

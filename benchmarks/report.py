@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pandas as pd
 
-from benchmarks import objectives, pictures, trainers
-from benchmarks.cases import HeadName, Workload
-from benchmarks.providers import REGISTRY
+from benchmarks import device_reports, objectives, pictures, trainers
 from benchmarks.results import RESULTS, describe_environment, read_csv
 from benchmarks.scaling import exponents, points
+from srpo_kernels.verify.batches import HeadName, Workload
+from srpo_kernels.verify.providers import REGISTRY
 from tools.documents import markdown_table, replace_marked
 
 _ROOT = Path(__file__).parent.parent
@@ -33,15 +33,18 @@ def report(
     document: Path = _ROOT / "docs" / "benchmarks.md",
     readme: Path = _ROOT / "README.md",
     figures: Path = _ROOT / "docs" / "figures",
+    gpu: Path = _ROOT / "docs" / "gpu.md",
 ) -> None:
-    """Draw the pictures and write the tables of `docs/benchmarks.md` and of the README from the CSV files.
+    """Draw the pictures and write the tables of `docs/benchmarks.md`, `docs/gpu.md` and of the README from the results.
 
     Args:
         results: folder with speed.csv, accuracy.csv and scaling.csv; where memory.csv, trainers.csv or objectives.csv
-            is not there, the command that writes it takes the place of its table.
+            is not there, the command that writes it takes the place of its table. Reports of devices that
+            `python -m srpo_kernels.verify --report` wrote are gpu.json and small.json.
         document: takes every table, between its markers.
         readme: takes the summary, between its markers.
         figures: folder for the pictures.
+        gpu: takes the report of small sizes, between its markers.
     """
     speed, accuracy, scaling = (read_csv(results / f"{name}.csv") for name in ("speed", "accuracy", "scaling"))
     main = speed[speed["head"].isin(_HEADS) & speed["workload"].isin(_WORKLOADS) & (speed["dtype"] == "float32")]
@@ -72,7 +75,14 @@ def report(
         },
     )
     in_trainers = _optional(results, "trainers", trainers.summary)
-    replace_marked(readme, {"performance": f"{_summary(main)}\n\n{in_trainers}"})
+    replace_marked(
+        readme,
+        {
+            "performance": f"{_summary(main)}\n\n{in_trainers}",
+            "performance:gpu": device_reports.summary(results / "gpu.json"),
+        },
+    )
+    replace_marked(gpu, {"report": device_reports.sample(results / "small.json")})
 
 
 def _optional(results: Path, name: str, write: Callable[[pd.DataFrame], str]) -> str:

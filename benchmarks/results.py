@@ -14,7 +14,7 @@ from typing import Generic, NamedTuple, Protocol, TypeVar
 import pandas as pd
 import torch
 
-from benchmarks.timing import Quantiles
+from srpo_kernels.verify.rounds import Quantiles
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -12,11 +12,11 @@ from rich import box
 from rich.table import Table
 
 from benchmarks import tables
-from benchmarks.cases import DEFAULT_ACTIVE, HEADS, Case, HeadName
-from benchmarks.providers import ProviderName
 from benchmarks.results import RESULTS, ResultsFile, read_csv, resolve_device
 from benchmarks.speed import measure
-from benchmarks.timing import Rounds
+from srpo_kernels.verify.batches import DEFAULT_ACTIVE, HEADS, Case, HeadName
+from srpo_kernels.verify.providers import ProviderName
+from srpo_kernels.verify.rounds import Rounds
 
 Axis = Literal["rows", "vocabulary", "active"]
 AXES: tuple[Axis, ...] = get_args(Axis)

@@ -11,12 +11,12 @@ import torch
 from rich.console import Console
 
 from benchmarks import tables
-from benchmarks.agreement import TOLERANCES, compare
-from benchmarks.cases import DEFAULT_ACTIVE, HEADS, Case, DtypeName, HeadName, Workload, make_batch
 from benchmarks.memory import peaks
-from benchmarks.providers import PROVIDERS, ProviderName, Step, Unsupported, prepare
 from benchmarks.results import RESULTS, Measurement, ResultsFile, resolve_device, single
-from benchmarks.timing import Rounds, interleave, quantiles
+from srpo_kernels.verify.agreement import TOLERANCES, compare
+from srpo_kernels.verify.batches import DEFAULT_ACTIVE, HEADS, Case, DtypeName, HeadName, Workload, make_batch
+from srpo_kernels.verify.providers import PROVIDERS, ProviderName, Step, Unsupported, prepare
+from srpo_kernels.verify.rounds import Rounds, interleave, quantiles
 
 _MAIN: tuple[Workload, ...] = ("policy", "jsd", "routed")
 # Gemma 2's; no released Gemma 3 has one.

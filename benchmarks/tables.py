@@ -8,9 +8,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.cases import Case, HeadName
 from benchmarks.results import Measurement
-from benchmarks.timing import Quantiles
+from srpo_kernels.verify.batches import Case, HeadName
+from srpo_kernels.verify.rounds import Quantiles
 
 # What srpo_kernels should take at most on a CPU in fp32, as a multiple of bare products.
 GOALS: dict[tuple[HeadName, str], float] = {

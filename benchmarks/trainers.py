@@ -14,10 +14,10 @@ import pandas as pd
 import torch
 
 from benchmarks import tables
-from benchmarks.agreement import relative_error
 from benchmarks.processes import fresh_peak
 from benchmarks.results import RESULTS, Measurement, ResultsFile, describe_environment, read_csv
-from benchmarks.timing import Rounds, interleave, quantiles
+from srpo_kernels.verify.agreement import relative_error
+from srpo_kernels.verify.rounds import Rounds, interleave, quantiles
 from tools.documents import rich_table
 
 Branch = Literal["grpo", "sdpo"]

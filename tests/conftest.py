@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -8,8 +9,11 @@ from hypothesis import settings
 
 # Before transformers is imported: tests never ask a network for a model.
 os.environ["HF_HUB_OFFLINE"] = "1"
+
+from tests import devices
+
 # Before triton is imported: without a GPU its kernels run in the interpreter. Compilers get a process of their own.
-if not torch.accelerator.is_available():
+if not devices.COMPILED:
     os.environ["TRITON_INTERPRET"] = "1"
 
 from tools.interpreter import rounding
@@ -17,6 +21,8 @@ from tools.interpreter.launches import interpreting
 
 if interpreting():
     rounding.install()
+if devices.COMPILED:
+    devices.install()
 
 # `pytest --hypothesis-profile=deep` searches longer.
 settings.register_profile("ci", max_examples=25, deadline=None, derandomize=True)
@@ -28,3 +34,27 @@ settings.load_profile("ci")
 def seed() -> None:
     """Every test starts from the same torch seed."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
+    """Where the library's functions run."""
+    where = devices.DEVICE if devices.runs_kernels(request.node) else devices.CPU
+    with devices.calls_on(where):
+        yield where
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if devices.COMPILED:
+        watcher = devices.KernelTests()
+        watcher.watch()
+        config.pluginmanager.register(watcher, "kernel tests")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Where kernels are compiled, what is about the interpreter is left to a process of its own."""
+    if not devices.COMPILED:
+        return
+    apart = [item for item in items if item.get_closest_marker("interpreter")]
+    config.hook.pytest_deselected(items=apart)
+    items[:] = [item for item in items if item not in apart]

@@ -32,12 +32,7 @@ from tests.inputs import (
 _THOROUGH = 8 * settings().max_examples
 thorough = settings(max_examples=_THOROUGH)
 
-# On a GPU `verify` holds the compiled kernels to the same.
-_interpreted = pytest.mark.skipif(
-    torch.accelerator.is_available(),
-    reason="no interpreter: verify covers GPUs",
-)
-each_backend = pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=_interpreted)])
+each_backend = pytest.mark.parametrize("backend", ["torch", "triton"])
 
 
 def shapes(backend: str) -> tuple[tuple[int, ...], ...]:

@@ -16,10 +16,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import srpo_kernels as sk
-from benchmarks.cases import Batch
 from benchmarks.costs import CASES, CaseName, ProviderName
-from benchmarks.providers import Step, autograd_step, fused, naive
 from srpo_kernels.engine import gemm
+from srpo_kernels.verify.batches import Batch
+from srpo_kernels.verify.providers import Step, autograd_step, fused, naive
 from tools.interpreter.traffic import trl_kernels_on_cpu
 
 # Less than any number of rows: buffers of logits, not dW, make the peak of memory.
@@ -110,7 +110,7 @@ class _WideningProducts(TorchDispatchMode):
 
 @contextmanager
 def _trl(case: CaseName, rows: int, vocab_size: int) -> Iterator[tuple[Step, Batch]]:
-    from benchmarks.providers import trl_kernels
+    from srpo_kernels.verify.providers import trl_kernels
 
     batch = make_batch(case, rows, vocab_size)
     with (

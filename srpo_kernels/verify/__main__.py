@@ -4,19 +4,18 @@ import json
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import torch
 
-from srpo_kernels.verify import checks, timing
-from srpo_kernels.verify.cases import cases
+from srpo_kernels.verify import timing
 from srpo_kernels.verify.checks import Check
-from srpo_kernels.verify.inputs import Case, Size
+from srpo_kernels.verify.device_report.command import Job, write_report
 from srpo_kernels.verify.machine import Machine, inspect
+from srpo_kernels.verify.tasks import Task, determinism_tasks, parity_tasks
 
 try:
     import tyro
@@ -29,16 +28,8 @@ except ModuleNotFoundError as missing:
         f"python -m srpo_kernels.verify needs the package {missing.name}: pip install srpo-kernels[verify]"
     ) from missing
 
-Task = Callable[[], Iterable[Check]]
-
 # Columns of output that goes to a file.
 _FILE_WIDTH = 140
-# The interpreter takes some hundredths of a second per row and pass.
-_INTERPRETED_SIZE = Size(4, 3, 67)
-_SIZE = Size(6, 5, 1009)
-_MANY_ROWS = Size(8, 64, 5003, 64)
-# What the checks on the head of a current model need of an accelerator's memory.
-_REALISTIC_BYTES = 8 << 30
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +56,15 @@ class Options:
     interpreter."""
     timing: bool = True
     """Measure time and memory of forward and backward too; --no-timing leaves that out."""
+    report: Path | None = None
+    """Folder for a whole report of the device in place of all this: parity, repeated runs, rates of matmuls and row
+    passes, and whole steps beside every peer that is installed, as JSON and as Markdown. Goes on where it was ended."""
+    minutes: float | None = None
+    """Of --report: no section begins after that; 10 if not given."""
+    sizes: Literal["gpu", "small"] | None = None
+    """Of --report: small ones run on any machine. Default: small ones on a CPU."""
+    retry: bool = False
+    """Of --report: run sections that have failed again."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -77,6 +77,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     if options.quick and options.full:
         raise SystemExit("--quick and --full contradict each other")
+    if options.report is not None:
+        return _report(options, options.report)
+    if options.minutes is not None or options.sizes is not None or options.retry:
+        raise SystemExit("--minutes, --sizes and --retry are options of --report")
     to_stdout = options.json is not None and str(options.json) == "-"
     console = Console(stderr=to_stdout, highlight=False)
     if not console.is_terminal:
@@ -90,6 +94,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             options.json.write_text(text + "\n")
     return 0 if outcome.passed else 1
+
+
+def _report(options: Options, folder: Path) -> int:
+    if options.json is not None or options.only or options.quick or options.full or not options.timing:
+        raise SystemExit("--report has all sections: leave out --json, --only, --quick, --full and --no-timing")
+    minutes = 10.0 if options.minutes is None else options.minutes
+    job = Job(folder, options.device, options.backend, options.sizes, time.time() + 60.0 * minutes)
+    return write_report(job, retry=options.retry)
 
 
 def run(options: Options, console: Console) -> report.Outcome:
@@ -106,9 +118,9 @@ def run(options: Options, console: Console) -> report.Outcome:
         warnings.filterwarnings("ignore", category=RuntimeWarning, module=r"triton\.runtime\.interpreter")
         tasks = _tasks(machine, options)
         bar = progress.add_task("checks", total=len(tasks))
-        for name, task in tasks:
-            progress.update(bar, description=name)
-            found += task()
+        for task in tasks:
+            progress.update(bar, description=task.name)
+            found += task.run()
             progress.advance(bar)
         shape, skipped, timings = None, _no_timing(machine, options), []
         if skipped is None:
@@ -129,49 +141,12 @@ def _no_timing(machine: Machine, options: Options) -> str | None:
     return None if machine.backends else "there is no backend"
 
 
-def _tasks(machine: Machine, options: Options) -> list[tuple[str, Task]]:
-    """Names and checks."""
-    if not machine.backends:
-        return []
-    small = machine.interpreted and not options.full
-    size = _INTERPRETED_SIZE if small else _SIZE
-    realistic = machine.device.type != "cpu" and timing.free_bytes(machine.device) > _REALISTIC_BYTES
-    chosen = cases(size, large=not options.quick, realistic=realistic and not options.quick)
+def _tasks(machine: Machine, options: Options) -> list[Task]:
+    parity = parity_tasks(machine, quick=options.quick, full=options.full)
     if options.quick:
-        first = {(case.op, case.group, case.config.loss_type): case for case in reversed(chosen)}
-        chosen = list(first.values())[::-1]
-    tasks: list[tuple[str, Task]] = []
-    for case in _selected(chosen, options.only):
-        for dtype in machine.dtypes:
-            backends = [x for x in machine.backends if _runs(case, x) and dtype in machine.dtypes_of(x)]
-            if backends and _wanted(case, dtype, options):
-                name = f"{case.op}, {case.group}: {case.name}"
-                tasks.append((name, partial(checks.parity, case, dtype, backends, machine.device)))
-    repeated = checks.determinism_cases(size if small else _MANY_ROWS)
-    for case in _selected(repeated, options.only):
-        for backend in machine.backends:
-            for dtype in machine.dtypes_of(backend)[:2] if _runs(case, backend) else ():
-                name = f"{case.op}, {case.group}: {case.name}"
-                tasks.append((name, partial(checks.determinism, case, dtype, backend, machine.device)))
-    return tasks
-
-
-def _selected(every: list[Case], only: tuple[str, ...]) -> list[Case]:
-    return [case for case in every if not only or any(x in case.op or x in case.group for x in only)]
-
-
-def _runs(case: Case, backend: str) -> bool:
-    """Whether a backend has the case's engine."""
-    return case.engine != "tile" or backend == "triton"
-
-
-def _wanted(case: Case, dtype: torch.dtype, options: Options) -> bool:
-    """Whether a case is run in ``dtype``: truth takes seconds where the head is large."""
-    if options.quick:
-        return dtype in (torch.float32, torch.bfloat16)
-    if case.realistic:
-        return dtype == torch.bfloat16 or (options.full and dtype != torch.float64)
-    return True
+        parity = [task for task in parity if task.dtype in (torch.float32, torch.bfloat16)]
+    every = [*parity, *determinism_tasks(machine, full=options.full)]
+    return [x for x in every if not options.only or any(y in x.case.op or y in x.case.group for y in options.only)]
 
 
 if __name__ == "__main__":

@@ -74,7 +74,7 @@ def parity(case: Case, dtype: torch.dtype, backends: Sequence[BackendName], devi
         plain = _results(oracle, inputs, case.leaves)
     except Exception as reason:
         for backend in backends:
-            yield _check("parity", case, backend, dtype, 0.0, message=f"in plain torch: {_describe(reason)}")
+            yield _check("parity", case, backend, dtype, 0.0, message=f"in plain torch: {describe(reason)}")
         return
     for backend in backends:
         start = time.perf_counter()
@@ -83,7 +83,7 @@ def parity(case: Case, dtype: torch.dtype, backends: Sequence[BackendName], devi
             tensor, error, allowed = _worst(case, dtype, actual, plain, exact)
             found: dict[str, Any] = {"tensor": tensor, "error": error, "allowed": allowed}
         except Exception as reason:
-            found = {"message": _describe(reason)}
+            found = {"message": describe(reason)}
         yield _check("parity", case, backend, dtype, time.perf_counter() - start, **found)
 
 
@@ -98,7 +98,7 @@ def determinism(case: Case, dtype: torch.dtype, backend: BackendName, device: to
         tensor = max(differences, key=lambda name: _rank(differences[name]))
         found: dict[str, Any] = {"tensor": tensor, "error": differences[tensor], "allowed": 0.0}
     except Exception as reason:
-        found = {"message": _describe(reason)}
+        found = {"message": describe(reason)}
     yield _check("determinism", case, backend, dtype, time.perf_counter() - start, **found)
 
 
@@ -211,7 +211,7 @@ def _rank(ratio: float) -> float:
     return math.inf if math.isnan(ratio) else ratio
 
 
-def _describe(reason: Exception) -> str:
+def describe(reason: Exception) -> str:
     """The exception's type and the first line of what it says."""
     lines = str(reason).strip().splitlines()
     return f"{type(reason).__name__}: {lines[0] if lines else ''}"

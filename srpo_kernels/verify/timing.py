@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import statistics
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -20,6 +19,7 @@ import srpo_kernels
 from srpo_kernels import SRPOConfig
 from srpo_kernels.engine.backends import BackendName
 from srpo_kernels.verify import plain
+from srpo_kernels.verify.rounds import Rounds, interleave
 
 PLAIN = "plain torch"
 WORKLOADS = ("policy", "distillation", "routed")
@@ -128,42 +128,20 @@ def _step(loss: Callable[..., Tensor], inputs: dict[str, Any]) -> object:
 def _measure(workload: str, steps: Mapping[str, Step], inputs: list[Tensor], device: torch.device) -> Iterator[Timing]:
     """Warm up and meter each step alone, then let those that ran take turns, each round from another one on."""
     peaks: dict[str, float | None] = {}
-    seconds: dict[str, list[float]] = {}
     for name, step in steps.items():
         try:
             step()
-            peaks[name] = _peak_mib(step, inputs, device)
-            seconds[name] = []
+            peaks[name] = peak_mib(step, inputs, device)
         except Exception as reason:
             # Plain torch may well run out of memory: that is no fault of the library's.
             yield Timing(workload, name, note=f"{type(reason).__name__}: {reason}", failed=name != PLAIN)
-    names = list(seconds)
-    for turn in range(_ROUNDS * len(names)):
-        first, position = divmod(turn, len(names))
-        name = names[(first + position) % len(names)]
-        seconds[name].append(_seconds(steps[name], device))
-    for name in names:
+    seconds = interleave({name: steps[name] for name in peaks}, Rounds(_ROUNDS, math.inf), device, lambda _: None)
+    for name, times in seconds.items():
         note = "this device does not meter memory" if peaks[name] is None else None
-        yield Timing(workload, name, 1e3 * statistics.median(seconds[name]), peaks[name], note)
+        yield Timing(workload, name, 1e3 * statistics.median(times), peaks[name], note)
 
 
-def _seconds(step: Step, device: torch.device) -> float:
-    _synchronize(device)
-    start = time.perf_counter()
-    result = step()
-    _synchronize(device)
-    elapsed = time.perf_counter() - start
-    # Gradients are given back outside the timed part.
-    del result
-    return elapsed
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
-
-
-def _peak_mib(step: Step, inputs: list[Tensor], device: torch.device) -> float | None:
+def peak_mib(step: Step, inputs: list[Tensor], device: torch.device) -> float | None:
     """What a step allocates beside its inputs; its results are a part of it."""
     srpo_kernels.release_workspace()
     if device.type == "cpu":
@@ -173,11 +151,11 @@ def _peak_mib(step: Step, inputs: list[Tensor], device: torch.device) -> float |
     module = torch.get_device_module(device)
     if not hasattr(module, "max_memory_allocated"):
         return None
-    _synchronize(device)
+    torch.accelerator.synchronize(device)
     module.reset_peak_memory_stats(device)
     before = module.memory_allocated(device)
     step()
-    _synchronize(device)
+    torch.accelerator.synchronize(device)
     extra: int = module.max_memory_allocated(device) - before
     return extra / 2**20
 

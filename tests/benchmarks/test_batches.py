@@ -10,8 +10,8 @@ import torch
 pytest.importorskip("tyro", reason="a command reads its options with tyro: the extras verify and bench have it")
 pytest.importorskip("rich", reason="a command prints with rich: the extras verify and bench have it")
 
-from benchmarks.cases import DEFAULT_ACTIVE, DTYPES, Case, make_batch
 from benchmarks.speed import published
+from srpo_kernels.verify.batches import DEFAULT_ACTIVE, DTYPES, Case, make_batch
 
 ROUTED = Case("tiny", "routed", 1_024)
 CPU = torch.device("cpu")

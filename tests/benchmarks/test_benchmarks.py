@@ -16,16 +16,16 @@ pytest.importorskip("tyro")
 pytest.importorskip("rich")
 
 from benchmarks import objectives, pictures
-from benchmarks.agreement import compare
-from benchmarks.cases import Case, make_batch
 from benchmarks.own_losses import LOSSES, WAYS
 from benchmarks.processes import in_fresh_process
-from benchmarks.providers import PROVIDERS, ProviderName, Result, Unsupported, prepare
 from benchmarks.report import report
 from benchmarks.results import Measurement, ResultsFile, read_csv, single
 from benchmarks.scaling import exponents
-from benchmarks.timing import Rounds, interleave, quantiles
 from benchmarks.trainers import SIDES, Step, table
+from srpo_kernels.verify.agreement import compare
+from srpo_kernels.verify.batches import Case, make_batch
+from srpo_kernels.verify.providers import PROVIDERS, ProviderName, Result, Unsupported, prepare
+from srpo_kernels.verify.rounds import Rounds, interleave, quantiles
 
 ROUTED = Case("tiny", "routed", 1_024)
 CPU = torch.device("cpu")
@@ -116,8 +116,13 @@ def test_scaling_and_report_make_the_documents(run: Run, tmp_path: Path) -> None
     document, readme = tmp_path / "benchmarks.md", tmp_path / "README.md"
     markers = ("providers", "speed", "memory", "memory:many-rows", "accuracy", "scaling", "trainers", "objectives")
     document.write_text("".join(f"<!-- {name} -->\n<!-- /{name} -->\n" for name in markers))
-    readme.write_text("before\n<!-- performance -->\nold\n<!-- /performance -->\nafter\n")
-    report(tmp_path, document, readme, tmp_path / "figures")
+    gpu = tmp_path / "gpu.md"
+    gpu.write_text("<!-- report -->\n<!-- /report -->\n")
+    readme.write_text(
+        "before\n<!-- performance -->\nold\n<!-- /performance -->\n"
+        "<!-- performance:gpu -->\n<!-- /performance:gpu -->\nafter\n"
+    )
+    report(tmp_path, document, readme, tmp_path / "figures", gpu)
     text = document.read_text()
     assert "Without a number here: `quack` (needs a GPU)." in text
     assert "| rows | seconds |" in text
@@ -128,6 +133,7 @@ def test_scaling_and_report_make_the_documents(run: Run, tmp_path: Path) -> None
     assert summary.startswith("before\n")
     assert "old" not in summary
     assert "| batch | × bare | naive | trl |" in summary
+    assert "No GPU has been measured." in summary
     for name in ("speed", "scaling", "accuracy"):
         assert (tmp_path / "figures" / f"{name}.png").stat().st_size > 10_000
         assert "</svg>" in (tmp_path / "figures" / f"{name}.svg").read_text()
@@ -149,7 +155,7 @@ def test_scaling_and_report_make_the_documents(run: Run, tmp_path: Path) -> None
             for metric, pair in values.items()
             for side, value in zip(SIDES, pair, strict=True)
         )
-    report(tmp_path, document, readme, tmp_path / "figures")
+    report(tmp_path, document, readme, tmp_path / "figures", gpu)
     text = document.read_text()
     assert "| tiny (32 × 500), 64 rows, jsd, float32 | 3 | 6 (2.0×) |" in text
     assert "| GRPOTrainer, 2 × 4 completions | 50% | 2.00 | 1.00 (0.50×) | 4 | 3 (0.75×) |" in text

@@ -23,17 +23,16 @@ from benchmarks.costs.measure import KernelCost, PerRow, StepCost, measure
 from benchmarks.costs.sheet import Sheet
 from benchmarks.costs.steps import bf16_products, make_batch, prepare
 from benchmarks.costs.tiles import measure_tiles
-from benchmarks.providers import naive
 from reference.distillation import divergence
 from srpo_kernels import SRPOConfig, srpo_loss
+from srpo_kernels.verify.providers import naive
 from tests.comparison import assert_same, run_loss
 from tests.inputs import cast, loss_inputs, workspace_floor
 from tests.meters import ProductMeter
 from tools.documents import replace_marked
-from tools.interpreter.launches import interpreting
 from tools.meters import OperatorMeter
 
-pytestmark = pytest.mark.skipif(not interpreting(), reason="kernels are compiled here: needs TRITON_INTERPRET=1")
+pytestmark = pytest.mark.interpreter
 
 ROOT = Path(__file__).parents[2]
 DIVERGENCES = tuple(case for case in CASES if case != "policy")

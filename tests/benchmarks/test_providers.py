@@ -11,11 +11,11 @@ import torch
 
 pytest.importorskip("rich", reason="a command prints with rich: the extras verify and bench have it")
 
-from benchmarks.agreement import compare
-from benchmarks.cases import Case, make_batch
 from benchmarks.memory import measure_peak
 from benchmarks.processes import in_fresh_process
-from benchmarks.providers import Result, Unsupported, cross_entropies, naive, prepare
+from srpo_kernels.verify.agreement import compare
+from srpo_kernels.verify.batches import Case, make_batch
+from srpo_kernels.verify.providers import Result, Unsupported, cross_entropies, naive, prepare
 
 
 def test_providers_that_disagree_are_not_timed() -> None:
@@ -49,7 +49,7 @@ def test_what_a_provider_cannot_do_has_its_reason(monkeypatch: pytest.MonkeyPatc
         with pytest.raises(Unsupported, match="needs a GPU"):
             prepare(name, batch)
     monkeypatch.setitem(sys.modules, "trl.kernels", None)
-    monkeypatch.delitem(sys.modules, "benchmarks.providers.trl_kernels", raising=False)
+    monkeypatch.delitem(sys.modules, "srpo_kernels.verify.providers.trl_kernels", raising=False)
     with pytest.raises(Unsupported, match=r"not installed: trl\.kernels"):
         prepare("trl", batch)
     monkeypatch.setattr(naive, "available_bytes", lambda device: 1_000)

@@ -19,12 +19,11 @@ from srpo_kernels import (
     token_stats,
 )
 from srpo_kernels.engine.row_values import check_support
-from srpo_kernels.kernels import launch
 from tests.comparison import with_leaves
 from tests.inputs import cast, head_inputs, loss_inputs, workspace_floor
 from tests.meters import HostReads
 
-pytestmark = pytest.mark.skipif(not launch.INTERPRETED, reason="counts what the interpreter's operators show")
+pytestmark = pytest.mark.interpreter
 
 ORDER = "order.order_rows: tolist"
 # Numbers of the host's own, and what multiplies dW where that is a number: on a CPU.

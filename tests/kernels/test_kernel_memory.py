@@ -17,10 +17,9 @@ from srpo_kernels.rows.mixture import MIXTURE_DIVERGENCES
 from srpo_kernels.rows.passes import Request, RowPasses, coefficients
 from srpo_kernels.rows.spec import DIVERGENCES, LogitTransform, RowSpec
 from srpo_kernels.rows.vocabulary import Vocabulary
-from tools.interpreter.launches import interpreting
 from tools.interpreter.sanitizer import sanitize, sparse_rows
 
-pytestmark = pytest.mark.skipif(not interpreting(), reason="kernels are compiled here: needs TRITON_INTERPRET=1")
+pytestmark = pytest.mark.interpreter
 
 ROWS = 3
 # A row stride whose third row begins beyond 2^31 elements.

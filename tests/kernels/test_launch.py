@@ -16,7 +16,7 @@ from srpo_kernels.kernels import launch
 from tests.comparison import with_leaves
 from tests.inputs import for_backend, head_inputs, loss_inputs
 
-pytestmark = pytest.mark.skipif(not launch.INTERPRETED, reason="reads the launches of the interpreter")
+pytestmark = pytest.mark.interpreter
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")

@@ -11,10 +11,10 @@ import reference
 from srpo_kernels import SRPOConfig, teacher_stats, token_stats
 from srpo_kernels.rows.mixture import MIXTURE_DIVERGENCES
 from tests.comparison import assert_as_accurate, with_leaves
+from tests.devices import DEVICE
 from tests.inputs import Inputs, cast, head_inputs
 from tests.meters import MemoryMeter
 
-DEVICE = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 VOCAB_SIZE = 1009
 
 

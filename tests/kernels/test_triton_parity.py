@@ -26,7 +26,7 @@ from tests.inputs import Inputs, cast, loss_inputs
 from tests.parity import check_loss, check_stats
 from tests.strategies import Case, loss_cases, stats_cases
 
-pytestmark = pytest.mark.skipif(not launch.INTERPRETED, reason="verify holds compiled kernels to the same")
+pytestmark = pytest.mark.kernels
 
 # Examples of each dtype: a kernel sees fp32 logits whatever the model's.
 _MOST = settings().max_examples
@@ -174,6 +174,7 @@ def worst(sign: float) -> Callable[[np.ndarray], np.ndarray]:
     return log2
 
 
+@pytest.mark.interpreter
 @pytest.mark.parametrize("sign", [-1.0, 0.0, 1.0])
 @pytest.mark.parametrize("spread", [1.0, 6.0])
 def test_the_error_of_the_hardware_logarithm_is_below_the_rounding_of_logits(

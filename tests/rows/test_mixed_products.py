@@ -21,6 +21,9 @@ from tests.inputs import Inputs, cast, head_inputs, loss_inputs, workspace_floor
 from tests.parity import check_loss, check_stats
 from tests.strategies import Case, each_backend
 
+# Their operators are here in the place of a CPU's own.
+pytestmark = pytest.mark.interpreter
+
 WHERE = torch.device("cpu")
 ANSWERS = {"2.10": "addmm", "2.8": "mm", "before Ampere": "none"}
 

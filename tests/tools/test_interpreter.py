@@ -8,9 +8,8 @@ import triton
 import triton.language as tl
 
 from srpo_kernels.kernels import launch
-from tools.interpreter.launches import interpreting
 
-pytestmark = pytest.mark.skipif(not interpreting(), reason="kernels are compiled here")
+pytestmark = pytest.mark.interpreter
 
 
 @triton.jit

@@ -8,10 +8,9 @@ import torch
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
 
-from tools.interpreter.launches import interpreting  # noqa: E402
 from tools.interpreter.sanitizer import Finding, Hazard, Sanitizer, SanitizerError, sanitize, sparse_rows  # noqa: E402
 
-pytestmark = pytest.mark.skipif(not interpreting(), reason="kernels are compiled here: needs TRITON_INTERPRET=1")
+pytestmark = pytest.mark.interpreter
 
 
 @triton.jit

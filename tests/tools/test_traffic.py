@@ -13,10 +13,9 @@ import torch
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
 
-from tools.interpreter.launches import interpreting  # noqa: E402
 from tools.interpreter.traffic import Traffic, measure_traffic, trl_kernels_on_cpu  # noqa: E402
 
-pytestmark = pytest.mark.skipif(not interpreting(), reason="kernels are compiled here: needs TRITON_INTERPRET=1")
+pytestmark = pytest.mark.interpreter
 
 FP32 = 4
 

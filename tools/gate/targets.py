@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, cast, get_args
 
+from srpo_kernels.verify.roofline import DATA_SHEETS
 from tools.gate.hazards import Hazard
 
 # What an instruction occupies. On NVIDIA `fp32` is the FMA pipe, where integer multiply-adds run too, and `alu` the
@@ -104,7 +105,12 @@ def _round_up(value: int, granule: int) -> int:
     return -(-value // granule) * granule
 
 
-def _nvidia(name: str, *, multiprocessors: int, ghz: float, gigabytes_per_second: float, fp32_lanes: int) -> Device:
+def _bytes_per_clock(name: str, multiprocessors: int, ghz: float) -> float:
+    """Of one multiprocessor, with the data sheet's bandwidth."""
+    return DATA_SHEETS[name].gigabytes_per_second / ghz / multiprocessors
+
+
+def _nvidia(name: str, *, multiprocessors: int, ghz: float, fp32_lanes: int) -> Device:
     """A data-sheet's clock and bandwidth with the SM's rates.
 
     Those are results per clock and SM in the CUDA C++ Programming Guide, "Throughput of Native Arithmetic
@@ -114,7 +120,7 @@ def _nvidia(name: str, *, multiprocessors: int, ghz: float, gigabytes_per_second
     """
     return Device(
         name,
-        gigabytes_per_second / ghz / multiprocessors,
+        _bytes_per_clock(name, multiprocessors, ghz),
         (
             Pipe("issue", 128, dict.fromkeys(KINDS, 1)),
             Pipe("fp32", fp32_lanes, {"fp32": 1}),
@@ -124,19 +130,19 @@ def _nvidia(name: str, *, multiprocessors: int, ghz: float, gigabytes_per_second
     )
 
 
-# NVIDIA A100 data sheet, SXM, 80 GB: 2,039 GB/s; 19.5 TFLOPS of fp32 are 108 SMs x 64 FMAs at 1.41 GHz.
-_A100 = _nvidia("A100", multiprocessors=108, ghz=1.41, gigabytes_per_second=2_039, fp32_lanes=64)
+# NVIDIA A100 data sheet, SXM, 80 GB: 19.5 TFLOPS of fp32 are 108 SMs x 64 FMAs at 1.41 GHz.
+_A100 = _nvidia("A100", multiprocessors=108, ghz=1.41, fp32_lanes=64)
 
-# NVIDIA H100 data sheet, SXM: 3.35 TB/s; 67 TFLOPS of fp32 are 132 SMs x 128 FMAs at 1.98 GHz.
-_H100 = _nvidia("H100", multiprocessors=132, ghz=1.98, gigabytes_per_second=3_350, fp32_lanes=128)
+# NVIDIA H100 data sheet, SXM: 67 TFLOPS of fp32 are 132 SMs x 128 FMAs at 1.98 GHz.
+_H100 = _nvidia("H100", multiprocessors=132, ghz=1.98, fp32_lanes=128)
 
-# AMD Instinct MI300X data sheet: 5.3 TB/s, 304 compute units, 2.1 GHz; its 163.4 TFLOPS of fp32 are packed
+# AMD Instinct MI300X data sheet: 304 compute units, 2.1 GHz; its 163.4 TFLOPS of fp32 are packed
 # instructions, two FMAs each. AMD CDNA 3 white paper and ISA guide: each of a compute unit's four SIMDs of 16 lanes
 # works off a wave of 64 threads in four clocks, and transcendentals at a quarter of that rate; the unit's scalar pipe
 # takes a wave's instruction per clock.
 _MI300X = Device(
     "MI300X",
-    5_300 / 2.1 / 304,
+    _bytes_per_clock("MI300X", 304, 2.1),
     (
         Pipe("vector", 64, {"fp32": 1, "alu": 1, "special": 4}),
         Pipe("scalar", 64, {"scalar": 1}),

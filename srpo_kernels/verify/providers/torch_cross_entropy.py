@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from benchmarks.cases import Batch
-from benchmarks.providers import Step, Unsupported, cross_entropies, naive
+from srpo_kernels.verify.batches import Batch
+from srpo_kernels.verify.providers import Step, Unsupported, cross_entropies, naive
 
 
 def prepare(batch: Batch) -> Step:

@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from benchmarks.cases import Batch
-from benchmarks.providers import Step, Unsupported, autograd_step
-from benchmarks.providers.naive import policy_losses
+from srpo_kernels.verify.batches import Batch
+from srpo_kernels.verify.providers import Step, Unsupported, autograd_step
+from srpo_kernels.verify.providers.naive import policy_losses
 
 # Hidden states ``[n, H]``, the head ``[V, H]`` and targets ``[n]`` to cross-entropies ``[n]``.
 CrossEntropies = Callable[[Tensor, Tensor, Tensor], Tensor]

@@ -6,8 +6,8 @@ import shutil
 
 import torch
 
-from benchmarks.cases import Batch
-from benchmarks.providers import Step, Unsupported, autograd_step, naive
+from srpo_kernels.verify.batches import Batch
+from srpo_kernels.verify.providers import Step, Unsupported, autograd_step, naive
 
 _COMPILED = naive.Buffers(4, 6)
 

@@ -12,9 +12,9 @@ from trl.kernels import ChunkedLogProbFunction
 from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 from trl.kernels.chunked_logprob import _use_triton
 
-from benchmarks.cases import Batch
-from benchmarks.providers import Step, autograd_step
-from benchmarks.providers.naive import distillation_weights, policy_losses
+from srpo_kernels.verify.batches import Batch
+from srpo_kernels.verify.providers import Step, autograd_step
+from srpo_kernels.verify.providers.naive import distillation_weights, policy_losses
 
 # What TRL's trainers pass.
 _VOCAB_CHUNK = 32_768

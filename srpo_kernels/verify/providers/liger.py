@@ -9,9 +9,9 @@ import torch
 from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss, LigerFusedLinearJSDLoss
 from torch import Tensor
 
-from benchmarks.cases import Batch
-from benchmarks.providers import Step, Unsupported, autograd_step
-from benchmarks.providers.naive_compiled import require_compiler
+from srpo_kernels.verify.batches import Batch
+from srpo_kernels.verify.providers import Step, Unsupported, autograd_step
+from srpo_kernels.verify.providers.naive_compiled import require_compiler
 
 _BETAS = {"forward_kl": 0.0, "reverse_kl": 1.0}
 

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 import srpo_kernels as sk
-from benchmarks.cases import DTYPES, Batch, Case
-from benchmarks.providers import Step, autograd_step
 from srpo_kernels.engine.plan import RowMemory
 from srpo_kernels.rows import torch_rows
 from srpo_kernels.rows.dtypes import accumulation_dtype
 from srpo_kernels.rows.passes import RowPasses
 from srpo_kernels.rows.vocabulary import Vocabulary
+from srpo_kernels.verify.batches import DTYPES, Batch, Case
+from srpo_kernels.verify.providers import Step, autograd_step
 
 
 def loss(batch: Batch, backend: str = "torch") -> tuple[Tensor, Tensor]:

@@ -6,9 +6,9 @@ import torch
 from cut_cross_entropy import linear_cross_entropy
 from torch import Tensor
 
-from benchmarks.cases import Batch
-from benchmarks.providers import Step, cross_entropies
-from benchmarks.providers.naive_compiled import require_compiler
+from srpo_kernels.verify.batches import Batch
+from srpo_kernels.verify.providers import Step, cross_entropies
+from srpo_kernels.verify.providers.naive_compiled import require_compiler
 
 
 def prepare(batch: Batch) -> Step:

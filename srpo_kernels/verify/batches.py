@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import srpo_kernels as sk
-from reference.logits import softcapped, token_log_probs
+from srpo_kernels_reference.logits import softcapped, token_log_probs
 
 HeadName = Literal["smollm2-135m", "qwen3-0.6b", "gemma-3-1b", "llama-3-8b", "qwen3-8b", "tiny"]
 Workload = Literal["policy", "jsd", "forward_kl", "reverse_kl", "routed"]
@@ -154,27 +154,31 @@ def make_batch(case: Case, device: torch.device | None = None, seed: int = 0) ->
     """A random batch whose logits, teacher and old log-probs are about as far apart as a training step's."""
     if case.rows <= 0 or case.rows % _SEQUENCES:
         raise ValueError(f"rows must be a positive multiple of {_SEQUENCES} sequences, got {case.rows}")
-    generator = torch.Generator().manual_seed(seed)
+    # On the device: a large head takes a CPU seconds.
+    where = device or torch.device("cpu")
+    generator = torch.Generator(where).manual_seed(seed)
     dtype = DTYPES[case.dtype]
     sequences, length = _SEQUENCES, case.rows // _SEQUENCES
-    hidden = torch.randn(sequences, length, case.hidden_size, generator=generator)
-    teacher_hidden = hidden + _TEACHER_NOISE * torch.randn(hidden.shape, generator=generator)
-    weight = torch.randn(case.vocabulary, case.hidden_size, generator=generator)
-    weight.mul_(_LOGIT_STD / math.sqrt(case.hidden_size))
-    target_ids = torch.randint(case.vocabulary, (sequences, length), generator=generator)
-    noise = _OLD_LOG_PROB_NOISE * torch.randn(target_ids.shape, generator=generator)
-    advantages = torch.randn(sequences, generator=generator)
-    hidden, teacher_hidden, weight = (x.to(device, dtype) for x in (hidden, teacher_hidden, weight))
-    target_ids = target_ids.to(device)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, device=where)
+
+    hidden = normal(sequences, length, case.hidden_size)
+    teacher_hidden = hidden + _TEACHER_NOISE * normal(*hidden.shape)
+    weight = normal(case.vocabulary, case.hidden_size).mul_(_LOGIT_STD / math.sqrt(case.hidden_size))
+    target_ids = torch.randint(case.vocabulary, (sequences, length), generator=generator, device=where)
+    noise = _OLD_LOG_PROB_NOISE * normal(sequences, length)
+    advantages = normal(sequences)
+    hidden, teacher_hidden, weight = (x.to(dtype) for x in (hidden, teacher_hidden, weight))
     batch = Batch(
         hidden=hidden.requires_grad_(),
         weight=weight.requires_grad_(),
         teacher_hidden=teacher_hidden,
         target_ids=target_ids,
         mask=torch.ones_like(target_ids, dtype=torch.bool),
-        sdpo_mask=torch.full((sequences,), case.workload not in (*_OF_POLICY, "routed"), device=device),
-        advantages=advantages.to(device),
-        old_log_probs=_log_probs(hidden, weight, target_ids, case.softcap) + noise.to(device),
+        sdpo_mask=torch.full((sequences,), case.workload not in (*_OF_POLICY, "routed"), device=where),
+        advantages=advantages,
+        old_log_probs=_log_probs(hidden, weight, target_ids, case.softcap) + noise,
         distills=case.workload not in _OF_POLICY,
         config=case.config,
         workload=case.workload,

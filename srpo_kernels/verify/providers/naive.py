@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import math
+from pathlib import Path
 from typing import NamedTuple
 
-import psutil
 import torch
 from torch import Tensor
 
 import srpo_kernels as sk
-from benchmarks.cases import Batch
-from benchmarks.providers import Step, Unsupported, autograd_step
-from reference.distillation import divergence, entropy_weights, importance_clip
-from reference.logits import log_prob_entropy, softcapped
-from reference.policy import policy_loss
+from srpo_kernels.verify.batches import Batch
+from srpo_kernels.verify.providers import Step, Unsupported, autograd_step
+from srpo_kernels.verify.timing import free_bytes
+from srpo_kernels_reference.distillation import divergence, entropy_weights, importance_clip
+from srpo_kernels_reference.logits import log_prob_entropy, softcapped
+from srpo_kernels_reference.policy import policy_loss
 
 
 class Buffers(NamedTuple):
@@ -24,6 +26,7 @@ class Buffers(NamedTuple):
 
 
 _EAGER = Buffers(4, 12)
+_MEMORY_INFO = Path("/proc/meminfo")
 
 
 def policy_losses(log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, config: sk.SRPOConfig) -> Tensor:
@@ -70,9 +73,12 @@ def require_memory(batch: Batch, buffers: Buffers = _EAGER, beside: int = 0) -> 
         raise Unsupported(f"needs about {needed / 2**30:.0f} GiB, {available / 2**30:.0f} GiB are free")
 
 
-def available_bytes(device: torch.device) -> int:
-    """Free memory of the device."""
-    return int(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else int(psutil.virtual_memory().available)
+def available_bytes(device: torch.device) -> float:
+    """Free memory of the device; no bound where the system does not tell."""
+    if device.type != "cpu":
+        return free_bytes(device)
+    lines = _MEMORY_INFO.read_text().splitlines() if _MEMORY_INFO.exists() else []
+    return next((1024.0 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), math.inf)
 
 
 def _log_softmax(hidden: Tensor, weight: Tensor, config: sk.SRPOConfig) -> Tensor:

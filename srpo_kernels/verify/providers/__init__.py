@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple, get_args
 
 from torch import Tensor
 
-from benchmarks.cases import Batch
+from srpo_kernels.verify.batches import Batch
 
 ProviderName = Literal[
     "bare",

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from benchmarks.cases import Batch
-from benchmarks.providers import Step, Unsupported, fused
+from srpo_kernels.verify.batches import Batch
+from srpo_kernels.verify.providers import Step, Unsupported, fused
 
 
 def prepare(batch: Batch) -> Step:
-    if not batch.hidden.is_cuda:
+    if batch.hidden.is_cpu:
         raise Unsupported("needs a GPU")
     return fused.prepare(batch, "triton")

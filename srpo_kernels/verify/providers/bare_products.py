@@ -10,8 +10,8 @@ import math
 
 import torch
 
-from benchmarks.cases import Batch
-from benchmarks.providers import Result, Step
+from srpo_kernels.verify.batches import Batch
+from srpo_kernels.verify.providers import Result, Step
 
 
 def prepare(batch: Batch) -> Step:

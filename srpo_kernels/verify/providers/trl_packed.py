@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from benchmarks.cases import Batch
-from benchmarks.providers import Step, Unsupported, trl_kernels
+from srpo_kernels.verify.batches import Batch
+from srpo_kernels.verify.providers import Step, Unsupported, trl_kernels
 
 
 def prepare(batch: Batch) -> Step:

@@ -1,0 +1,86 @@
+"""Reports of devices in the documents."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("pandas")
+
+from benchmarks import device_reports
+from benchmarks.results import RESULTS
+from srpo_kernels.engine import plan
+from tools import chunks
+
+ROOT = Path(__file__).parents[2]
+
+STEP = {
+    "name": "qwen3-8b, policy, bfloat16",
+    "hidden_size": 4_096,
+    "vocab_size": 151_936,
+    "rows": 8_192,
+    "work": {"flop": 3.06e13, "row_passes": 1e10, "head_gradient": 1e10},
+    "seconds_at_peak": 0.04,
+    "providers": {
+        "bare": {"seconds": {"median": 0.042}},
+        "srpo_kernels": {"reason": "RuntimeError: no such [kernel]", "failed": True},
+        "srpo_kernels-triton": {
+            "seconds": {"median": 0.046}, "ratio_to_bare": {"median": 1.1}, "peak_mib": 3_200.4, "errors": {},
+        },
+        "quack": {"reason": "not installed: quack"},
+    },
+}  # fmt: skip
+
+
+def report_of(tmp_path: Path, **changes: Any) -> Path:
+    content = {
+        "identity": {"device": "NVIDIA H100 80GB HBM3", "sizes": "gpu", "versions": {"torch": "2.11.0"}},
+        "sections": {"step: a": {"state": "done", "seconds": 1.0, "result": STEP}},
+        "missing": ["more parity: srpo_loss, fp32"],
+        "kernels": {},
+    }
+    path = tmp_path / "gpu.json"
+    path.write_text(json.dumps(content | changes))
+    return path
+
+
+def test_the_readme_has_a_gpus_steps_and_what_failed(tmp_path: Path) -> None:
+    text = device_reports.summary(report_of(tmp_path))
+    assert text.startswith("On NVIDIA H100 80GB HBM3, torch 2.11.0. 1 failures: step: a: srpo_kernels: RuntimeError")
+    assert "Not measured: more parity: srpo_loss, fp32." in text
+    header, _, line = (x for x in text.splitlines() if x.startswith("|"))
+    assert header == "| step | bare, ms | at peak, ms | bare, TFLOP/s | `srpo_kernels-triton` |"
+    step = "qwen3-8b, policy, bfloat16, 4,096 × 151,936, 8,192 rows"
+    assert line == f"| {step} | 42 | 40 | 729 | 1.10 / 3,200 |"
+
+
+def test_a_report_of_small_sizes_is_no_gpus(tmp_path: Path) -> None:
+    small = {"device": "an EPYC", "sizes": "small", "versions": {"torch": "2.13.0"}}
+    path = report_of(tmp_path, identity=small)
+    with pytest.raises(SystemExit, match="small sizes on an EPYC"):
+        device_reports.summary(path)
+    assert device_reports.sample(path).startswith("On an EPYC, torch 2.13.0, in small sizes: no time below is a GPU's.")
+    assert "### Steps" in device_reports.sample(path)
+
+
+def test_where_there_is_none_the_command_is_named(tmp_path: Path) -> None:
+    assert "verify --report DIR`" in device_reports.summary(tmp_path / "gpu.json")
+    assert "verify --report DIR --sizes small`" in device_reports.sample(tmp_path / "small.json")
+
+
+def test_the_documents_have_what_is_there() -> None:
+    assert device_reports.summary(RESULTS / "gpu.json") in (ROOT / "README.md").read_text()
+    assert device_reports.sample(RESULTS / "small.json") in (ROOT / "docs" / "gpu.md").read_text()
+    assert chunks.table() in (ROOT / "docs" / "gpu.md").read_text()
+
+
+def test_the_chunks_of_the_table_begin_with_the_planners() -> None:
+    assert chunks.PRODUCT_ROWS[0] == plan._ROWS_ACCELERATOR
+    policy = chunks.STEPS[0]
+    few, one = (chunks.work_in(policy, rows).head_gradient for rows in (1_024, chunks.ROWS))
+    assert few == 15 * one == 15 * 4 * 151_936 * 4_096
+    # fp32 logits and bf16 dlogits, as the planner has them.
+    assert chunks.workspace_bytes(policy, 1_024) == 1_024 * 151_936 * 6
