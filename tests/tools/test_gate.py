@@ -216,7 +216,7 @@ def test_a_document_without_markers_is_refused(lines: pd.DataFrame, tmp_path: Pa
     assert path.read_text() == "nothing"
 
 
-QUICK = ("sm_90", "gfx942")
+QUICK = ("sm_90",)
 
 
 @pytest.mark.parametrize(
