@@ -78,12 +78,18 @@ SUITE = Suite(
         "trl.trainer.grpo_trainer:GRPOTrainer": _Trainer,
         "trl.trainer.grpo_config:GRPOConfig": _Config,
         "datasets.load:load_dataset": _load_dataset,
+        # Of older versions of transformers.
+        "trl.import_utils:is_jmespath_available": lambda: True,
     },
     without=(
         ("TestGetHighEntropyMask|TestTransformersContinuousBatchingContract", "none of the trainer's loss"),
         ("TestGRPOTrainerVLM|vlm", "image processors of a hub"),
         ("NemotronH|test_trust_remote_code", "a model whose code is on a hub"),
-        ("TestGRPORolloutDispatch|test_train_moe_peft_model", "of other versions of TRL and PEFT: TRL's own fails"),
+        (
+            "TestGRPORolloutDispatch|test_train_moe_peft_model|entropy_bonus_flows_gradients",
+            "what other versions of TRL and PEFT do: TRL's own fails",
+        ),
+        ("test_prepare_input_called|owned_data_requires_max_steps", "the number of steps, which is reduced"),
         # Once they are in a model's class, they are in every later test.
         (r"liger|(loss_types|bias_correction_kl|delta_clipping)\[.*True\]", "kernels of Liger that no CPU runs"),
     ),
