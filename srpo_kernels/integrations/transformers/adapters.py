@@ -57,7 +57,7 @@ def _check_is_plain(linear: Any, head: Any) -> None:
     if (
         isinstance(linear, nn.Linear)
         and type(linear).forward is nn.Linear.forward
-        and type(linear._parameters.get("weight")) in (nn.Parameter, DTensor)
+        and (type(linear._parameters.get("weight")) in (nn.Parameter, DTensor) or _is_flat(linear))
         and linear.weight.is_floating_point()
         and not linear.weight.is_meta
     ):
@@ -76,6 +76,12 @@ def _check_is_plain(linear: Any, head: Any) -> None:
             "out (llm_int8_skip_modules, modules_to_not_convert)"
         )
     raise ValueError(f"model must have an LM head that is an nn.Linear, and no more than that, got {kind}: {advice}")
+
+
+def _is_flat(linear: nn.Linear) -> bool:
+    """Whether FSDP1 has made the weight a view of its flat parameter; pruning, which sets one too, has a hook."""
+    weight = vars(linear).get("weight")
+    return type(weight) is Tensor and weight._is_view() and not linear._forward_pre_hooks
 
 
 def _with_tokens(layer: Any, head: Any) -> LinearHead:

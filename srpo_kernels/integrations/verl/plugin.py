@@ -20,6 +20,7 @@ from verl.trainer.ppo.core_algos import agg_loss, register_policy_loss
 from verl.workers.utils.padding import no_padding_2_padding
 
 import srpo_kernels as sk
+from srpo_kernels.integrations.verl.losses import policy_options
 
 POLICY_LOSSES = {f"srpo_{name}": name for name in sk.POLICY_LOSSES}
 DISTILLATION_LOSS = "srpo_sampled"
@@ -29,44 +30,9 @@ REFUSED = ("srpo", "sdpo")
 _LOG_RATIO_CLAMP = 20.0
 
 
-# The options of a policy loss's own, by the names of verl's ``ActorConfig`` and its ``policy_loss``.
-_LOSS_OPTIONS = {
-    "sapo": {"tau_positive": "tau_pos", "tau_negative": "tau_neg"},
-    "dppo_tv": {"ratio_max": "clip_ratio_c"},
-    "dppo_kl": {"ratio_max": "clip_ratio_c"},
-    "dro": {"beta": "dro_beta"},
-    "clip_cov": {"share": "clip_cov_ratio", "cov_low": "clip_cov_lb", "cov_high": "clip_cov_ub"},
-    "kl_cov": {"share": "kl_cov_ratio", "coefficient": "ppo_kl_coef"},
-}
-
-
 def loss_config(loss_type: str, config: Any) -> sk.SRPOConfig:
-    """The options of verl's ``ActorConfig`` as those of a policy loss.
-
-    ``clip_ratio_low``, ``clip_ratio_high`` (``clip_ratio`` where None); for losses that read it and have a ratio per
-    token, ``clip_ratio_c`` as the dual clip; ``tau_pos`` and ``tau_neg`` for ``sapo``, and the options of
-    ``policy_loss`` for the losses that verl has too.
-    """
-    loss = sk.POLICY_LOSSES[loss_type]
-    has_dual_clip = "dual_clip" in loss.fields and not loss.whole_sequences and not loss.whole_batch
-    low, high = config.clip_ratio_low, config.clip_ratio_high
-    options: dict[str, Any] = {
-        "loss_type": loss_type,
-        "epsilon_low": config.clip_ratio if low is None else low,
-        "epsilon_high": config.clip_ratio if high is None else high,
-        "dual_clip": config.get("clip_ratio_c", 3.0) if has_dual_clip else None,
-    }
-    own = _LOSS_OPTIONS.get(loss_type, {})
-    values = {ours: _value(config, theirs) for ours, theirs in own.items()}
-    options["loss_options"] = {name: value for name, value in values.items() if value is not None}
-    return sk.SRPOConfig(**options)
-
-
-def _value(config: Any, name: str) -> float | None:
-    """An option of ``ActorConfig``, or of its ``policy_loss``; None where verl has none."""
-    policy_loss = getattr(config, "policy_loss", None)
-    value: float | None = getattr(config, name, getattr(policy_loss, name, None))
-    return value
+    """The options of verl's ``ActorConfig`` as those of a policy loss: see ``policy_options``."""
+    return sk.SRPOConfig(**policy_options(loss_type, config))
 
 
 def _policy_loss(loss_type: str) -> Any:

@@ -1,0 +1,92 @@
+"""A step of verl's engine on 1, 2 and 4 ranks beside one process: loss, every gradient, log-probs and entropies."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.processes import needs_gloo, run_ranks
+
+pytest.importorskip("verl.workers.engine", reason="the engine needs verl with all it wants: `make test-verl` does it")
+
+from tests.integrations.verl import engine_ranks, tiny
+from tests.integrations.verl.engine_ranks import Case
+
+pytestmark = [pytest.mark.slow, needs_gloo]
+
+TOLERANCE = 2e-6
+EVERYTHING = {"kl_coef": 0.1, "kl_type": "k3_bounded", "entropy_coef": 0.01, "dual_clip": 3.0}
+ONE = [
+    Case("FSDP2"),
+    Case("FSDP1, flat parameters", strategy="fsdp"),
+    Case("padded", packed=False),
+    Case("tied head", model="tied"),
+    Case("softcap", model="softcap"),
+    Case("logit scale, tied", model="scaled"),
+    Case("bias on the head", model="bias"),
+    Case("temperature 0.7", temperature=0.7),
+    Case("KL, entropy, dual clip", loss=EVERYTHING),
+    Case("live teacher", teacher="live"),
+    Case("no teacher", teacher=None),
+    Case("forward KL, no entropy weights", loss={"divergence": "forward_kl", "dw_beta": 0.0}),
+]
+TWO = [
+    Case("FSDP2"),
+    Case("FSDP2, not resharded", reshard=False),
+    Case("FSDP2, offloaded", offload=True, offload_states=True),
+    Case("FSDP1, flat parameters", strategy="fsdp"),
+    Case("FSDP1, original parameters", strategy="fsdp", original=True),
+    Case("FSDP1, not resharded", strategy="fsdp", reshard=False),
+    Case("tied head", model="tied"),
+    Case("tied head, FSDP1", model="tied", strategy="fsdp"),
+    Case("padded", packed=False),
+    Case("padded, FSDP1", packed=False, strategy="fsdp"),
+    Case("dynamic batches, checkpointing", dynamic=True, checkpointing=True),
+    Case("packed to a length", pad_to_length=True),
+    Case("gspo", loss={"loss_type": "gspo"}),
+    Case("mean over sequences", loss={"reduction": "sequence"}),
+    Case("sum by a constant length", loss={"reduction": "constant", "max_length": 12}),
+    Case("a rank without a routed row", routed="last"),
+    Case("a rank without a row", empty=(0, 1, 2, 3)),
+    Case("LoRA", lora=True),
+    Case("LoRA, FSDP1", lora=True, strategy="fsdp"),
+    Case("Ulysses 2", sequence_parallel=2),
+    Case("Ulysses 2, FSDP1", sequence_parallel=2, strategy="fsdp"),
+    Case("Ulysses 2, gspo", sequence_parallel=2, loss={"loss_type": "gspo"}),
+    Case("Ulysses 2, dynamic batches", sequence_parallel=2, dynamic=True),
+]
+FOUR = [
+    Case("HSDP 2 x 2", fsdp_size=2),
+    Case("HSDP 2 x 2, FSDP1", fsdp_size=2, strategy="fsdp"),
+    Case("2 x Ulysses 2, gspo", sequence_parallel=2, loss={"loss_type": "gspo"}),
+    Case("2 x Ulysses 2, mean over sequences", sequence_parallel=2, loss={"reduction": "sequence"}),
+]
+WORLDS = {1: ONE, 2: TWO, 4: FOUR}
+ALL = [(world, case) for world, cases in WORLDS.items() for case in cases]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    tiny.save_models(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def errors(models: Path) -> Any:
+    found: dict[int, list[dict[str, dict[str, float]]]] = {}
+
+    def of(world: int) -> list[dict[str, dict[str, float]]]:
+        if world not in found:
+            found[world] = run_ranks(engine_ranks.parity, world, models, WORLDS[world], timeout_seconds=900)
+        return found[world]
+
+    return of
+
+
+@pytest.mark.parametrize(("world", "case"), ALL, ids=[f"{world}: {case.name}" for world, case in ALL])
+def test_a_step_is_that_of_one_process(errors: Any, world: int, case: Case) -> None:
+    for of_rank in errors(world):
+        assert max(of_rank[case.name].values()) <= TOLERANCE, of_rank[case.name]
