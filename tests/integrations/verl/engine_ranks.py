@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import tests.integrations.verl.cpu_platform  # noqa: F401, I001
-
 import logging
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
@@ -21,6 +19,7 @@ from verl.workers.config import FSDPEngineConfig, FSDPOptimizerConfig, HFModelCo
 from verl.workers.engine import EngineRegistry
 
 import srpo_kernels as sk
+import tests.integrations.verl.cpu_platform  # noqa: F401
 from srpo_kernels.integrations.transformers import config_for
 from srpo_kernels.integrations.verl.engine import MODEL_TYPE, SRPOEngine
 from srpo_kernels.integrations.verl.options import EngineOptions

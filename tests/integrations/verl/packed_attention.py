@@ -1,4 +1,4 @@
-"""Attention over packed rows that Ulysses has cut, in place of flash-attn: keys and values of all ranks, own queries."""
+"""Attention over packed rows that Ulysses has cut, without flash-attn: keys and values of all ranks, own queries."""
 
 from __future__ import annotations
 
