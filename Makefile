@@ -4,6 +4,7 @@
 #   make test, make check            the quick tests; lint, format, types and layers
 #   make test ARGS='-m slow'         the slow tests
 #   make test-versions TORCH=2.14.1  the quick tests with another torch, in an environment of its own, without TRL and verl
+#   make test-verl                   the engine and the trainer of verl, in an environment of their own: half an hour
 #   make bench                       every benchmark beside every peer, then the tables and pictures: hours on two cores
 #   make report                      the tables and pictures alone, from benchmarks/results
 #   make site                        the documentation as a site, into build/site
@@ -16,6 +17,9 @@ VENV := .venv
 # Of test-versions: the environment, and what it needs beside TORCH, as in WITH='numpy<2.4'.
 VERSION_VENV ?= .versions/torch-$(TORCH)
 WITH ?=
+# Of test-verl, which pins another transformers.
+VERL_VENV ?= .versions/verl
+VERL_BIN := $(VERL_VENV)/bin
 BIN := $(VENV)/bin
 # Bytecode is left to the first import: most of what is installed is never imported.
 INSTALL := $(BIN)/python -m pip install --no-compile --disable-pip-version-check --constraint constraints.txt
@@ -28,7 +32,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(WORKERS)
 # The demo's model is a file of a package: no hub is asked for one, unless HF_HUB_OFFLINE=0.
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test check test-versions bench report site learning clean
+.PHONY: demo test check test-versions test-verl bench report site learning clean
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/python -m examples.train_smollm2 $(ARGS)
@@ -51,6 +55,10 @@ test-versions:
 		--constraint $(VERSION_VENV)/constraints.txt 'torch==$(TORCH)' $(if $(WITH),'$(WITH)') \
 		--editable '.[test,triton,verify]' matplotlib pandas psutil scipy
 	OMP_NUM_THREADS=1 $(VERSION_VENV)/bin/python -m pytest $(WORKERS) -m "not slow" $(ARGS)
+
+test-verl: $(VERL_VENV)/stamp
+	OMP_NUM_THREADS=1 $(VERL_BIN)/python -m pytest -m "slow or not slow" tests/integrations/verl \
+		tests/integrations/test_verl_routing.py $(ARGS)
 
 bench: $(VENV)/dev.stamp
 	$(BIN)/python -m benchmarks speed
@@ -99,4 +107,15 @@ $(VENV)/dev.stamp: $(VENV)/demo.stamp $(INPUTS)
 	$(INSTALL) --no-deps --upgrade --target $(VENV)/verl \
 		verl cloudpickle codetiming omegaconf orjson pyvers tensordict
 	rm -rf $(VENV)/verl/tests $(VENV)/verl/scripts
+	@touch $@
+
+# What verl's trainer imports beside what it requires; its wheel brings top-level packages named tests and scripts.
+$(VERL_VENV)/stamp: pyproject.toml
+	$(PYTHON) -m venv $(VERL_VENV)
+	$(VERL_BIN)/python -m pip install --no-compile --disable-pip-version-check 'torch==2.13.0'
+	$(VERL_BIN)/python -m pip install --no-compile --disable-pip-version-check 'torch==2.13.0' 'verl==0.9.1' \
+		'ray[default]==2.60.0' 'tensordict==0.10.0' 'TransferQueue==0.1.10' 'transformers==5.10.4' \
+		cachetools fastapi msgspec pyyaml pyzmq qwen_vl_utils uvicorn
+	rm -rf $(VERL_VENV)/lib/python*/site-packages/tests $(VERL_VENV)/lib/python*/site-packages/scripts
+	$(VERL_BIN)/python -m pip install --no-compile --disable-pip-version-check --editable '.[test]'
 	@touch $@

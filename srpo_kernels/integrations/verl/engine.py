@@ -219,7 +219,7 @@ class SRPOEngine(FSDPEngineWithLMHead):
             )
 
         out = self.with_hidden(micro_batch, loss)
-        sums = torch.stack([out.loss.detach(), *out.metrics.values()]).double()
+        sums = torch.stack([out.loss.detach(), *out.metrics.values()])
         if group is not None:
             # A rank of Ulysses has some of the rows, and only one of them reports.
             dist.all_reduce(sums, group=group)

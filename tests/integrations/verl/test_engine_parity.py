@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,8 @@ from tests.integrations.verl.engine_ranks import Case
 
 pytestmark = [pytest.mark.slow, needs_gloo]
 
+DOCS = Path(__file__).parents[3] / "docs" / "verl.md"
+COLUMNS = {"loss": "loss", "gradient": "worst gradient", "log_probs": "log-probs", "entropy": "entropies"}
 TOLERANCE = 2e-6
 EVERYTHING = {"kl_coef": 0.1, "kl_type": "k3_bounded", "entropy_coef": 0.01, "dual_clip": 3.0}
 ONE = [
@@ -90,3 +94,18 @@ def errors(models: Path) -> Any:
 def test_a_step_is_that_of_one_process(errors: Any, world: int, case: Case) -> None:
     for of_rank in errors(world):
         assert max(of_rank[case.name].values()) <= TOLERANCE, of_rank[case.name]
+
+
+def test_the_table_in_docs_is_of_these_cases(errors: Any) -> None:
+    """``WRITE_PARITY_TABLE=1`` writes it."""
+    before, table, after = re.split(r"(?<=<!-- parity -->\n)|(?=<!-- /parity -->)", DOCS.read_text())
+    if os.environ.get("WRITE_PARITY_TABLE"):
+        lines = [f"| ranks | case | {' | '.join(COLUMNS.values())} |", "|---" * (2 + len(COLUMNS)) + "|"]
+        for world, case in ALL:
+            worst = {key: max(of_rank[case.name][key] for of_rank in errors(world)) for key in COLUMNS}
+            lines.append(f"| {world} | {case.name} | {' | '.join(f'{x:.1e}' for x in worst.values())} |")
+        table = "\n".join(lines) + "\n"
+        DOCS.write_text(before + table + after)
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()[2:]]
+    assert [(int(row[0]), row[1]) for row in rows] == [(world, case.name) for world, case in ALL]
+    assert all(float(cell) <= TOLERANCE for row in rows for cell in row[2:])
