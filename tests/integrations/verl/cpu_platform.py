@@ -23,8 +23,16 @@ def _device_module() -> SimpleNamespace:
         setattr(module, name, lambda *_, **__: None)
     module.mem_get_info = lambda *_, **__: (0, 0)
     module.manual_seed = module.manual_seed_all = torch.manual_seed
+    module.get_rng_state, module.set_rng_state = torch.get_rng_state, torch.set_rng_state
     module.get_device_name = lambda *_, **__: "cpu"
     return module
+
+
+class _Here(str):
+    """The CPU as a device, and as its number: verl writes both ``tensor.to(here)`` and ``f"cpu:{here}"``."""
+
+    def __format__(self, specification: str) -> str:
+        return "0"
 
 
 @PlatformRegistry.register(platform="cpu")
@@ -37,7 +45,7 @@ class PlatformCPU(PlatformBase):
         return True
 
     def current_device(self) -> str:
-        return "cpu"
+        return _Here("cpu")
 
     def device_count(self) -> int:
         return 1

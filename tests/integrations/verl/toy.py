@@ -10,7 +10,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-_SPECIAL = ["<pad>", "<eos>", "<user>", "<assistant>", "<unk>"]
+# verl asks the tokenizer of a Qwen for its newline and its end of a turn.
+_SPECIAL = ["<pad>", "<eos>", "<user>", "<assistant>", "<unk>", "\n", "<|im_end|>"]
 _NUMBERS = [f"w{index}" for index in range(60)]
 # Of the teacher's template, and of the question.
 _TEXT = "Question : Here is a correct solution: Now solve the original problem, in your own words."
@@ -31,14 +32,21 @@ def compute_score(data_source: str, solution_str: str, ground_truth: str, extra_
 def write(folder: Path) -> None:
     import pandas as pd
     import torch
-    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+    from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
     vocabulary = {word: index for index, word in enumerate(dict.fromkeys([*_SPECIAL, *_NUMBERS, *_TEXT.split()]))}
     words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.Split(Regex(r"\s+"), "removed")
+    words.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(" ", "removed"), pre_tokenizers.Split("\n", "isolated")
+    ])  # fmt: skip
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=words, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>", model_max_length=512
+        tokenizer_object=words,
+        pad_token="<pad>",
+        eos_token="<eos>",
+        unk_token="<unk>",
+        additional_special_tokens=["<|im_end|>"],
+        model_max_length=512,
     )
     tokenizer.chat_template = _TEMPLATE
     tokenizer.save_pretrained(folder / "model")
