@@ -131,7 +131,7 @@ class SRPOTrainer(PPOTrainerSync):
         none = torch.full((len(rewards),), self._srpo.method == "sdpo")
         if algorithm.adv_estimator in _GROUP_ESTIMATORS and not algorithm.use_kl_in_reward:
             none |= equal_groups(rewards, uids)
-        rows = [x.masked_fill(bool(zero), 0.0) for x, zero in zip(advantages.unbind(), none, strict=True)]
+        rows = [x.masked_fill(zero, 0.0) for x, zero in zip(advantages.unbind(), none, strict=True)]
         return torch.nested.as_nested_tensor(rows, layout=torch.jagged)
 
     def _route(self, batch: Any, data: Any, rewards: Tensor) -> RoutedBatch:
@@ -175,7 +175,12 @@ class SRPOTrainer(PPOTrainerSync):
             if name.startswith(_SUMS)
         }
         if sums:
-            metrics.update(sk.summarize_metrics(sums))
+            actor = self.config.actor_rollout_ref.actor
+            absent = {"srpo/entropy"} if actor.entropy_coeff == 0.0 else set()
+            absent |= set() if actor.use_kl_loss else {"srpo/ref_kl"}
+            means = sk.summarize_metrics(sums).items()
+            # verl corrects for the rollout before the loss, and logs that itself.
+            metrics.update({k: x for k, x in means if k not in absent and not k.startswith("srpo/rollout_")})
         return batch
 
 

@@ -12,7 +12,7 @@ from tests.processes import needs_gloo, run_ranks
 
 pytest.importorskip("verl.workers.engine", reason="the engine needs verl with all it wants: `make test-verl` does it")
 
-from tests.integrations.verl import engine_ranks, tiny
+from tests.integrations.verl import state_ranks, tiny
 from tests.integrations.verl.engine_ranks import Case
 
 pytestmark = [pytest.mark.slow, needs_gloo]
@@ -35,7 +35,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any
 
 
 def _states(rank: int, models: Path, checkpoints: Path) -> dict[str, dict[str, Any]]:
-    return {case.name: engine_ranks.states(case, models, checkpoints / case.name) for case in CASES}
+    return {case.name: state_ranks.states(case, models, checkpoints / case.name) for case in CASES}
 
 
 @pytest.mark.parametrize("name", [case.name for case in CASES])
