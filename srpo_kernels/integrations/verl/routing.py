@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import srpo_kernels as sk
-from srpo_kernels.integrations.transformers.solutions import Solutions, teacher_prompt
+from srpo_kernels.integrations.verl.solutions import Solutions, teacher_prompt
 from srpo_kernels.integrations.verl.options import SRPOOptions
 
 
