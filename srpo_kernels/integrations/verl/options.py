@@ -8,8 +8,8 @@ from typing import Any, Literal, get_args
 from omegaconf import OmegaConf
 
 import srpo_kernels as sk
-from srpo_kernels.integrations.verl.solutions import TEACHER_TEMPLATE, check_template
 from srpo_kernels.integrations.verl.losses import actor_options
+from srpo_kernels.integrations.verl.solutions import TEACHER_TEMPLATE, check_template
 
 Method = Literal["srpo", "grpo", "sdpo"]
 TeacherKind = Literal["ema", "live", "frozen"]

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 import srpo_kernels as sk
-from srpo_kernels.integrations.verl.solutions import Solutions, teacher_prompt
 from srpo_kernels.integrations.verl.options import SRPOOptions
+from srpo_kernels.integrations.verl.solutions import Solutions, teacher_prompt
 
 
 class Outputs(NamedTuple):

@@ -74,7 +74,9 @@ def test_rewards_rise(folder: Path, workers: int) -> None:
     assert all(norm > 0.0 for norm in logged(lines, "actor/grad_norm"))
     # Log-probs of the rollout are those of the trainer, up to bf16.
     assert max(logged(lines, "training/rollout_probs_diff_mean")) < 0.02
-    saved = sorted(path.name for path in (folder / f"checkpoints_{workers}" / "global_step_16" / "actor").glob("srpo_*"))
+    saved = sorted(
+        path.name for path in (folder / f"checkpoints_{workers}" / "global_step_16" / "actor").glob("srpo_*")
+    )
     assert saved == [f"srpo_teacher_world_size_{workers}_rank_{rank}.pt" for rank in range(workers)]
 
 
