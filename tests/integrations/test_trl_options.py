@@ -20,7 +20,7 @@ from trl import GRPOConfig
 import srpo_kernels as sk
 from srpo_kernels.integrations.trl import SRPOTrainer, SRPOTrainerConfig
 from srpo_kernels.integrations.trl.teacher import teacher_prompt
-from tests.tiny_trainer import ScriptedSRPO, graded, prompts, tiny_model, tiny_tokenizer, tiny_trainer
+from tests.tiny_trainer import ScriptedSRPO, curve, graded, prompts, tiny_model, tiny_tokenizer, tiny_trainer, train
 
 REFUSED: dict[str, tuple[Any, dict[str, Any]]] = {
     "importance_sampling_level": ("sequence", {"loss_type": "reinforce"}),
@@ -176,3 +176,16 @@ def test_a_transform_of_the_logits_is_in_the_loss(tmp_path: Path) -> None:
     trainer = tiny_trainer(ScriptedSRPO, tmp_path, model=model)
     assert trainer.loss_config.softcap == 0.5
     trainer.train()
+
+
+def test_a_model_that_is_compiled_as_a_whole_trains_alike(tmp_path: Path) -> None:
+    plain, compiled = (train(ScriptedSRPO, tmp_path / str(on), torch_compile=on) for on in (False, True))
+    assert isinstance(compiled.model_wrapped, torch._dynamo.OptimizedModule)
+    assert curve(compiled) == pytest.approx(curve(plain), rel=1e-6)
+
+
+def test_a_model_on_several_devices_is_refused(tmp_path: Path) -> None:
+    model = tiny_model()
+    model.hf_device_map = {"model": 0, "lm_head": 1}
+    with pytest.raises(ValueError, match=r"device_map must have the model on one device .* got \['0', '1'\]"):
+        tiny_trainer(ScriptedSRPO, tmp_path, model=model)
