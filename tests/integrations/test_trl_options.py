@@ -18,8 +18,8 @@ from transformers import (
 from trl import GRPOConfig
 
 import srpo_kernels as sk
+from srpo_kernels.integrations.transformers.solutions import teacher_prompt
 from srpo_kernels.integrations.trl import SRPOTrainer, SRPOTrainerConfig
-from srpo_kernels.integrations.trl.teacher import teacher_prompt
 from tests.tiny_trainer import ScriptedSRPO, curve, graded, prompts, tiny_model, tiny_tokenizer, tiny_trainer, train
 
 REFUSED: dict[str, tuple[Any, dict[str, Any]]] = {

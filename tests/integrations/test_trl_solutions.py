@@ -11,7 +11,7 @@ import torch
 
 pytest.importorskip("trl", "1.16", reason="the trl integration needs trl >= 1.16")
 
-from srpo_kernels.integrations.trl.solutions import without_thinking
+from srpo_kernels.integrations.transformers.solutions import without_thinking
 from tests.tiny_trainer import ScriptedSRPO, curve, tiny_model, tiny_tokenizer, tiny_trainer
 
 EOS, PAD = 1, 0

@@ -46,7 +46,11 @@ def tokenize(messages: Any) -> list[int]:
 
 
 def router(routing: ModuleType, max_length: int | None = None, **options: Any) -> Any:
-    templates = {"teacher_template": "{prompt} 7 {solution} 8", "feedback_template": "{prompt} 5 {feedback}"}
+    templates = {
+        "teacher_template": "{prompt}{feedback}{solution}",
+        "solution_template": " 7 {solution} 8",
+        "feedback_template": " 5 {feedback}",
+    }
     own = routing.SRPOOptions(**{**templates, **options})
     return routing.Router(Tokenizer(), tokenize, ends={END}, max_length=max_length, options=own)
 
@@ -234,8 +238,8 @@ class TestLossOptions:
         ("option", "value"),
         [
             ("method", "ppo"), ("teacher_model_kind", "none"), ("teacher_update_rate", 0.0),
-            ("teacher_template", "{prompt}"), ("feedback_template", "{feedback}"), ("max_teacher_length", 0),
-            ("teacher_tokens_per_gpu", 0), ("workspace_bytes", 0),
+            ("teacher_template", "{prompt}"), ("feedback_template", "{prompt}"), ("solution_template", ""),
+            ("max_teacher_length", 0), ("teacher_tokens_per_gpu", 0), ("workspace_bytes", 0),
         ],
     )  # fmt: skip
     def test_bad_values(self, option: str, value: Any) -> None:

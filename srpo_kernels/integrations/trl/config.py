@@ -10,17 +10,18 @@ from typing import Literal, get_args
 from trl import GRPOConfig
 
 import srpo_kernels as sk
+from srpo_kernels.integrations.transformers.solutions import (
+    FEEDBACK_TEMPLATE,
+    SOLUTION_TEMPLATE,
+    TEACHER_TEMPLATE,
+    check_template,
+)
 from srpo_kernels.integrations.trl.losses import TokenDenominator, is_trls, loss_config, reasons_for_log_probs
 
 Method = Literal["srpo", "grpo", "sdpo", "distill"]
 TeacherKind = Literal["ema", "live", "frozen", "other"]
 
 _NO_TRANSFORM = sk.LogitTransform()
-
-# SDPO's words (arXiv 2601.20802), whose teacher SRPO takes over.
-TEACHER_TEMPLATE = "{prompt}{solution}{feedback}\n\nCorrectly solve the original question.\n"
-SOLUTION_TEMPLATE = "\nCorrect solution:\n\n{solution}\n\n"
-FEEDBACK_TEMPLATE = "\nThe following is feedback from your unsuccessful earlier attempt:\n\n{feedback}\n\n"
 
 
 @dataclass
@@ -117,9 +118,9 @@ class SRPOTrainerConfig(GRPOConfig):
         if self.teacher_update_every < 1:
             raise ValueError(f"teacher_update_every must be at least 1, got {self.teacher_update_every!r}")
         fields = ("prompt", "solution", "feedback")
-        _check_template("teacher_template", self.teacher_template, fields if self.include_feedback else fields[:2])
-        _check_template("solution_template", self.solution_template, ("solution",))
-        _check_template("feedback_template", self.feedback_template, ("feedback",))
+        check_template("teacher_template", self.teacher_template, fields if self.include_feedback else fields[:2])
+        check_template("solution_template", self.solution_template, ("solution",))
+        check_template("feedback_template", self.feedback_template, ("feedback",))
         if self.max_teacher_length is not None and self.max_teacher_length <= (self.max_completion_length or 0):
             raise ValueError(
                 "max_teacher_length must be more than max_completion_length, for the teacher's prompt to have room, "
@@ -160,15 +161,3 @@ class SRPOTrainerConfig(GRPOConfig):
                 "every gradient",
                 stacklevel=4,
             )
-
-
-def _check_template(name: str, template: str, fields: tuple[str, ...]) -> None:
-    """Raise ValueError unless ``template`` has these fields; {feedback} may be there without being required."""
-    marks = {field: f"\0{index}" for index, field in enumerate(("prompt", "solution", "feedback"))}
-    known = marks if name == "teacher_template" else {field: marks[field] for field in fields}
-    try:
-        text = template.format(**known)
-    except (IndexError, KeyError, ValueError):
-        text = ""
-    if not all(marks[field] in text for field in fields):
-        raise ValueError(f"{name} must have the fields {fields}, and no other, got {template!r}")

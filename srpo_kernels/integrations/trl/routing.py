@@ -10,10 +10,10 @@ from accelerate.utils import gather_object
 from torch import Tensor
 from trl import GRPOTrainer
 
+from srpo_kernels.integrations.transformers.solutions import Solutions
 from srpo_kernels.integrations.trl.config import SRPOTrainerConfig
 from srpo_kernels.integrations.trl.forwards import valid_tokens
 from srpo_kernels.integrations.trl.rewards import correctness_scores, equal_groups, route_completions
-from srpo_kernels.integrations.trl.solutions import Solutions
 
 # Generation batches without a routed completion after which a run says so.
 _PATIENCE = 10

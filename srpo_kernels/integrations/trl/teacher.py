@@ -74,30 +74,6 @@ class Teacher(TrainerCallback):
         self.model.load_state_dict(load_file(path))
 
 
-def teacher_prompt(prompt: Any, template: str, **fields: str) -> Any:
-    """A prompt, text or conversation, that shows more: ``template`` with its text as ``{prompt}`` and ``fields``.
-
-    In a conversation the text of the last message of the user is replaced, for want of one that of the last message;
-    others, and images, stay.
-    """
-    if isinstance(prompt, str):
-        return template.format(prompt=prompt, **fields)
-    users = [index for index, message in enumerate(prompt) if message["role"] == "user"]
-    index = users[-1] if users else len(prompt) - 1
-    content = prompt[index].get("content") or ""
-    if isinstance(content, str):
-        shown: Any = template.format(prompt=content, **fields)
-    else:
-        texts = [block for block in content if block["type"] == "text"]
-        text = template.format(prompt="\n".join(block["text"] for block in texts), **fields)
-        # Where the last text was.
-        shown = [block for block in content if block["type"] != "text" or block is texts[-1]]
-        shown = [{"type": "text", "text": text} if block["type"] == "text" else block for block in shown]
-        if not texts:
-            shown.append({"type": "text", "text": text})
-    return [*prompt[:index], {**prompt[index], "content": shown}, *prompt[index + 1 :]]
-
-
 def pad_left(sequences: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Token ids and attention mask, ``[B, P]`` int64 each."""
     length = max(len(sequence) for sequence in sequences)

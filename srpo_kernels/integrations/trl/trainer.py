@@ -11,10 +11,10 @@ from trl.models import prepare_deepspeed, prepare_fsdp
 from trl.trainer.utils import create_model_from_path
 
 from srpo_kernels.integrations.transformers import check_model, logit_transform
+from srpo_kernels.integrations.transformers.solutions import Solutions
 from srpo_kernels.integrations.trl.config import SRPOTrainerConfig
 from srpo_kernels.integrations.trl.forwards import Forwards
 from srpo_kernels.integrations.trl.losses import reasons_for_log_probs
-from srpo_kernels.integrations.trl.solutions import Solutions
 from srpo_kernels.integrations.trl.steps import SteppingTrainer
 from srpo_kernels.integrations.trl.teacher import Teacher
 

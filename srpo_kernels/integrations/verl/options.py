@@ -8,13 +8,16 @@ from typing import Any, Literal, get_args
 from omegaconf import OmegaConf
 
 import srpo_kernels as sk
+from srpo_kernels.integrations.transformers.solutions import (
+    FEEDBACK_TEMPLATE,
+    SOLUTION_TEMPLATE,
+    TEACHER_TEMPLATE,
+    check_template,
+)
 from srpo_kernels.integrations.verl.losses import actor_options
-from srpo_kernels.integrations.verl.solutions import TEACHER_TEMPLATE, check_template
 
 Method = Literal["srpo", "grpo", "sdpo"]
 TeacherKind = Literal["ema", "live", "frozen"]
-
-FEEDBACK_TEMPLATE = "{prompt}\n\nAn earlier attempt of yours was wrong. What was said of it:\n\n{feedback}"
 
 # Options of verl that need something an SRPOEngine does not have: what is accepted, and why.
 _FIXED: dict[str, tuple[Any, str]] = {
@@ -49,8 +52,9 @@ class SRPOOptions:
         teacher_model_kind: ``"ema"``, the moving average; ``"live"``, the weights as they are; ``"frozen"``, those at
             the start.
         teacher_update_rate: of the moving average.
-        teacher_template: what the teacher reads, of {prompt} and {solution}.
-        feedback_template: what stands for {prompt} where there is {feedback}, of {prompt} and {feedback}.
+        teacher_template: what the teacher reads, of {prompt}, {solution} and, with ``feedback``, {feedback}.
+        solution_template: how {solution} is shown where there is one.
+        feedback_template: how {feedback} is shown where there is some.
         remove_thinking_from_solution: show no ``<think>...</think>``.
         max_teacher_length: tokens of the teacher's prompt and a response together, within the model's positions.
             None: the model's positions.
@@ -77,6 +81,7 @@ class SRPOOptions:
     teacher_model_kind: str = "ema"
     teacher_update_rate: float = 0.05
     teacher_template: str = TEACHER_TEMPLATE
+    solution_template: str = SOLUTION_TEMPLATE
     feedback_template: str = FEEDBACK_TEMPLATE
     remove_thinking_from_solution: bool = False
     max_teacher_length: int | None = None
@@ -96,8 +101,10 @@ class SRPOOptions:
             value = getattr(self, name)
             if value is not None and not value >= 1:
                 raise ValueError(f"srpo.{name} must be null or at least 1, got {value!r}")
-        check_template("srpo.teacher_template", self.teacher_template, "solution")
-        check_template("srpo.feedback_template", self.feedback_template, "feedback")
+        wanted = ("prompt", "solution") if self.feedback is None else ("prompt", "solution", "feedback")
+        check_template("srpo.teacher_template", self.teacher_template, wanted)
+        check_template("srpo.solution_template", self.solution_template, ("solution",))
+        check_template("srpo.feedback_template", self.feedback_template, ("feedback",))
 
     @classmethod
     def of(cls, section: Any) -> SRPOOptions:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 import srpo_kernels as sk
+from srpo_kernels.integrations.transformers.solutions import Shown, Solutions
 from srpo_kernels.integrations.verl.options import SRPOOptions
-from srpo_kernels.integrations.verl.solutions import Solutions, teacher_prompt
 
 
 class Outputs(NamedTuple):
@@ -68,9 +68,14 @@ class Router:
         own = options.max_teacher_length
         if own is not None and max_length is not None and own > max_length:
             raise ValueError(f"srpo.max_teacher_length must be at most the model's {max_length} positions, got {own}")
-        self._options, self._tokenize = options, tokenize
-        self._max_length = max_length if own is None else own
-        self._solutions = Solutions(tokenizer, tokenize, ends=ends, max_length=self._max_length, args=options)
+        self._options = options
+        self._solutions = Solutions(
+            tokenizer,
+            lambda prompt, row: tokenize(prompt),
+            ends=ends,
+            max_length=max_length if own is None else own,
+            args=options,
+        )
 
     def route(self, outputs: Outputs, step: int) -> RoutedBatch:
         """The route of every output, by SRPO's rule or SDPO's; ``step`` seeds the draw of the siblings that teach."""
@@ -109,22 +114,17 @@ class Router:
             metrics["srpo/shown_fraction"] = float(showable.sum()) / float(correct.sum())
         return RoutedBatch(sdpo_mask, contexts, metrics)
 
-    def _prompt(self, outputs: Outputs, row: int, teacher: int, shown: list[list[int] | None]) -> list[int] | None:
+    def _prompt(self, outputs: Outputs, row: int, teacher: int, shown: list[Shown | None]) -> list[int] | None:
         """What the teacher reads before the response of ``row``: a sibling's solution, feedback, both, or None.
 
         Where both do not fit, it is the solution.
         """
-        feedback, response = outputs.feedback[row], outputs.responses[row]
         solved = shown[teacher] if teacher >= 0 else None
+        feedback, ids = outputs.feedback[row], None if solved is None else solved.prompt_ids
         if feedback is None:
-            return solved
-        told = teacher_prompt(outputs.prompts[row], self._options.feedback_template, feedback=feedback)
-        if solved is None:
-            ids = self._tokenize(told)
-            fits = self._max_length is None or len(ids) + len(response) <= self._max_length
-            return ids if fits else None
-        solution = outputs.responses[teacher].tolist()
-        return self._solutions.prompts([told], [solution], [True], [len(response)])[0] or solved
+            return ids
+        text, length = None if solved is None else solved.text, len(outputs.responses[row])
+        return self._solutions.with_feedback(outputs.prompts[row], row, text, feedback, length) or ids
 
 
 def final_outputs(keys: Sequence[str], tags: Sequence[Any]) -> Tensor:

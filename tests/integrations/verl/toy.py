@@ -13,8 +13,11 @@ from typing import Any
 # verl asks the tokenizer of a Qwen for its newline and its end of a turn.
 _SPECIAL = ["<pad>", "<eos>", "<user>", "<assistant>", "<unk>", "\n", "<|im_end|>"]
 _NUMBERS = [f"w{index}" for index in range(60)]
-# Of the teacher's template, and of the question.
-_TEXT = "Question : Here is a correct solution: Now solve the original problem, in your own words."
+# Of the teacher's templates, and of the question.
+_TEXT = (
+    "Question : Correct solution: Correctly solve the original question. "
+    "The following is feedback from your unsuccessful earlier attempt:"
+)
 _TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}> {{ m.content }} <eos> {% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
@@ -26,7 +29,7 @@ def compute_score(data_source: str, solution_str: str, ground_truth: str, extra_
     """verl's reward function: the score, and what else it says."""
     words = [word for word in solution_str.split() if word in _NUMBERS]
     correct = bool(words) and int(words[0][1:]) < _CORRECT
-    return {"score": float(correct), "acc": float(correct), "feedback": "" if correct else "Now solve the problem,"}
+    return {"score": float(correct), "acc": float(correct), "feedback": "" if correct else "solve the question."}
 
 
 def write(folder: Path) -> None:

@@ -4,10 +4,22 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
-from srpo_kernels.integrations.trl.config import SRPOTrainerConfig
-from srpo_kernels.integrations.trl.teacher import teacher_prompt
+# SDPO's words (arXiv 2601.20802), whose teacher SRPO takes over.
+TEACHER_TEMPLATE = "{prompt}{solution}{feedback}\n\nCorrectly solve the original question.\n"
+SOLUTION_TEMPLATE = "\nCorrect solution:\n\n{solution}\n\n"
+FEEDBACK_TEMPLATE = "\nThe following is feedback from your unsuccessful earlier attempt:\n\n{feedback}\n\n"
+
+
+class SolutionOptions(Protocol):
+    """What a trainer's options say of the solutions that are shown."""
+
+    teacher_template: str
+    solution_template: str
+    feedback_template: str
+    remove_thinking_from_solution: bool
+    shorten_solution: bool
 
 
 class Shown(NamedTuple):
@@ -35,7 +47,7 @@ class Solutions:
         *,
         ends: set[int],
         max_length: int | None,
-        args: SRPOTrainerConfig,
+        args: SolutionOptions,
     ) -> None:
         self._tokenizer, self._tokenize, self._args = tokenizer, tokenize, args
         self._ends, self._max_length = ends, max_length
@@ -104,3 +116,39 @@ def without_thinking(text: str) -> str:
     """
     text = re.sub(r"<think>.*?(</think>|\Z)", "", text, flags=re.DOTALL)
     return text.rpartition("</think>")[2]
+
+
+def teacher_prompt(prompt: Any, template: str, **fields: str) -> Any:
+    """A prompt, text or conversation, that shows more: ``template`` with its text as ``{prompt}`` and ``fields``.
+
+    In a conversation the text of the last message of the user is replaced, for want of one that of the last message;
+    others, and images, stay.
+    """
+    if isinstance(prompt, str):
+        return template.format(prompt=prompt, **fields)
+    users = [index for index, message in enumerate(prompt) if message["role"] == "user"]
+    index = users[-1] if users else len(prompt) - 1
+    content = prompt[index].get("content") or ""
+    if isinstance(content, str):
+        shown: Any = template.format(prompt=content, **fields)
+    else:
+        texts = [block for block in content if block["type"] == "text"]
+        text = template.format(prompt="\n".join(block["text"] for block in texts), **fields)
+        # Where the last text was.
+        shown = [block for block in content if block["type"] != "text" or block is texts[-1]]
+        shown = [{"type": "text", "text": text} if block["type"] == "text" else block for block in shown]
+        if not texts:
+            shown.append({"type": "text", "text": text})
+    return [*prompt[:index], {**prompt[index], "content": shown}, *prompt[index + 1 :]]
+
+
+def check_template(name: str, template: str, fields: tuple[str, ...]) -> None:
+    """Raise ValueError unless ``template`` has these fields; {feedback} may be there without being required."""
+    marks = {field: f"\0{index}" for index, field in enumerate(("prompt", "solution", "feedback"))}
+    known = marks if "prompt" in fields else {field: marks[field] for field in fields}
+    try:
+        text = template.format(**known)
+    except (IndexError, KeyError, ValueError):
+        text = ""
+    if not all(marks[field] in text for field in fields):
+        raise ValueError(f"{name} must have the fields {fields}, and no other, got {template!r}")
