@@ -87,7 +87,7 @@ SUITE = Suite(
         ("NemotronH|test_trust_remote_code", "a model whose code is on a hub"),
         (
             "TestGRPORolloutDispatch|test_train_moe_peft_model|entropy_bonus_flows_gradients",
-            "what other versions of TRL and PEFT do: TRL's own fails",
+            "what other versions of TRL and PEFT do, judged from the installed code",
         ),
         ("test_prepare_input_called|owned_data_requires_max_steps", "the number of steps, which is reduced"),
         # Once they are in a model's class, they are in every later test.
