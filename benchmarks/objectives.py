@@ -4,24 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Literal, get_args
 
 import pandas as pd
 import torch
-from rich.console import Console
 
 from benchmarks import tables
+from benchmarks.measure import default_rows, measure
 from benchmarks.memory import measure_peak
 from benchmarks.own_losses import LOSSES, WAYS, with_full_logits
 from benchmarks.processes import fresh_peak
-from benchmarks.results import RESULTS, Measurement, ResultsFile, describe_environment, read_csv, resolve_device, single
+from benchmarks.results import RESULTS, Measurement, ResultsFile, describe_environment, read_csv, resolve_device
 from srpo_kernels.verify import providers
-from srpo_kernels.verify.agreement import TOLERANCES, Errors, relative_error
-from srpo_kernels.verify.batches import HEADS, Batch, Case, HeadName, OwnWorkload, Workload, make_batch
+from srpo_kernels.verify.agreement import Errors, relative_error
+from srpo_kernels.verify.batches import HEADS, Batch, Case, HeadName, OwnWorkload, Workload
 from srpo_kernels.verify.providers import Result, Step, Unsupported, autograd_step, naive
 from srpo_kernels.verify.providers.naive_compiled import require_compiler
-from srpo_kernels.verify.rounds import Rounds, interleave, quantiles
+from srpo_kernels.verify.rounds import Rounds
 from tools.documents import rich_table
 
 Loss = Literal["grpo", "own", "ratio-mask", "certainty", "topk-teacher", "support"]
@@ -82,9 +83,13 @@ def objectives(
     where = resolve_device(device)
     console = tables.console()
     file = ResultsFile(out, where, threads, resume=resume)
-    cases = [Case(head, _WORKLOADS[loss], rows or _rows(head, where)) for head in heads for loss in losses]
+    cases = [Case(head, _WORKLOADS[loss], rows or default_rows(head, where)) for head in heads for loss in losses]
     for case in file.missing(cases):
-        cells = list(_measure(case, ways, Rounds(rounds, budget), where, threads, memory, console))
+        peaks = partial(_peak, case, device=where, threads=threads) if memory else None
+        found = measure(
+            case, ways, Rounds(rounds, budget), where, console, prepare=prepare, compare=_errors, peaks=peaks
+        )
+        cells = list(found)
         file.add(cells)
         console.print(tables.case_table(case, cells, "full logits in fp64"))
     console.print(rich_table(*_titled(read_csv(out))))
@@ -141,48 +146,8 @@ def _titled(cells: pd.DataFrame) -> tuple[pd.DataFrame, str, str]:
     return lines, "a loss of one's own", caption
 
 
-def _rows(head: HeadName, device: torch.device) -> int:
-    return HEADS[head].gpu_rows if device.type == "cuda" else HEADS[head].cpu_rows
-
-
-def _measure(
-    case: Case,
-    ways: tuple[Way, ...],
-    rounds: Rounds,
-    device: torch.device,
-    threads: int,
-    memory: bool,
-    console: Console,
-) -> Iterator[Measurement[Case]]:
-    """Every way on one case; one that cannot do it gives its reason."""
-    with console.status(case.name) as status:
-
-        def progress(what: str) -> None:
-            status.update(f"{case.name}: {what}")
-
-        progress("making the batch")
-        batch = make_batch(case, device)
-        steps: dict[Way, Step] = {}
-        for way in ways:
-            try:
-                steps[way] = prepare(way, batch)
-            except Unsupported as reason:
-                yield Measurement(case, way, "seconds", None, str(reason))
-        progress("comparing losses and gradients")
-        errors = _errors(steps, batch, TOLERANCES[case.dtype])
-        seconds = interleave(steps, rounds, device, progress)
-        # The processes that measure memory need the room.
-        del batch, steps
-        for way, times in seconds.items():
-            yield Measurement(case, way, "seconds", quantiles(times))
-            if "bare" in seconds:
-                ratios = [a / b for a, b in zip(times, seconds["bare"], strict=True)]
-                yield Measurement(case, way, "ratio_to_bare", quantiles(ratios))
-            for quantity, error in errors[way]._asdict().items() if way in errors else ():
-                yield Measurement(case, way, f"{quantity}_difference", single(error))
-            if memory and way != "bare":
-                progress(f"memory, {way}")
-                yield from fresh_peak(case, way, measure_peak, case, way, device, threads, prepare)
+def _peak(case: Case, way: Way, device: torch.device, threads: int) -> Iterator[Measurement[Case]]:
+    return fresh_peak(case, way, measure_peak, case, way, device, threads, prepare)
 
 
 def _errors(steps: dict[Way, Step], batch: Batch, tolerance: float) -> dict[Way, Errors]:

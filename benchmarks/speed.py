@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -11,12 +12,14 @@ import torch
 from rich.console import Console
 
 from benchmarks import tables
+from benchmarks.measure import default_rows
+from benchmarks.measure import measure as measure_ways
 from benchmarks.memory import peaks
-from benchmarks.results import RESULTS, Measurement, ResultsFile, resolve_device, single
-from srpo_kernels.verify.agreement import TOLERANCES, compare
-from srpo_kernels.verify.batches import DEFAULT_ACTIVE, HEADS, Case, DtypeName, HeadName, Workload, make_batch
-from srpo_kernels.verify.providers import PROVIDERS, ProviderName, Step, Unsupported, prepare
-from srpo_kernels.verify.rounds import Rounds, interleave, quantiles
+from benchmarks.results import RESULTS, Measurement, ResultsFile, resolve_device
+from srpo_kernels.verify.agreement import compare
+from srpo_kernels.verify.batches import DEFAULT_ACTIVE, Case, DtypeName, HeadName, Workload
+from srpo_kernels.verify.providers import PROVIDERS, ProviderName, prepare
+from srpo_kernels.verify.rounds import Rounds
 
 _MAIN: tuple[Workload, ...] = ("policy", "jsd", "routed")
 # Gemma 2's; no released Gemma 3 has one.
@@ -27,7 +30,7 @@ def published(device: torch.device) -> list[Case]:
     """The cases of the committed results."""
 
     def case(head: HeadName, workload: Workload, dtype: DtypeName = "float32") -> Case:
-        return Case(head, workload, _rows(head, device), dtype)
+        return Case(head, workload, default_rows(head, device), dtype)
 
     cases = [case(head, workload) for head in ("smollm2-135m", "qwen3-0.6b") for workload in _MAIN]
     cases += [case("smollm2-135m", workload, "bfloat16") for workload in _MAIN]
@@ -87,7 +90,7 @@ def speed(
     cases = published(where)
     if heads:
         cases = [
-            Case(head, workload, _rows(head, where) if rows is None else rows, dtype, softcap, active)
+            Case(head, workload, default_rows(head, where) if rows is None else rows, dtype, softcap, active)
             for head in heads
             for workload in workloads
             for dtype in dtypes
@@ -103,10 +106,6 @@ def speed(
     console.print(tables.ratio_table(measurements))
 
 
-def _rows(head: HeadName, device: torch.device) -> int:
-    return HEADS[head].gpu_rows if device.type == "cuda" else HEADS[head].cpu_rows
-
-
 def measure(
     case: Case,
     providers: tuple[ProviderName, ...],
@@ -117,32 +116,5 @@ def measure(
     console: Console,
 ) -> Iterator[Measurement[Case]]:
     """Every provider on one case; one that cannot do it gives its reason."""
-    with console.status(case.name) as status:
-
-        def progress(what: str) -> None:
-            status.update(f"{case.name}: {what}")
-
-        progress("making the batch")
-        batch = make_batch(case, device)
-        steps: dict[ProviderName, Step] = {}
-        for name in providers:
-            try:
-                steps[name] = prepare(name, batch)
-            except Unsupported as reason:
-                yield Measurement(case, name, "seconds", None, str(reason))
-        progress("comparing losses and gradients")
-        errors = compare(steps, batch, TOLERANCES[case.dtype])
-        seconds = interleave(steps, rounds, device, progress)
-        ran = tuple(steps)
-        # The processes that measure memory need the room.
-        del batch, steps
-        for name in ran:
-            yield Measurement(case, name, "seconds", quantiles(seconds[name]))
-            if "bare" in seconds:
-                ratios = [a / b for a, b in zip(seconds[name], seconds["bare"], strict=True)]
-                yield Measurement(case, name, "ratio_to_bare", quantiles(ratios))
-            for quantity, error in errors[name]._asdict().items() if name in errors else ():
-                yield Measurement(case, name, f"{quantity}_difference", single(error))
-            if memory and name != "bare":
-                progress(f"memory, {name}")
-                yield from peaks(case, name, device, threads)
+    found = partial(peaks, case, device=device, threads=threads) if memory else None
+    return measure_ways(case, providers, rounds, device, console, prepare=prepare, compare=compare, peaks=found)
