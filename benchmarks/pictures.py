@@ -97,7 +97,7 @@ def growth(cells: pd.DataFrame) -> Figure:
 
 
 def errors(cells: pd.DataFrame, metrics: dict[str, str]) -> Figure:
-    """A panel per dtype and metric, a mark per provider and workload, on a logarithmic axis."""
+    """A panel per dtype and metric, a mark per provider and workload, on a logarithmic axis, one for all dtypes."""
     cells = cells.dropna(subset="median")
     dtypes = list(dict.fromkeys(cells["dtype"]))
     providers = list(dict.fromkeys(cells["provider"]))[::-1]
@@ -116,7 +116,8 @@ def errors(cells: pd.DataFrame, metrics: dict[str, str]) -> Figure:
                     colours = [_OURS if name.startswith("srpo_kernels") else _PEERS for name in marks["provider"]]
                     panel.scatter(marks["median"], heights, c=colours, marker=markers[workload], s=22, label=workload)
                 panel.set_xscale("log")
-                panel.set_xlim(10.0 ** np.floor(np.log10(chosen["median"].min())), None)
+                decades = np.log10(cells.loc[cells["metric"] == metric, "median"])
+                panel.set_xlim(10.0 ** np.floor(decades.min()), 10.0 ** np.ceil(decades.max()))
                 panel.xaxis.set_minor_formatter(NullFormatter())
                 panel.set_yticks(range(len(providers)), providers)
                 panel.set_title(f"{dtype}: {label}", fontsize=9)

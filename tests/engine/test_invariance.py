@@ -191,6 +191,7 @@ def test_counting_inactive_tokens_changes_only_what_a_log_shows(config: SRPOConf
         for value in (False, True)
     )
     scored = ("log_probs", "metric scored_policy", "metric approx_kl", "metric ref_kl", "metric rollout")
+    scored += ("metric entropy",) if config.count_entropy else ()
     assert_same(*({k: v for k, v in x.items() if not k.startswith(scored)} for x in (counted, without)), 0.0)
     assert counted["metric scored_policy_tokens"] == policy_rows(inputs).sum()
     computed = without["log_probs"] != 0
