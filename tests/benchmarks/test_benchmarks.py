@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import runpy
 import signal
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,8 +13,7 @@ import torch
 pytest.importorskip("tyro")
 pytest.importorskip("rich")
 
-from benchmarks import objectives, pictures
-from benchmarks.own_losses import LOSSES, WAYS
+from benchmarks import pictures
 from benchmarks.processes import in_fresh_process
 from benchmarks.report import report
 from benchmarks.results import Measurement, ResultsFile, read_csv, single
@@ -26,24 +23,14 @@ from srpo_kernels.verify.agreement import compare
 from srpo_kernels.verify.batches import Case, make_batch
 from srpo_kernels.verify.providers import PROVIDERS, ProviderName, Result, Unsupported, prepare
 from srpo_kernels.verify.rounds import Rounds, interleave, quantiles
+from tests.benchmarks.conftest import Run
 
 ROUTED = Case("tiny", "routed", 1_024)
 CPU = torch.device("cpu")
 
-Run = Callable[..., None]
-
 # Compilers take minutes, and have a test of their own.
 COMPILED: tuple[ProviderName, ...] = ("naive-compiled", "liger", "cut_cross_entropy")
 UNCOMPILED = tuple(name for name in PROVIDERS if name not in COMPILED)
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch) -> Run:
-    def call(*arguments: str | Path) -> None:
-        monkeypatch.setattr(sys, "argv", ["benchmarks", *map(str, arguments)])
-        runpy.run_module("benchmarks", run_name="__main__")
-
-    return call
 
 
 def test_speed_compares_every_provider_on_every_workload(
@@ -195,46 +182,6 @@ def test_trainers_take_turns(run: Run, tmp_path: Path) -> None:
     assert (cells["median"] > 0).all()
     lines, _ = table(cells)
     assert lines["groups without a correct one"].tolist() == ["0%", "50%"]
-
-
-def test_a_loss_of_ones_own_is_the_same_in_every_way(run: Run, tmp_path: Path) -> None:
-    out = tmp_path / "objectives.csv"
-    ways = [name for name in WAYS if name not in COMPILED]
-    options = ["--heads", "tiny", "--rounds", "1", "--threads", "1", "--device", "cpu", "--out", out]
-    run("objectives", *options, "--no-memory", "--ways", "bare", *ways)
-    cells = read_csv(out).set_index(["workload", "provider", "metric"])
-    for workload in LOSSES:
-        for way in ways:
-            if way == "srpo_loss" and workload not in ("policy", "support"):
-                assert cells.loc[workload, way, "seconds"]["reason"] == "GRPO alone"
-                continue
-            if (way, workload) == ("token_stats", "certainty"):
-                assert cells.loc[workload, way, "seconds"]["reason"] == "one divergence a call"
-                continue
-            assert cells.loc[workload, way, "ratio_to_bare"]["median"] > 0
-            for quantity in ("loss", "grad_hidden", "grad_weight"):
-                assert cells.loc[workload, way, f"{quantity}_difference"]["median"] < 1e-5
-    lines, caption = objectives.table(read_csv(out))
-    assert not lines["fused_loss"].str.contains("/").any()
-    assert lines["loss"].tolist() == [loss.meaning for loss in LOSSES.values()]
-    assert lines["srpo_loss"].tolist()[1] == "GRPO alone"
-    assert "`fused_loss`" in caption
-
-
-def test_a_loss_of_ones_own_has_a_time_and_a_peak(run: Run, tmp_path: Path) -> None:
-    out = tmp_path / "objectives.csv"
-    options = ["--heads", "tiny", "--losses", "grpo", "--rounds", "1", "--out", out]
-    run("objectives", *options, "--ways", "bare", "fused_loss")
-    lines, _ = objectives.table(read_csv(out))
-    assert lines["fused_loss"].str.count("/").tolist() == [Path("/proc/self/status").exists()]
-
-
-@pytest.mark.slow
-def test_a_compiled_loss_of_ones_own_is_the_same() -> None:
-    for workload in LOSSES:
-        batch = make_batch(Case("tiny", workload, 128))
-        expected, compiled = (objectives.prepare(way, batch)() for way in ("naive", "naive-compiled"))
-        torch.testing.assert_close(compiled[:3], expected[:3])
 
 
 def test_a_run_that_was_stopped_is_resumed(run: Run, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("pandas")
+pytest.importorskip("pandas", reason="the report's tables need the extra bench")
 
 from benchmarks import device_reports
 from benchmarks.results import RESULTS
