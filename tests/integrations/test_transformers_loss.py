@@ -207,11 +207,12 @@ def test_a_teacher_with_a_logit_transform_of_its_own(names: tuple[str, str], own
     with torch.no_grad():
         student = packed_log_probs(model, IDS, MASK, RESPONSES)
         teacher = packed_log_probs(other, IDS[ROUTED], MASK[ROUTED], RESPONSES[ROUTED])
-    plain = sk.SRPOConfig(temperature=0.8, teacher_transform=sk.LogitTransform(0.8 if own is None else own))
+    teachers = sk.LogitTransform(0.8 if own is None else own)
+    plain = sk.SRPOConfig(temperature=0.8, teacher_transform=teachers)
     expected = oracle(student, teacher, config=plain)
     for loss in losses:
         assert loss.item() == pytest.approx(expected.item(), rel=1e-9)
-    tempered = (teacher / plain.teacher_transform.temperature).log_softmax(-1)  # type: ignore[union-attr]
+    tempered = (teacher / teachers.temperature).log_softmax(-1)
     torch.testing.assert_close(shown.entropy, -(tempered.exp() * tempered).sum(1))
 
 
