@@ -82,6 +82,7 @@ class Layout(NamedTuple):
     vocab_size: int = 262_144
     hidden_size: int = 4096
     chunk_rows: int = 1024
+    product_rows: int = 4096
 
     def line(self) -> dict[str, str]:
         """A rank's share of one step whose rows are half policy rows and half distillation rows (JSD)."""
@@ -92,8 +93,8 @@ class Layout(NamedTuple):
         chunks = [height] * (half // height)
         # 3 products per policy row, 4 per distillation row.
         flops = (3 + 4) * half * 2 * shard
-        # Both models' fp32 logits of a chunk, and bf16 dlogits.
-        logits = height * (4 + 4 + 2) * shard // self.hidden_size
+        # Both models' fp32 logits of a chunk, and the bf16 dlogits that wait for their products.
+        workspace = (height * (4 + 4) + max(height, self.product_rows) * 2) * shard // self.hidden_size
         traffic = loss_traffic(chunks, chunks, self.hidden_size)
         replicas = self.gpus // self.shards
         # A ring's all-reduce of the head's bf16 gradient.
@@ -104,7 +105,7 @@ class Layout(NamedTuple):
             "weight, bf16": _gigabytes(2 * shard),
             "dW, fp32": _gigabytes(4 * shard),
             "collectives": "0" if self.shards == 1 else str(traffic.collectives),
-            "logits": _gigabytes(logits),
+            "workspace": _gigabytes(workspace),
             "dX, fp32": _gigabytes(4 * self.rows * self.hidden_size),
             "PFLOP": f"{flops / 1e15:.2f}",
             "wire of the loss": _gigabytes(traffic.received(self.shards)),

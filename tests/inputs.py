@@ -11,7 +11,7 @@ from torch import Tensor
 import reference
 from srpo_kernels import Normalizers, SRPOConfig
 from srpo_kernels.engine.backends import rows_of
-from srpo_kernels.engine.plan import RowMemory
+from srpo_kernels.engine.memory import RowMemory
 
 LEAVES = ("hidden", "weight", "bias")
 SHARED = ("weight", "bias", "teacher_weight", "teacher_bias")

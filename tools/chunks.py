@@ -1,7 +1,7 @@
 """What the size of chunks costs a GPU, on paper, for docs/gpu.md: ``python -m tools.chunks``.
 
-dW in fp32 is read and written once per chunk of rows. Rows whose logits are alive could be fewer than those whose bf16
-dlogits wait for one product of dX and one of dW: the table has the price of either.
+dW in fp32 is read and written once per product. Rows whose logits are alive are fewer than those whose bf16 dlogits
+wait for one product of dX and one of dW: the table has the time for several numbers of these.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ DOCUMENT = Path(__file__).parents[1] / "docs" / "gpu.md"
 MARKER = "chunks"
 
 ROWS = 8_192
-# Rows that one product of dW takes: today's default first.
+# Rows that one product of dW takes.
 PRODUCT_ROWS = (1_024, 2_048, 4_096, 8_192)
 # Rows of fp32 logits that are alive, of each model.
-_LOGITS_ROWS = 1_024
+LOGITS_ROWS = 1_024
 # Of the peak: 8,192 x 4,096 x 151,936 in bf16, whose three products took an H100 42 ms.
 _ACHIEVED = 6.0 * ROWS * 4_096 * 151_936 / 42e-3 / (1e12 * DATA_SHEETS["H100"].teraflops)
 _DLOGITS = torch.bfloat16
@@ -59,7 +59,7 @@ def seconds(made: Work, sheet: DataSheet) -> float:
 
 def workspace_bytes(step: Step, product_rows: int) -> int:
     """Logits of both models that are alive, and the dlogits that wait."""
-    logits = 4 * (1 + step.taught) * min(_LOGITS_ROWS, product_rows)
+    logits = 4 * (1 + step.taught) * min(LOGITS_ROWS, product_rows)
     return step.head[0] * (logits + _DLOGITS.itemsize * product_rows)
 
 

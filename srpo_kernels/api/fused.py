@@ -111,7 +111,7 @@ def fused_loss(
         config: its logit transform, ``divergence``, ``alpha``, ``divergence_clip``, ``distillation_mode``, ``topk``,
             ``topk_of`` and ``add_tail`` are read, and by a named policy loss its options.
         backend: ``"auto"``, ``"torch"`` or ``"triton"``.
-        workspace_bytes: bound of the logits that are alive at a time, of both models together.
+        workspace_bytes: bound of the logits of both models, and of dlogits beside them, that are alive at a time.
 
     Returns:
         ``loss``, a scalar in fp32 (fp64 for fp64 inputs) that carries gradient to ``hidden``, ``weight`` and ``bias``;

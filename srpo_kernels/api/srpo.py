@@ -114,7 +114,7 @@ def srpo_loss(
             counts a sequence once. Other losses exchange nothing. None: every sequence is whole in this call.
         config: every option of the loss.
         backend: ``"auto"`` (triton on a GPU, torch elsewhere), ``"torch"`` or ``"triton"``.
-        workspace_bytes: bound of the logits that are alive at a time, of both models together.
+        workspace_bytes: bound of the logits of both models, and of dlogits beside them, that are alive at a time.
 
     Returns:
         ``loss``, a scalar in fp32 (fp64 for fp64 inputs) that carries gradient to ``hidden``, ``weight`` and ``bias``;

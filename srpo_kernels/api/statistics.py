@@ -93,7 +93,7 @@ def token_stats(
             divergence from a mixture, no ``divergence_clip`` and no ``teacher_transform``, and needs the triton backend
             and one dtype for hidden states and weight.
             ``"auto"``: rows, or tile where it can run and a row of logits does not fit ``workspace_bytes``.
-        workspace_bytes: bound of the logits that are alive at a time, of both models together.
+        workspace_bytes: bound of the logits of both models, and of dlogits beside them, that are alive at a time.
 
     Returns:
         ``log_probs``, ``entropy``, ``divergence``, ``teacher_entropy`` and ``logsumexp``, each ``[...]`` in fp32 (fp64

@@ -52,9 +52,9 @@ def statistic(name: str, parts: list[Part], log_probs: Tensor) -> Tensor:
     return present[0] if len(present) == 1 else torch.cat([like[:0], *present])
 
 
-def join(logits: Tensor, parts: list[Dlogits]) -> Dlogits:
-    """The dlogits of consecutive rows as one."""
+def join(values: Tensor, parts: list[Dlogits]) -> Dlogits:
+    """The dlogits of consecutive rows as one: ``values`` are those of all of them."""
     if all(part.factor is None for part in parts):
-        return Dlogits(logits, None)
-    factors = [logits.new_ones(len(part.values), 1) if part.factor is None else part.factor for part in parts]
-    return Dlogits(logits, torch.cat(factors))
+        return Dlogits(values, None)
+    factors = [values.new_ones(len(part.values), 1) if part.factor is None else part.factor for part in parts]
+    return Dlogits(values, torch.cat(factors))

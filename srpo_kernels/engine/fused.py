@@ -1,8 +1,8 @@
 """The fused path: loss and gradients in one forward, chunk by chunk of rows.
 
 Per chunk: logits by one product, the row passes, the objective on vectors (its autograd gives the coefficients),
-dlogits in the same buffer, then dX and dW by one product each. Rows with a teacher come first. The last of them share
-their products with the first rows without one where the workspace holds both: few large ones are faster.
+dlogits, then dX and dW by one product each. Rows with a teacher come first. The last of them share their products with
+the first rows without one where the workspace holds both: few large ones are faster.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from srpo_kernels.engine import columns, gemm
 from srpo_kernels.engine.batch import Batch, FusedResult, Head, Needs
 from srpo_kernels.engine.chunks import Computed, Part, join, statistic
 from srpo_kernels.engine.columns import Columns, NotByColumns
+from srpo_kernels.engine.gradients import Gradients
 from srpo_kernels.engine.objectives import Evaluation, Objective, evaluate
 from srpo_kernels.engine.plan import Chunk, Plan, Segment
 from srpo_kernels.losses.divergence import over_support
@@ -41,19 +42,17 @@ class FusedPass:
         needs: Needs,
         passes: RowPasses,
         buffer: Tensor,
+        waiting: Tensor,
     ) -> None:
         self.batch, self.plan, self.objective, self.spec = batch, plan, objective, spec
         self.needs, self.passes, self.buffer = needs, passes, buffer
         self.dtype = accumulation_dtype(batch.hidden, batch.head.weight)
-        self.dlogits_dtype = gemm.dlogits_dtype(batch.head.weight, self.dtype)
         self.log_probs = batch.hidden.new_zeros(len(batch.target_ids), dtype=self.dtype)
         self.losses = torch.zeros_like(self.log_probs)
         # Where hidden states are frozen, the sums of dlogits: they are finite where all dlogits of a row are.
         probe = batch.hidden if needs.hidden else batch.hidden[:, :1]
-        self.grad_rows = torch.zeros_like(probe, dtype=self.dtype) if any(needs) else None
-        self.grad_head = gemm.HeadGradient(
-            batch.head.weight if needs.weight else None, batch.head.bias if needs.bias else None, self.dtype
-        )
+        of_rows = torch.zeros_like(probe, dtype=self.dtype) if any(needs) else None
+        self.gradients = Gradients(of_rows, batch.head, needs, self.dtype, waiting)
 
     def run(self) -> FusedResult:
         """All segments, then rows that only metrics want.
@@ -71,19 +70,19 @@ class FusedPass:
             loss = loss + evaluation.losses.sum()
         if self.plan.inactive:
             self._run(self.plan.inactive, gradient=False, active=False)
-        self.grad_head.finish()
-        finite = self.losses.isfinite()
-        if self.grad_rows is not None:
-            self.passes.vocabulary.add_up_(self.grad_rows, self.plan.rows)
-            finite &= self.grad_rows.isfinite().all(1)
+        self.gradients.finish()
+        finite, of_rows = self.losses.isfinite(), self.gradients.rows
+        if of_rows is not None:
+            self.passes.vocabulary.add_up_(of_rows, self.plan.rows)
+            finite &= of_rows.isfinite().all(1)
         return FusedResult(
             loss,
             self.losses,
             self.log_probs,
             (~finite).sum(),
-            self.grad_rows if self.needs.hidden else None,
-            self.grad_head.weight,
-            self.grad_head.bias,
+            of_rows if self.needs.hidden else None,
+            self.gradients.head.weight,
+            self.gradients.head.bias,
         )
 
     def _run(self, segment: Segment, *, gradient: bool, active: bool = True) -> tuple[Tensor, Evaluation]:
@@ -197,9 +196,8 @@ class FusedPass:
 
     def _accumulate_segment(self, segment: Segment, known: list[Computed], evaluation: Evaluation) -> None:
         """Add the gradients of all chunks; the last one's logits are still in the buffer, the others' come again."""
-        rescale = evaluation.rescale
-        if rescale is not None and self.grad_rows is not None:
-            self.grad_rows.mul_(rescale)
+        if evaluation.rescale is not None:
+            self.gradients.rescale(evaluation.rescale)
         taught, alone = sum(len(chunk.taught) for chunk in segment), sum(len(chunk.alone) for chunk in segment)
         ends = {True: taught, False: taught + alone}
         for i, chunk in reversed(list(enumerate(segment))):
@@ -212,34 +210,36 @@ class FusedPass:
                 continue
             if i < len(segment) - 1:
                 computed = self._compute(chunk, gradient=True)
-            dlogits = []
-            for part in computed.parts:
-                start = ends[part.taught] - len(part.rows)
-                dlogits.append(self._dlogits_(part, evaluation.gradients.select(slice(start, ends[part.taught]))))
-                ends[part.taught] = start
-            self._accumulate(computed, dlogits, rescale)
-            rescale = None
+            if not computed.parts:
+                continue
+            dlogits, out = [], self.gradients.place(computed.logits)
+            places = out.split([len(part.rows) for part in computed.parts])
+            for part, place in zip(computed.parts, places, strict=True):
+                own = slice(ends[part.taught] - len(part.rows), ends[part.taught])
+                dlogits.append(self._dlogits_(part, evaluation.gradients.select(own), place))
+                ends[part.taught] = own.start
+            self.gradients.add(chunk.rows, join(out, dlogits), computed.operand)
 
     def _accumulate_columns(self, own: Columns, rows: Tensor, gradients: RowGradients) -> None:
         grad = columns.accumulate(
             own,
             gradients,
             self.batch.head,
-            self.grad_head,
+            self.gradients.head,
             self.passes.vocabulary,
             grad_hidden=self.needs.hidden,
         )
-        if self.grad_rows is not None:
-            self.grad_rows[rows] = grad
+        if self.gradients.rows is not None:
+            self.gradients.rows[rows] = grad
 
-    def _dlogits_(self, part: Part, gradients: RowGradients) -> Dlogits:
+    def _dlogits_(self, part: Part, gradients: RowGradients, out: Tensor) -> Dlogits:
         """Of the statistics whose gradients the buffer was left for; 0 of those that turned out to have none."""
         _, expected = self.objective.reads(part.taught)
         own: dict[str, Tensor | None] = {name: getattr(gradients, name) for name in expected}
         for name in own:
             if own[name] is None:
                 own[name] = torch.zeros_like(statistic(name, [part], self.log_probs))
-        return self.passes.dlogits_(part.request, part.stats, RowGradients(**own), dtype=self.dlogits_dtype)
+        return self.passes.dlogits_(part.request, part.stats, RowGradients(**own), out=out)
 
     def _teacher_entropies(self) -> Tensor:
         if self.batch.teacher_support is not None:
@@ -273,25 +273,6 @@ class FusedPass:
         operand = hidden[states].to(gemm.operand_dtype(head.weight, self.dtype))
         gemm.project(operand, head.weight, head.bias, out=logits)
         return operand, logits
-
-    def _accumulate(self, computed: Computed, dlogits: list[Dlogits], rescale: Tensor | None) -> None:
-        """Add a chunk's dX rows and its part of dW and db, what was there before times ``rescale``."""
-        rows = [part.rows for part in computed.parts]
-        places = [part.request.logits.data_ptr() for part in computed.parts]
-        if len(rows) > 1 and places == [x.values.data_ptr() for x in dlogits]:
-            rows, dlogits = [torch.cat(rows)], [join(computed.logits, dlogits)]
-        for own, part, operand in zip(rows, dlogits, computed.operand.split([len(x) for x in rows]), strict=True):
-            values, factor = part
-            self.grad_head.add_bias(part, rescale)
-            if self.grad_rows is not None:
-                if self.needs.hidden:
-                    grad = self.grad_rows.new_empty(operand.shape)
-                    gemm.backproject(values, self.batch.head.weight, out=grad)
-                else:
-                    grad = values.sum(1, keepdim=True, dtype=self.dtype)
-                self.grad_rows[own] = grad if factor is None else grad.mul_(factor)
-            self.grad_head.add_weight(values, operand if factor is None else operand * factor, rescale)
-            rescale = None
 
 
 # What takes the teacher's logits.

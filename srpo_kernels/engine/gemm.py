@@ -97,17 +97,30 @@ def _slab_height(matrix: Tensor) -> int:
 class HeadGradient:
     """dW ``[V, H]`` and db ``[V]``, summed over chunks of rows in the accumulation dtype.
 
-    The first chunk writes, later ones add; ``rescale`` multiplies what was there before, within the same product. dW is
-    None where it is not wanted, and until it has content: rows of it are added to zeros, which an allocator has at a
-    lower price than a pass.
+    The first chunk writes, later ones add. dW is None where it is not wanted, and until it has content: rows of it are
+    added to zeros, which an allocator has at a lower price than a pass.
     """
 
     def __init__(self, weight: Tensor | None, bias: Tensor | None, dtype: torch.dtype) -> None:
         self.weight: Tensor | None = None
         self.bias = None if bias is None else torch.zeros(bias.shape, dtype=dtype, device=bias.device)
         self._like, self._dtype = weight, dtype
+        # What the next addition multiplies dW by.
+        self._beta = 1.0
 
-    def add_weight(self, dlogits: Tensor, hidden: Tensor, rescale: Tensor | None = None) -> None:
+    def rescale(self, factor: Tensor) -> None:
+        """Multiply what is there."""
+        if self.bias is not None:
+            self.bias.mul_(factor)
+        if self.weight is None:
+            return
+        if self.weight.device.type == "cpu":
+            self._beta = factor.item()
+        else:
+            # A factor that the host reads would stall the accelerator's queue.
+            self.weight.mul_(factor)
+
+    def add_weight(self, dlogits: Tensor, hidden: Tensor) -> None:
         """Add ``dlogits.T @ hidden``: operands ``[n, V]`` and ``[n, H]``; ``hidden`` takes the dtype of dlogits."""
         if self._like is None:
             return
@@ -115,13 +128,9 @@ class HeadGradient:
         if self.weight is None:
             self.weight = torch.empty(self._like.shape, dtype=self._dtype, device=self._like.device)
             _mm(dlogits.t(), hidden, out=self.weight)
-        elif rescale is None:
-            _addmm(dlogits.t(), hidden, out=self.weight)
-        elif self.weight.device.type == "cpu":
-            _addmm(dlogits.t(), hidden, out=self.weight, beta=rescale.item())
         else:
-            # A factor that the host reads would stall the accelerator's queue.
-            _addmm(dlogits.t(), hidden, out=self.weight.mul_(rescale))
+            _addmm(dlogits.t(), hidden, out=self.weight, beta=self._beta)
+            self._beta = 1.0
 
     def add_rows(self, ids: Tensor, dlogits: Tensor, hidden: Tensor) -> None:
         """Add dlogits ``[n, K]`` of tokens ``ids`` ``[n, K]`` of n hidden states ``[n, H]``, and to db."""
@@ -131,16 +140,15 @@ class HeadGradient:
             return
         if self.weight is None:
             self.weight = self._zeros(self._like)
+        self._apply_beta()
         height = max(1, 2 * _SLAB_ELEMENTS // (ids.shape[1] * hidden.shape[1]))
         for at, values, states in zip(ids.split(height), dlogits.split(height), hidden.split(height), strict=True):
             add_rows_(self.weight, at.flatten(), (values[:, :, None] * states[:, None]).flatten(0, 1))
 
-    def add_bias(self, dlogits: Dlogits, rescale: Tensor | None = None) -> None:
+    def add_bias(self, dlogits: Dlogits) -> None:
         """Add the column sums of dlogits."""
         if self.bias is None:
             return
-        if rescale is not None:
-            self.bias.mul_(rescale)
         if dlogits.factor is None:
             self.bias += dlogits.values.sum(0, dtype=self.bias.dtype)
         elif self.bias.device.type == "xpu":
@@ -150,9 +158,15 @@ class HeadGradient:
             self.bias.addmv_(dlogits.values.t(), dlogits.factor.squeeze(1))
 
     def finish(self) -> None:
-        """Make the gradient of no rows at all a zero."""
+        """Make what was added complete, and the gradient of no rows at all a zero."""
         if self.weight is None and self._like is not None:
             self.weight = self._zeros(self._like)
+        self._apply_beta()
+
+    def _apply_beta(self) -> None:
+        if self.weight is not None and self._beta != 1.0:
+            self.weight.mul_(self._beta)
+            self._beta = 1.0
 
     def _zeros(self, like: Tensor) -> Tensor:
         return torch.zeros(like.shape, dtype=self._dtype, device=like.device)

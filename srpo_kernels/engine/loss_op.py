@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from srpo_kernels.engine import ops, workspace
+from srpo_kernels.engine import gemm, ops, workspace
 from srpo_kernels.engine.agreement import agree
 from srpo_kernels.engine.arguments import LossArguments, LossOptions, parse
 from srpo_kernels.engine.backends import rows_of
@@ -82,9 +82,13 @@ def _run(
 ) -> FusedResult:
     spec, dtype = row_spec(call, config, passes.vocabulary), accumulation_dtype(call.hidden, call.weight)
     while True:
-        with workspace.borrowed(plan.buffer_rows, len(call.weight), dtype, call.hidden.device) as buffer:
+        size, device, waiting_rows = len(call.weight), call.hidden.device, plan.waiting_rows if any(needs) else 0
+        with (
+            workspace.borrowed(plan.buffer_rows, size, dtype, device) as buffer,
+            workspace.borrowed(waiting_rows, size, gemm.dlogits_dtype(call.weight, dtype), device) as waiting,
+        ):
             try:
-                return FusedPass(batch, plan, objective, spec, needs, passes, buffer).run()
+                return FusedPass(batch, plan, objective, spec, needs, passes, buffer, waiting).run()
             except NotByColumns:
                 plan = replace(plan, columns=False, taught_columns=False)
 

@@ -9,62 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from srpo_kernels.engine import gemm
+from srpo_kernels.engine.memory import RowMemory
 from srpo_kernels.engine.order import RowOrder
-from srpo_kernels.engine.workspace import row_stride
-from srpo_kernels.rows.contract import Scratch
-from srpo_kernels.rows.passes import RowPasses
-
-# Where none is given: enough rows for the products to run near their best at vocabularies up to 262k.
-_DEFAULT_WORKSPACE_CPU = 640 << 20
-_ROWS_ACCELERATOR = 1024
-
-
-@dataclass(frozen=True)
-class RowMemory:
-    """What a row costs while it is computed: its logits in every model, its scratch, its dlogits where they move.
-
-    ``copy_itemsize`` is the size of an element of dlogits that cannot take the place of the logits, else 0. ``shards``
-    is how many times the vocabulary has more ids than the ``vocab_size`` of the largest shard.
-    """
-
-    vocab_size: int
-    itemsize: int
-    scratch: Scratch
-    device: torch.device
-    copy_itemsize: int = 0
-    shards: int = 1
-
-    @classmethod
-    def of(cls, weight: Tensor, dtype: torch.dtype, passes: RowPasses) -> RowMemory:
-        """For logits in ``dtype`` of the head ``weight``: ``[V, H]``, or a shard of a vocabulary."""
-        vocabulary = passes.vocabulary
-        copy, width = gemm.dlogits_dtype(weight, dtype), vocabulary.largest
-        scratch, shards = passes.scratch(width, weight.device), vocabulary.size // width
-        copy_itemsize = 0 if copy == dtype else copy.itemsize
-        return cls(width, dtype.itemsize, scratch, weight.device, copy_itemsize, shards)
-
-    def floor(self, models: int) -> int:
-        """Bytes that one row of ``models`` models needs."""
-        return self._logits(models) + self.scratch.blocks * self._logits(1, copy=False)
-
-    def capacity(self, models: int, workspace_bytes: int | None) -> int:
-        """Rows of a chunk that fit into the workspace; a default where none is given."""
-        if workspace_bytes is None:
-            if self.device.type != "cpu":
-                # A shard's rows are short: as much memory as for the whole vocabulary takes fewer exchanges.
-                return _ROWS_ACCELERATOR * self.shards
-            workspace_bytes = max(_DEFAULT_WORKSPACE_CPU, self.floor(models))
-        # Scratch is for a block of rows at most, and for no more rows than the chunk has.
-        block = self.scratch.blocks * self.scratch.rows * self._logits(1, copy=False)
-        beside_a_block = (workspace_bytes - block) // self._logits(models)
-        capacity = max(beside_a_block, min(self.scratch.rows, workspace_bytes // self.floor(models)), 1)
-        if self.device.type != "cpu" and capacity > _ROWS_ACCELERATOR:
-            capacity -= capacity % _ROWS_ACCELERATOR
-        return capacity
-
-    def _logits(self, models: int, copy: bool = True) -> int:
-        return row_stride(self.vocab_size) * (models * self.itemsize + copy * self.copy_itemsize)
 
 
 def row_chunks(num_rows: int, capacity: int) -> list[slice]:
@@ -119,6 +65,8 @@ class Plan:
     order: RowOrder
     segments: list[Segment]
     inactive: Segment
+    memory: RowMemory
+    workspace_bytes: int | None
     student_products: int
     teacher_products: int
     columns: bool = False
@@ -127,9 +75,28 @@ class Plan:
     @property
     def buffer_rows(self) -> int:
         """Rows of logits, of either model, that are alive at a time."""
-        chunks = [chunk for segment in [*self.segments, self.inactive] for chunk in segment]
-        taught, alone = 2 * (not self.taught_columns), 1 - self.columns
-        return max((taught * len(x.taught) + alone * len(x.alone) for x in chunks), default=0)
+        return max((2 * taught + alone for taught, alone in self._rows_of_chunks(self.inactive)), default=0)
+
+    @property
+    def waiting_rows(self) -> int:
+        """Rows of dlogits that wait for their products."""
+        rows = [taught + alone for taught, alone in self._rows_of_chunks([])]
+        return self.memory.waiting_rows(sum(rows), max(rows, default=0), self.buffer_rows, self.workspace_bytes)
+
+    @property
+    def head_products(self) -> int:
+        """Products whose sum is dW, but for one more where what was added is rescaled."""
+        products, room = 0, 0
+        for rows in map(sum, self._rows_of_chunks([])):
+            if rows > room:
+                products, room = products + 1, max(self.waiting_rows, rows)
+            room -= rows
+        return products
+
+    def _rows_of_chunks(self, more: Segment) -> list[tuple[int, int]]:
+        """With a teacher and without, of those that have logits."""
+        chunks = [chunk for segment in [*self.segments, more] for chunk in segment]
+        return [((not self.taught_columns) * len(x.taught), (not self.columns) * len(x.alone)) for x in chunks]
 
     @property
     def rows(self) -> Tensor:
@@ -163,9 +130,7 @@ def make_plan(
     ``head_ids``: which of the teacher's ``heads`` a row with a teacher has, int64 ``[N]``.
     """
     apart = columns or taught_columns
-    alone_rows, taught_rows = memory.capacity(1, workspace_bytes), memory.capacity(2, workspace_bytes)
-    # Where nothing else is asked for, as many as both models' of a full chunk.
-    together = alone_rows if workspace_bytes is not None else max(alone_rows, 2 * taught_rows)
+    alone_rows, taught_rows, together = memory.chunk_rows(workspace_bytes, whole=alone_lengths is not None)
     if head_ids is not None and taught_lengths is None:
         # Few heads in a chunk: their products are large.
         order = order._replace(taught=order.taught[head_ids[order.taught].argsort(stable=True)])
@@ -203,6 +168,8 @@ def make_plan(
         order,
         segments,
         inactive if count_inactive else [],
+        memory,
+        workspace_bytes,
         (taught * (1 + gradients) + twice) * (not taught_columns) + alone_products * (not columns),
         (taught * (1 + teacher_first) + twice) * teacher_logits,
         columns,

@@ -17,8 +17,8 @@ from srpo_kernels.distributed import gather_rows, group_of
 from srpo_kernels.engine import columns
 from srpo_kernels.engine.arguments import NORMALIZERS, LossArguments, LossOptions, StatsArguments
 from srpo_kernels.engine.batch import Batch, Head
+from srpo_kernels.engine.memory import RowMemory
 from srpo_kernels.engine.objectives import Objective
-from srpo_kernels.engine.plan import RowMemory
 from srpo_kernels.engine.row_values import (
     RowChecks,
     check_head_ids,

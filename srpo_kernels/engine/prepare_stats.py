@@ -8,8 +8,8 @@ from srpo_kernels.engine import columns
 from srpo_kernels.engine.arguments import StatsArguments, StatsOptions
 from srpo_kernels.engine.backends import rows_of
 from srpo_kernels.engine.batch import Head, Needs
+from srpo_kernels.engine.memory import RowMemory
 from srpo_kernels.engine.order import order_rows
-from srpo_kernels.engine.plan import RowMemory
 from srpo_kernels.engine.prepare import derivation_of, flat_rows, position_in, row_spec, support_of
 from srpo_kernels.engine.row_values import RowChecks, check_support, check_workspace
 from srpo_kernels.engine.stats import StatsCall

@@ -13,9 +13,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from srpo_kernels.engine import columns, gemm, plan, workspace
+from srpo_kernels.engine import columns, gemm, workspace
 from srpo_kernels.engine.batch import Head, Needs
 from srpo_kernels.engine.columns import Columns
+from srpo_kernels.engine.gradients import Gradients
+from srpo_kernels.engine.memory import RowMemory
+from srpo_kernels.engine.plan import row_chunks
 from srpo_kernels.losses.derived import Derivation
 from srpo_kernels.losses.rows import DIFFERENTIABLE
 from srpo_kernels.rows import contract
@@ -52,6 +55,11 @@ class StatsCall(NamedTuple):
     def has_teacher(self) -> bool:
         """Whether there is a divergence."""
         return self.teacher_hidden is not None or self.teacher_support is not None
+
+    @property
+    def models(self) -> int:
+        """Whose logits there are."""
+        return 1 if self.teacher_hidden is None else 2
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -160,26 +168,25 @@ def backward(
     rows = call.rows[moving]
     upstream = {name: g[moving] for name, g in upstream.items()}
     grad_states = torch.zeros(len(rows), hidden.shape[1], dtype=dtype, device=hidden.device) if needs.hidden else None
-    grad_head = gemm.HeadGradient(head.weight if needs.weight else None, head.bias if needs.bias else None, dtype)
-    to = gemm.dlogits_dtype(head.weight, dtype)
-    for chunk in _chunks(hidden, head, call, rows) if len(rows) else ():
-        own = _computed(chunk, call)
-        grads = _gradients(call, own, rows[chunk.part], {name: g[chunk.part] for name, g in upstream.items()})
-        if chunk.columns is not None:
-            grad = columns.accumulate(
-                chunk.columns, grads, head, grad_head, call.passes.vocabulary, grad_hidden=needs.hidden
-            )
-            if grad_states is not None:
-                grad_states[chunk.part] = grad
-            continue
-        dlogits = call.passes.dlogits_(chunk.request, own, grads, dtype=to)
-        if grad_states is not None:
-            gemm.backproject(dlogits.values, head.weight, out=grad_states[chunk.part])
-        grad_head.add_weight(dlogits.values, chunk.operand)
-        grad_head.add_bias(dlogits)
-    grad_head.finish()
+    waiting_dtype, places = gemm.dlogits_dtype(head.weight, dtype), torch.arange(len(rows), device=rows.device)
+    waiting_rows = _layout(head, call, len(rows), dtype).waiting
+    with workspace.borrowed(waiting_rows, len(head.weight), waiting_dtype, hidden.device) as waiting:
+        gradients = Gradients(grad_states, head, needs, dtype, waiting)
+        for chunk in _chunks(hidden, head, call, rows) if len(rows) else ():
+            own = _computed(chunk, call)
+            grads = _gradients(call, own, rows[chunk.part], {name: g[chunk.part] for name, g in upstream.items()})
+            if chunk.columns is not None:
+                grad = columns.accumulate(
+                    chunk.columns, grads, head, gradients.head, call.passes.vocabulary, grad_hidden=needs.hidden
+                )
+                if grad_states is not None:
+                    grad_states[chunk.part] = grad
+                continue
+            out = gradients.place(chunk.request.logits)
+            gradients.add(places[chunk.part], call.passes.dlogits_(chunk.request, own, grads, out=out), chunk.operand)
+        gradients.finish()
 
-    grad_hidden = None
+    grad_head, grad_hidden = gradients.head, None
     call.passes.vocabulary.add_up_(grad_states, rows)
     if grad_states is not None:
         grad_hidden = torch.zeros_like(hidden)
@@ -189,19 +196,36 @@ def backward(
     return grad_hidden, grad_weight, grad_bias
 
 
+class _Layout(NamedTuple):
+    """The ``parts`` of the rows, at least one; of the ``longest`` so many have logits, and dlogits that wait."""
+
+    parts: list[slice]
+    longest: int
+    waiting: int
+
+
+def _layout(head: Head, call: StatsCall, num_rows: int, dtype: torch.dtype) -> _Layout:
+    memory = RowMemory.of(head.weight, dtype, call.passes)
+    capacity = min(memory.capacity(call.models, call.workspace_bytes), memory.most_rows)
+    parts = row_chunks(num_rows, capacity) or [slice(0, 0)]
+    if call.columns:
+        return _Layout(parts, 0, 0)
+    longest: int = max(part.stop - part.start for part in parts)
+    waiting = memory.waiting_rows(num_rows, longest, call.models * longest, call.workspace_bytes)
+    return _Layout(parts, longest, waiting)
+
+
 def _chunks(hidden: Tensor, head: Head, call: StatsCall, rows: Tensor) -> Iterator[_Chunk]:
     """Both models' logits of ``rows``, a workspace at a time, or their columns of the head; at least one chunk."""
-    dtype, models = accumulation_dtype(hidden, head.weight), 1 if call.teacher_hidden is None else 2
-    memory = plan.RowMemory.of(head.weight, dtype, call.passes)
-    parts = plan.row_chunks(len(rows), memory.capacity(models, call.workspace_bytes)) or [slice(0, 0)]
-    longest = 0 if call.columns else max(part.stop - part.start for part in parts)
+    dtype = accumulation_dtype(hidden, head.weight)
+    parts, longest, _ = _layout(head, call, len(rows), dtype)
 
     def project(states: Tensor, head: Head, ids: Tensor, out: Tensor) -> Tensor:
         operand = states[ids].to(gemm.operand_dtype(head.weight, dtype))
         gemm.project(operand, head.weight, head.bias, out=out)
         return operand
 
-    with workspace.borrowed(models * longest, len(head.weight), dtype, hidden.device) as buffer:
+    with workspace.borrowed(call.models * longest, len(head.weight), dtype, hidden.device) as buffer:
         for part in parts:
             ids, y = rows[part], None
             targets = call.target_ids[ids]

@@ -38,6 +38,10 @@ def borrowed(rows: int, width: int, dtype: torch.dtype, device: torch.device) ->
     """
     stride = row_stride(width)
     size = rows * stride * dtype.itemsize
+    if not size:
+        # What is kept is for who needs some.
+        yield torch.empty(rows, width, dtype=dtype, device=device)
+        return
     buffer = None
     if device.type == "cpu":
         buffer, _kept.buffer = _kept.buffer, None

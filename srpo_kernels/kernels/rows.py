@@ -176,9 +176,9 @@ def dlogits_(
     coefficients: Coefficients,
     spec: RowSpec,
     *,
-    dtype: torch.dtype,
+    out: Tensor,
 ) -> Dlogits:
-    """Write over the logits, or into a new buffer of ``dtype``."""
+    """One pass, which reads the logits before it writes over them."""
     ids, at_ids = coefficients.ids, coefficients.at_ids
     if not ids.shape[1]:
         # A kernel has one id at least: that of another slice.
@@ -187,9 +187,6 @@ def dlogits_(
     z, y = logits, teacher_logits if coefficients.compares else None
     transform, vendor = Transform.of(spec.transform), vendor_of(z.device)
     terms, numbers = gradient_numbers(stats, coefficients, spec)
-    out = z
-    if dtype != z.dtype:
-        out = torch.empty_strided(z.shape, z.stride(), dtype=dtype, device=z.device)
     launch = row_launch(1 if y is None else 2, vendor)
     if len(z):
         with on_device(z):

@@ -257,6 +257,9 @@ class Rows(Protocol):
         coefficients: Coefficients,
         spec: RowSpec,
         *,
-        dtype: torch.dtype,
+        out: Tensor,
     ) -> Dlogits:
-        """Turn what the buffer holds into dlogits, and consume the teacher's logits."""
+        """Turn what the buffer holds into dlogits, and consume the teacher's logits.
+
+        ``out`` are the logits, which the dlogits take the place of, or others in the dtype of the products.
+        """

@@ -208,8 +208,8 @@ class RowPasses:
             units = gathered[..., 5:].amax(0)
         return support_statistics(complement, units, support_ids, spec, slope, entropy=entropy)
 
-    def dlogits_(self, request: Request, stats: Statistics, gradients: RowGradients, *, dtype: torch.dtype) -> Dlogits:
-        """Turn what ``statistics`` left in both buffers into dlogits, all terms at once."""
+    def dlogits_(self, request: Request, stats: Statistics, gradients: RowGradients, *, out: Tensor) -> Dlogits:
+        """Turn what ``statistics`` left in both buffers into dlogits in ``out``, all terms at once."""
         z, y, spec = request[:3]
         local = coefficients(stats, gradients, spec, request.target_ids)
         local = local._replace(ids=local.ids - self.vocabulary.first_id)
@@ -217,7 +217,7 @@ class RowPasses:
             # What is beside the logarithm of a softmax that is the tail's.
             assert stats.entropy is not None and stats.log_tail is not None
             stats = stats._replace(entropy=stats.entropy + stats.log_tail)
-        return self.rows.dlogits_(z, y, stats, local, spec, dtype=dtype)
+        return self.rows.dlogits_(z, y, stats, local, spec, out=out)
 
 
 def _likeliest(logits: Tensor, k: int) -> Tensor:

@@ -168,7 +168,7 @@ def dlogits_(
     coefficients: Coefficients,
     spec: RowSpec,
     *,
-    dtype: torch.dtype,
+    out: Tensor,
 ) -> Dlogits:
     """Work in place on what is in both buffers."""
     ids, at_ids, outside, _, by_log = coefficients[:5]
@@ -177,23 +177,23 @@ def dlogits_(
     match stats.holds:
         case Holds.LOGITS:
             _from_logits_(logits, teacher_logits, stats, coefficients, spec)
-            return Dlogits(logits.to(dtype), None)
+            return _dlogits(logits, None, out)
         case Holds.PROBABILITIES if by_log is None and by_divergence is None:
             # dz = -g (p - 1[v = id]): the buffer needs one number changed.
             logits.scatter_add_(1, ids, torch.full_like(at_ids, -1.0))
-            return _dlogits(logits, outside[:, None] * constant, dtype)
+            return _dlogits(logits, outside[:, None] * constant, out)
         case Holds.LOG2_PROBABILITIES if by_divergence is None:
             for rows, (p,) in blocks(logits, 1, buffers=1):
                 _add_up_(logits[rows], p, stats, coefficients, rows)
-            return _dlogits(logits, torch.full_like(outside, constant)[:, None], dtype)
+            return _dlogits(logits, torch.full_like(outside, constant)[:, None], out)
         case Holds.DIVERGENCE_GRADIENT_AND_LOG2 if by_divergence is not None and teacher_logits is not None:
             for rows, (p,) in blocks(logits, 1, buffers=2):
                 bits = teacher_logits[rows]
                 _add_up_(bits, p, stats, coefficients, rows)
                 torch.addcmul(bits, logits[rows], by_divergence[rows, None] * nats_of_gradient(spec), out=logits[rows])
-            return _dlogits(logits, torch.full_like(outside, constant)[:, None], dtype)
+            return _dlogits(logits, torch.full_like(outside, constant)[:, None], out)
         case Holds.DIVERGENCE_GRADIENT if by_divergence is not None and not ids.shape[1]:
-            return _dlogits(logits, by_divergence[:, None] * (constant * nats_of_gradient(spec)), dtype)
+            return _dlogits(logits, by_divergence[:, None] * (constant * nats_of_gradient(spec)), out)
         case holds:
             terms = {"log-probs": ids.shape[1], "entropy": by_log is not None, "divergence": by_divergence is not None}
             names = " and ".join(name for name, there in terms.items() if there)
@@ -246,8 +246,8 @@ def _to_entropy_gradient_(bits: Tensor, p: Tensor, stats: Statistics, by_log: Te
         bits.add_(stats.entropy[rows, None] / NATS).mul_(p).mul_(NATS * by_log[rows, None])
 
 
-def _dlogits(values: Tensor, factor: Tensor, dtype: torch.dtype) -> Dlogits:
-    if values.dtype == dtype:
+def _dlogits(values: Tensor, factor: Tensor | None, out: Tensor) -> Dlogits:
+    if out.data_ptr() == values.data_ptr():
         return Dlogits(values, factor)
     # A factor on low-precision hidden states would be rounded once more than one on dlogits.
-    return Dlogits(values.mul_(factor).to(dtype), None)
+    return Dlogits(out.copy_(values if factor is None else values.mul_(factor)), None)

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from srpo_kernels.engine import gemm
+from srpo_kernels.engine.memory import RowMemory
 from srpo_kernels.engine.order import RowOrder
-from srpo_kernels.engine.plan import Plan, RowMemory, make_plan
+from srpo_kernels.engine.plan import Plan, make_plan
 from srpo_kernels.rows import torch_rows
 from srpo_kernels.rows.dtypes import accumulation_dtype
 from srpo_kernels.rows.passes import RowPasses
@@ -99,7 +100,7 @@ def work_of(batch: Batch) -> Work:
         len(plan.order.taught),
         len(plan.order.alone),
         plan.student_products + plan.teacher_products,
-        sum(map(len, plan.segments)),
+        plan.head_products,
         head=batch.weight.shape,
         spec=RowSpec(config.transform, config.divergence, config.alpha),
         itemsize=gemm.dlogits_dtype(batch.weight, accumulation_dtype(batch.weight)).itemsize,

@@ -12,7 +12,7 @@ pytest.importorskip("pandas", reason="the report's tables need the extra bench")
 
 from benchmarks import device_reports
 from benchmarks.results import RESULTS
-from srpo_kernels.engine import plan
+from srpo_kernels.engine import memory
 from tools import chunks
 
 ROOT = Path(__file__).parents[2]
@@ -77,8 +77,9 @@ def test_the_documents_have_what_is_there() -> None:
     assert chunks.table() in (ROOT / "docs" / "gpu.md").read_text()
 
 
-def test_the_chunks_of_the_table_begin_with_the_planners() -> None:
-    assert chunks.PRODUCT_ROWS[0] == plan._ROWS_ACCELERATOR
+def test_the_chunks_of_the_table_are_the_planners() -> None:
+    assert chunks.LOGITS_ROWS == memory._ROWS_ACCELERATOR
+    assert memory._ROWS_OF_PRODUCT in chunks.PRODUCT_ROWS
     policy = chunks.STEPS[0]
     few, one = (chunks.work_in(policy, rows).head_gradient for rows in (1_024, chunks.ROWS))
     assert few == 15 * one == 15 * 4 * 151_936 * 4_096

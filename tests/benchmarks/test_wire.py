@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from benchmarks.wire import Traffic, loss_traffic, table
 from srpo_kernels import SRPOConfig, srpo_loss, token_stats
-from srpo_kernels.engine.plan import RowMemory
+from srpo_kernels.engine.memory import RowMemory
 from srpo_kernels.rows import torch_rows
 from srpo_kernels.rows.passes import RowPasses
 from srpo_kernels.rows.vocabulary import Vocabulary

@@ -19,7 +19,7 @@ from srpo_kernels import (
     teacher_stats,
     token_stats,
 )
-from srpo_kernels.engine.plan import RowMemory
+from srpo_kernels.engine.memory import RowMemory
 from srpo_kernels.losses.options import DistillationMode
 from srpo_kernels.rows import torch_rows
 from srpo_kernels.rows.passes import RowPasses

@@ -179,7 +179,7 @@ def test_a_buffer_that_is_read_as_something_else_raises() -> None:
 
     def gradient(z: Tensor, stats: Any, spec: RowSpec, **gradients: Tensor) -> Tensor:
         request = Request(z, z.clone(), spec, ids)
-        dlogits = passes.dlogits_(request, stats, RowGradients(**gradients), dtype=torch.float32)
+        dlogits = passes.dlogits_(request, stats, RowGradients(**gradients), out=z)
         return dlogits.values if dlogits.factor is None else dlogits.values * dlogits.factor
 
     def statistics(z: Tensor, *gradients: str, entropy: bool = False) -> Any:

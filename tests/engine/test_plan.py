@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from srpo_kernels import SRPOConfig
+from srpo_kernels.engine.memory import RowMemory
 from srpo_kernels.engine.order import RowOrder, order_rows
-from srpo_kernels.engine.plan import Plan, RowMemory, make_plan, row_chunks, sequence_groups
+from srpo_kernels.engine.plan import Plan, make_plan, row_chunks, sequence_groups
 from srpo_kernels.engine.row_values import RowChecks
 from srpo_kernels.engine.srpo import moving
 from srpo_kernels.engine.workspace import row_stride
@@ -226,3 +227,45 @@ def test_an_accelerator_shares_within_the_rows_of_both_models_of_a_chunk(
     )
     assert shared_rows(plan) == shared
     assert plan.buffer_rows <= 2 * 1024
+
+
+@given(
+    workspace=st.floats(1, 60),
+    distilled=st.integers(0, 40),
+    policy=st.integers(0, 60),
+    scratch=st.builds(Scratch, st.integers(0, 3), st.integers(0, 9)),
+    lengths=st.sampled_from([None, 1, 7]),
+)
+def test_logits_and_dlogits_that_wait_fit_into_the_workspace(
+    workspace: float, distilled: int, policy: int, scratch: Scratch, lengths: int | None
+) -> None:
+    memory = RowMemory(1000, 4, scratch, torch.device("meta"), copy_itemsize=2)
+    order = RowOrder(torch.arange(distilled), torch.arange(policy), torch.arange(0))
+    workspace_bytes = int(workspace * memory.floor(2))
+    sizes = None if lengths is None else [min(lengths, policy - i) for i in range(0, policy, lengths)]
+    plan = make_plan(order, memory, alone_lengths=sizes, workspace_bytes=workspace_bytes, gradients=2)
+    chunks = [chunk.num_rows for segment in plan.segments for chunk in segment]
+    longest = max(chunks, default=0)
+    assert longest <= plan.waiting_rows <= distilled + policy
+    rows = 4 * (plan.buffer_rows + scratch.blocks * min(scratch.rows, longest)) + 2 * plan.waiting_rows
+    assert rows * row_stride(1000) <= workspace_bytes
+    assert (sum(chunks) > 0) <= plan.head_products <= len(chunks)
+
+
+def test_an_accelerator_takes_the_dlogits_of_several_chunks_to_a_product() -> None:
+    rows = RowOrder(torch.arange(2048), torch.arange(8192), torch.arange(0))
+
+    def plan(workspace_bytes: int | None, itemsize: int = 2, lengths: list[int] | None = None) -> Plan:
+        memory = RowMemory(1000, 4, Scratch(0, 0), torch.device("meta"), copy_itemsize=itemsize)
+        return make_plan(rows, memory, alone_lengths=lengths, workspace_bytes=workspace_bytes, gradients=2)
+
+    default = plan(None)
+    assert (default.buffer_rows, default.waiting_rows, default.head_products) == (2 * 1024, 4096, 3)
+    # dlogits that take the place of their logits wait for nothing.
+    assert (plan(None, itemsize=0).waiting_rows, plan(None, itemsize=0).head_products) == (0, 10)
+    row = row_stride(1000)
+    large = plan(row * (4 * 2048 + 2 * 6000))
+    assert (large.buffer_rows, large.waiting_rows, large.head_products) == (2 * 1024, 6000, 2)
+    # Where sequences should not be cut, a larger workspace is for their logits.
+    assert plan(row * 6 * 8192, lengths=[4096, 4096]).student_products == plan(None).student_products
+    assert plan(row * 6 * 8192, lengths=[4096, 4096]).buffer_rows == 8192

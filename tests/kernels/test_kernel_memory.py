@@ -55,6 +55,13 @@ def passes(vocab_size: int) -> RowPasses:
     return RowPasses(kernel_rows, Vocabulary.whole(vocab_size))
 
 
+def place(logits: Tensor, dtype: torch.dtype) -> Tensor:
+    """Where dlogits go: over the logits, or into rows of another dtype."""
+    if dtype == logits.dtype:
+        return logits
+    return torch.empty_strided(logits.shape, logits.stride(), dtype=dtype)
+
+
 def capped(softcap: float | None, **options: Any) -> RowSpec:
     return RowSpec(LogitTransform(softcap=softcap), **options)
 
@@ -103,7 +110,7 @@ def test_row_grad_of_log_probs(
     if topk:
         gradients = RowGradients(support_log_probs=torch.randn(ROWS, topk), log_tail=torch.randn(ROWS))
     with sanitize(outputs={"row_grad_kernel": ["out_ptr"]}):
-        passes(vocab_size).dlogits_(Request(z, None, spec, ids), stats, gradients, dtype=dtype)
+        passes(vocab_size).dlogits_(Request(z, None, spec, ids), stats, gradients, out=place(z, dtype))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -126,10 +133,11 @@ def test_row_grad_of_a_divergence(
     alone = RowGradients(divergence=torch.randn(ROWS))
     every = RowGradients(torch.randn(ROWS), torch.randn(ROWS), torch.randn(ROWS))
     with sanitize(outputs={"row_grad_kernel": ["out_ptr"]}):
-        passes(vocab_size).dlogits_(Request(z.clone(), y, spec, ids), stats, alone, dtype=dtype)
+        own = z.clone()
+        passes(vocab_size).dlogits_(Request(own, y, spec, ids), stats, alone, out=place(own, dtype))
         # Ids before, in and behind the slice.
         foreign = coefficients(stats, every, spec, torch.tensor([vocab_size + 2, 0, -7]))
-        kernel_rows.dlogits_(z, y, stats, foreign, spec, dtype=dtype)
+        kernel_rows.dlogits_(z, y, stats, foreign, spec, out=place(z, dtype))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

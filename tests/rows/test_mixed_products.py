@@ -13,8 +13,8 @@ from torch import Tensor
 
 import reference
 from reference.logits import transform
-from srpo_kernels import SRPOConfig, fused_loss
-from srpo_kernels.engine import gemm
+from srpo_kernels import SRPOConfig, fused_loss, token_stats
+from srpo_kernels.engine import gemm, memory
 from srpo_kernels.rows.spec import DIVERGENCES
 from tests.comparison import Results, assert_as_accurate, gradients, with_leaves
 from tests.inputs import Inputs, cast, head_inputs, loss_inputs, workspace_floor
@@ -25,6 +25,7 @@ from tests.strategies import Case, each_backend
 pytestmark = pytest.mark.interpreter
 
 WHERE = torch.device("cpu")
+IDS = torch.arange(9)
 ANSWERS = {"2.10": "addmm", "2.8": "mm", "before Ampere": "none"}
 
 
@@ -86,6 +87,8 @@ def operators(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
     answers = {dtype: gemm._ask.__wrapped__(WHERE, dtype) for dtype in (torch.bfloat16, torch.float16)}
     monkeypatch.setattr(gemm, "mixed_products", lambda device, dtype: answers[dtype])
     monkeypatch.setattr(gemm, "_SLAB_ELEMENTS", 100)
+    # Of a larger workspace, the dlogits of several chunks wait for a product.
+    monkeypatch.setattr(memory, "_ROWS_ACCELERATOR", 3)
     if answers[torch.bfloat16] != "none":
         monkeypatch.setattr("reference.logits.transform", with_rounded_gradient)
     operators.calls.clear()
@@ -130,9 +133,9 @@ OPTIONS: list[dict[str, Any]] = [
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_the_loss(operators: Operators, options: dict[str, Any], backend: str) -> None:
     config = SRPOConfig(**options)
-    inputs = loss_inputs(1, (4, 6), teacher_size=5, config=config)
-    # Several chunks: the first one writes dW, and the others add to it.
-    workspace_bytes = 6 * workspace_floor(33, 4, 2, backend)
+    inputs = loss_inputs(1, (4, 9), teacher_size=5, config=config)
+    # Several products: the first one writes dW, and the others add to it.
+    workspace_bytes = 3 * workspace_floor(33, 4, 2, backend)
     check_loss(Case(inputs, {"config": config}, workspace_bytes=workspace_bytes), torch.bfloat16, backend)
     check_calls(operators)
 
@@ -191,6 +194,31 @@ def test_an_objective_of_the_caller_s(operators: Operators, backend: str) -> Non
     actual = run(ours, rounded, backend=backend, workspace_bytes=workspace_bytes)
     assert_as_accurate(actual, run(plain, rounded), exact)
     check_calls(operators)
+
+
+@each_backend
+@pytest.mark.parametrize("path", ["fused_loss", "token_stats"])
+def test_dlogits_of_several_chunks_share_a_product(operators: Operators, path: str, backend: str) -> None:
+    hidden, weight = torch.randn(9, 8, dtype=torch.bfloat16), torch.randn(33, 8, dtype=torch.bfloat16)
+    leaves = {"hidden": hidden.requires_grad_(), "weight": weight.requires_grad_()}
+
+    def products(workspace_bytes: int) -> tuple[int, dict[str, Tensor]]:
+        operators.calls.clear()
+        options: dict[str, Any] = {"backend": backend, "workspace_bytes": workspace_bytes}
+        if path == "fused_loss":
+            loss = fused_loss(**leaves, target_ids=IDS, objective=lambda rows: -rows.log_probs, **options).loss
+        else:
+            loss = -token_stats(**leaves, target_ids=IDS, **options).log_probs.sum()
+        found = gradients(loss, leaves)
+        return operators.calls.total(), found
+
+    # Rows in chunks of 3: as many dlogits wait, or all of them.
+    row = workspace_floor(33, 4, 1, backend)
+    (few, expected), (one, actual) = products(3 * row + 3 * 2 * 48), products(3 * row + 9 * 2 * 48)
+    # Where none adds to a matrix, those of dW but the first one come in slabs.
+    assert few - one == {"addmm": 4, "mm": 8, "none": 0}[ANSWERS[operators.version]]
+    for name, values in expected.items():
+        torch.testing.assert_close(actual[name], values, rtol=2e-2, atol=2e-2)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)

@@ -83,6 +83,7 @@ def _pass_rates(
 ) -> dict[str, Any]:
     passes, clock, taught = RowPasses(rows_of(backend), Vocabulary.whole(vocab_size)), Clock(device), kind != "policy"
     buffers = [torch.empty(rows, row_stride(vocab_size), device=device)[:, :vocab_size] for _ in range(1 + taught)]
+    out = buffers[0] if dtype == buffers[0].dtype else torch.empty_like(buffers[0], dtype=dtype)
     ones = torch.ones(rows, device=device)
     gradients = RowGradients(divergence=ones) if taught else RowGradients(log_probs=ones)
     request = Request(
@@ -99,7 +100,7 @@ def _pass_rates(
             x.normal_()
         found: list[Statistics] = []
         times["statistics"].append(clock.seconds(partial(_reduce, passes, request, found)))
-        times["gradient"].append(clock.seconds(partial(passes.dlogits_, request, found[0], gradients, dtype=dtype)))
+        times["gradient"].append(clock.seconds(partial(passes.dlogits_, request, found[0], gradients, out=out)))
     moved = pass_bytes(taught, spec, dtype.itemsize)
     gradient = moved.pop("row_grad")
     elements = rows * vocab_size

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import srpo_kernels as sk
-from srpo_kernels.engine.plan import RowMemory
+from srpo_kernels.engine.memory import RowMemory
 from srpo_kernels.rows import torch_rows
 from srpo_kernels.rows.dtypes import accumulation_dtype
 from srpo_kernels.rows.passes import RowPasses
