@@ -78,6 +78,11 @@ def test_every_test_has_one_of_three_outcomes(checkout: Path, capsys: pytest.Cap
     assert command.show(pd.DataFrame([one for one in outcomes if one["outcome"] != "failed"]), "torch") == 0
 
 
+def test_a_sample_is_of_those_with_a_counterpart(checkout: Path) -> None:
+    outcomes = command.run("verl", checkout, "torch", every=2)
+    assert [x["test"].split("::")[1] for x in outcomes] == ["test_values", "test_gae", "test_of_their_own"]
+
+
 def test_a_file_that_is_not_there_is_named(checkout: Path) -> None:
     (checkout / "tests/trainer/ppo/test_core_algos_on_cpu.py").unlink()
     with pytest.raises(SystemExit, match=r"test_core_algos_on_cpu.py.*another version of verl"):

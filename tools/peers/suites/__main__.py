@@ -48,6 +48,8 @@ class Options:
     backend: Literal["torch", "triton"] = "torch"
     select: str = ""
     """Of their tests those that pytest's -k takes."""
+    every: int = 1
+    """Of those that have a counterpart one in so many: a sample, where all of them take hours."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -57,14 +59,14 @@ def main(arguments: list[str] | None = None) -> int:
     outcomes = [
         outcome
         for peer, checkout in checkouts.items()
-        for outcome in run(peer, checkout.resolve(), options.backend, options.select)
+        for outcome in run(peer, checkout.resolve(), options.backend, options.select, options.every)
     ]
     if not outcomes:
         raise SystemExit("no test was run: give the checkout of a peer")
     return show(pd.DataFrame(outcomes), options.backend)
 
 
-def run(peer: str, checkout: Path, backend: str, select: str = "") -> list[dict[str, str]]:
+def run(peer: str, checkout: Path, backend: str, select: str = "", every: int = 1) -> list[dict[str, str]]:
     """The outcome of every test: ``peer``, ``file``, ``test``, ``outcome``, ``reason``."""
     suite: Suite = importlib.import_module(f"tools.peers.suites.{peer}").SUITE
     missing = [test for test in suite.tests if not (checkout / test.split("::")[0]).is_file()]
@@ -78,8 +80,8 @@ def run(peer: str, checkout: Path, backend: str, select: str = "") -> list[dict[
         paths = [str(_ROOT), *(str(checkout / path) for path in suite.paths)]
         environment = os.environ | {
             "PYTHONPATH": os.pathsep.join(paths), "SRPO_PEER": peer, "SRPO_PEER_BACKEND": backend,
-            "SRPO_PEER_REPORT": str(report), "TORCHDYNAMO_DISABLE": "1", "TRITON_INTERPRET": "1",
-            "HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(Path(folder, "hub")),
+            "SRPO_PEER_REPORT": str(report), "SRPO_PEER_EVERY": str(every), "TORCHDYNAMO_DISABLE": "1",
+            "TRITON_INTERPRET": "1", "HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(Path(folder, "hub")),
         }  # fmt: skip
         # Of their settings of pytest none is read: they are for their own runs.
         command = [sys.executable, "-m", "pytest", "-p", "tools.peers.suites.plugin", "-c", os.devnull, "-q"]

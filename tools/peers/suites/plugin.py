@@ -27,8 +27,8 @@ _OURS = ("token_stats", "teacher_stats", "fused_loss", "srpo_loss", "policy_loss
 class Runner:
     """The hooks of one run."""
 
-    def __init__(self, suite: Suite, smallest: bool, report: str) -> None:
-        self.suite, self.smallest, self.report = suite, smallest, report
+    def __init__(self, suite: Suite, smallest: bool, report: str, every: int) -> None:
+        self.suite, self.smallest, self.report, self.every = suite, smallest, report, every
         self.outcomes: list[dict[str, str]] = []
         # Shared with the processes that a test starts.
         self.calls = multiprocessing.Value("q", 0)
@@ -44,8 +44,11 @@ class Runner:
         return call
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
-        """Smaller parameters, and the marks of those without a counterpart."""
+        """Smaller parameters, the marks of those without a counterpart, and of the others one in so many."""
         replace(self.suite.stand_ins)
+        own = [x for x in items if not any(re.search(pattern, x.nodeid) for pattern, _ in self.suite.without)]
+        left_out = {id(item) for i, item in enumerate(own) if i % self.every}
+        items[:] = [item for item in items if id(item) not in left_out]
         for item in items:
             callspec = getattr(item, "callspec", None)
             if callspec is not None:
@@ -124,6 +127,6 @@ def pytest_configure(config: pytest.Config) -> None:
     if suite.asks_for_cuda:
         machine.pretend_cuda()
     suite.prepare()
-    runner = Runner(suite, os.environ["SRPO_PEER_BACKEND"] == "triton", report)
+    runner = Runner(suite, os.environ["SRPO_PEER_BACKEND"] == "triton", report, int(os.environ["SRPO_PEER_EVERY"]))
     replace(suite.stand_ins)
     config.pluginmanager.register(runner, "srpo_peers")
