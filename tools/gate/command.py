@@ -48,7 +48,7 @@ def gate(
         jobs: processes.
         csv: file to write, a line per configuration and target.
         docs: Markdown file whose tables to replace, between `<!-- gate:resources -->` and
-            `<!-- /gate:resources -->`, and the same for `gate:roofline`.
+            `<!-- /gate:resources -->`, and the same for `gate:roofline`: those of targets with a data sheet.
     """
     measured, left_out = _compile_all(targets, kernels, jobs)
     # On standard error before anything else: where no target is left there is nothing else.
@@ -149,7 +149,8 @@ def tables(lines: pd.DataFrame) -> dict[str, tuple[pd.DataFrame, str]]:
 
 
 def write_tables(document: Path, lines: pd.DataFrame) -> None:
-    """Put both tables between their markers."""
+    """Put both tables between their markers, of the targets that have a data sheet: all would not fit a page."""
+    lines = lines[[TARGETS[name].device is not None for name in lines["target"]]]
     replace_marked(document, {f"gate:{name}": markdown_table(*table) for name, table in tables(lines).items()})
 
 
