@@ -13,10 +13,10 @@ from torch import Tensor
 
 import reference
 from reference.logits import transform
-from srpo_kernels import SRPOConfig, fused_loss, token_stats
+from srpo_kernels import SRPOConfig, fused_loss, srpo_loss, token_stats
 from srpo_kernels.engine import gemm, memory
 from srpo_kernels.rows.spec import DIVERGENCES
-from tests.comparison import Results, assert_as_accurate, gradients, with_leaves
+from tests.comparison import LEAVES, Results, assert_as_accurate, assert_same, gradients, run_loss, with_leaves
 from tests.inputs import Inputs, cast, head_inputs, loss_inputs, workspace_floor
 from tests.parity import check_loss, check_stats
 from tests.strategies import Case, each_backend
@@ -219,6 +219,21 @@ def test_dlogits_of_several_chunks_share_a_product(operators: Operators, path: s
     assert few - one == {"addmm": 4, "mm": 8, "none": 0}[ANSWERS[operators.version]]
     for name, values in expected.items():
         torch.testing.assert_close(actual[name], values, rtol=2e-2, atol=2e-2)
+
+
+@each_backend
+@pytest.mark.parametrize("options", [{}, {"loss_type": "gspo"}, {"dw_beta": 30.0}], ids=str)
+def test_what_waits_is_the_same_whatever_is_frozen(operators: Operators, options: dict[str, Any], backend: str) -> None:
+    config = SRPOConfig(**options)
+    inputs = cast(loss_inputs(1, (4, 9), teacher_size=5, config=config), torch.bfloat16)
+    how = {"config": config, "backend": backend, "workspace_bytes": 3 * workspace_floor(33, 4, 2, backend)}
+    of_all = run_loss(srpo_loss, inputs, LEAVES, **how)
+    for leaf in LEAVES:
+        assert_same(run_loss(srpo_loss, inputs, (leaf,), **how), _of(of_all, leaf), 0.0)
+
+
+def _of(results: Results, leaf: str) -> Results:
+    return {name: x for name, x in results.items() if not name.startswith("grad") or name == f"grad {leaf}"}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
