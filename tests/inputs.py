@@ -135,6 +135,8 @@ def with_given_topk(inputs: Inputs, config: SRPOConfig, k: int, *, fewer: bool =
     log_probs, ids = logits.log_softmax(-1).topk(min(k, logits.shape[-1]), dim=-1)
     if fewer:
         absent = torch.rand(ids.shape, generator=torch.Generator().manual_seed(0)) < 0.1
+        # Of a row's whole mass nothing can be missing: among tokens without any, no distribution is the teacher's.
+        absent &= log_probs.masked_fill(absent, -math.inf).logsumexp(-1, keepdim=True) > -100.0
         ids, log_probs = ids.masked_fill(absent, -1), log_probs.masked_fill(absent, -math.inf)
     given = {"teacher_topk_ids": ids, "teacher_topk_log_probs": log_probs}
     return inputs | dict.fromkeys(("teacher_hidden", "teacher_weight", "teacher_bias")) | given

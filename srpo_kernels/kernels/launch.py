@@ -97,6 +97,11 @@ def merge_launch(vendor: Vendor) -> RowLaunch:
     return RowLaunch(MERGE_TILES, _row_warps(vendor))
 
 
+def units_launch() -> RowLaunch:
+    """Logits at a few ids of each row, which are side by side."""
+    return RowLaunch(_ROW_LANES, 4)
+
+
 def _row_warps(vendor: Vendor) -> int:
     return _ROW_THREADS // (64 if vendor == "cdna" else 32)
 

@@ -14,11 +14,12 @@ import triton
 from torch import Tensor
 
 from srpo_kernels.kernels.gradient import entry_numbers, gradient_numbers, mixture_shares
-from srpo_kernels.kernels.launch import mixture_terms, on_device, row_launch, vendor_of
+from srpo_kernels.kernels.launch import mixture_terms, on_device, row_launch, units_launch, vendor_of
 from srpo_kernels.kernels.row_entries import row_entries_kernel
 from srpo_kernels.kernels.row_grad import row_grad_kernel
 from srpo_kernels.kernels.row_mixture import row_mixture_kernel
 from srpo_kernels.kernels.row_stats import row_stats_kernel
+from srpo_kernels.kernels.row_units import units_kernel
 from srpo_kernels.kernels.transform import Base2, Transform
 from srpo_kernels.rows.contract import Coefficients, Dlogits, ModelSums, Scratch, Statistics
 from srpo_kernels.rows.spec import LOWEST, LogitTransform, RowSpec
@@ -73,8 +74,18 @@ def sums(
 
 
 def units(logits: Tensor, transform: LogitTransform) -> Tensor:
-    """As torch rounds a softcap's tanh."""
-    return Transform.of(transform).units(logits)
+    """As the passes round them: a log-prob is the difference of a unit and what a pass makes of all of them."""
+    launched, vendor, launch = Transform.of(transform), vendor_of(logits.device), units_launch()
+    if not launched.softcap:
+        return logits.clamp_min(LOWEST)
+    raw = logits.contiguous()
+    out = torch.empty_like(raw)
+    if len(out.view(-1)):
+        with on_device(raw):
+            units_kernel[(triton.cdiv(raw.numel(), launch.lanes),)](
+                raw, out, raw.numel(), launched.inner, VENDOR=vendor, BLOCK=launch.lanes, **launch.options
+            )
+    return out
 
 
 def support_sums(
@@ -82,8 +93,8 @@ def support_sums(
 ) -> tuple[ModelSums, Tensor]:
     """The support is taken out of the logits for as long as the others are summed."""
     (ids, here), (target, target_here) = (_within(x, logits) for x in (support_ids, target_ids[:, None]))
-    own, units = logits.gather(1, ids), Transform.of(transform).units
-    targets = units(logits.gather(1, target)).masked_fill(~target_here, LOWEST).squeeze(1)
+    own = logits.gather(1, ids)
+    targets = units(logits.gather(1, target), transform).masked_fill(~target_here, LOWEST).squeeze(1)
     # Under a softcap an excluded token has a logit, unlike one that is taken out: above the mark of that.
     kept = own.clamp_min(0.5 * LOWEST)
     logits.scatter_(1, ids, kept)
@@ -91,7 +102,7 @@ def support_sums(
     logits.scatter_reduce_(1, ids, kept.masked_fill(here, LOWEST), "amin")
     (complement,) = sums(logits, None, transform, target_ids=target_ids)
     logits.scatter_(1, ids, own)
-    return complement._replace(target=targets), units(own).masked_fill(~here, LOWEST)
+    return complement._replace(target=targets), units(own, transform).masked_fill(~here, LOWEST)
 
 
 def _within(ids: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from srpo_kernels.rows.spec import LOWEST, LogitTransform
+from srpo_kernels.rows.spec import LogitTransform
 
 
 class Transform(NamedTuple):
@@ -31,10 +31,6 @@ class Transform(NamedTuple):
     def slope(self) -> float:
         """A logit per unit, in nats."""
         return self.slope2 * math.log(2.0)
-
-    def units(self, raw: Tensor) -> Tensor:
-        """Units of raw logits."""
-        return torch.tanh(raw * self.inner) if self.softcap else raw.clamp_min(LOWEST)
 
 
 def _fp32(x: float) -> float:

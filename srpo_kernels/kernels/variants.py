@@ -19,12 +19,14 @@ from srpo_kernels.kernels.launch import (
     mixture_terms,
     row_launch,
     tile_launch,
+    units_launch,
 )
 from srpo_kernels.kernels.primitives import VECTOR
 from srpo_kernels.kernels.row_entries import row_entries_kernel
 from srpo_kernels.kernels.row_grad import row_grad_kernel
 from srpo_kernels.kernels.row_mixture import row_mixture_kernel
 from srpo_kernels.kernels.row_stats import row_stats_kernel
+from srpo_kernels.kernels.row_units import units_kernel
 from srpo_kernels.kernels.tile_stats import merge_tiles_kernel, tile_stats_kernel
 from srpo_kernels.rows.mixture import MIXTURE_DIVERGENCES, MixtureDivergence, mixture_of
 
@@ -85,6 +87,7 @@ def variants(target: GPUTarget) -> Iterator[Variant]:
 
     for models in (1, 2):
         yield _merge_tiles(models, vendor)
+    yield _units(vendor)
     # Triton compiles in what is a multiple of 16, as most vocabularies are.
     gradients = dict(_gradients())
     for variant in (
@@ -240,6 +243,24 @@ def _merge_tiles(models: int, vendor: Vendor) -> Variant:
         },
         {"TEACHER": models == 2, "BLOCK_TILES": launch.lanes},
         ("sums_ptr", "merged_ptr"),
+        launch.num_warps,
+        launch.num_stages,
+        0,
+        0,
+    )
+
+
+def _units(vendor: Vendor) -> Variant:
+    launch = units_launch()
+    own = {"raw_ptr": "*fp32", "units_ptr": "*fp32", "count": "i32", "inner": "fp32"}
+    constexprs = {"VENDOR": vendor, "BLOCK": launch.lanes}
+    return Variant(
+        "units",
+        "softcap",
+        units_kernel,
+        own | dict.fromkeys(constexprs, "constexpr"),
+        constexprs,
+        ("raw_ptr", "units_ptr"),
         launch.num_warps,
         launch.num_stages,
         0,

@@ -111,7 +111,7 @@ def _rounded_inputs(case: Case, wide: Inputs, order: torch.Generator, alike: boo
     if wide.get("teacher_hidden") is not None and wide["teacher_weight"] is None:
         # The two models' logits are rounded apart, although they share a head.
         rounded |= {"teacher_weight": wide["weight"], "teacher_bias": wide["bias"]}
-    exact_logits = case.exact_products and case.config.softcap is None
+    exact_logits = _has_exact_logits(case)
     for name in ("weight", "hidden", "teacher_weight", "teacher_hidden"):
         if rounded.get(name) is not None and not exact_logits:
             # A logit is a sum of rounded products, and what a softcap makes of one is rounded too.
@@ -128,11 +128,22 @@ def _rounded_inputs(case: Case, wide: Inputs, order: torch.Generator, alike: boo
 
 
 def _moved_log_probs(case: Case, wide: Inputs, by: float) -> Inputs:
-    """The oracle's inputs with every log-prob of another model moved ``by`` roundings, all up or all down."""
-    unit = by * _rounding(case.dtype)
+    """The oracle's inputs with every log-prob of another model moved ``by`` roundings, all up or all down.
+
+    They are compared with ours, which are rounded at the size of the logits where these are.
+    """
+    unit, logit = by * _rounding(case.dtype), 0.0
+    if "weight" in wide and not _has_exact_logits(case):
+        logit = case.config.logit_scale / case.config.temperature * largest_logit(case, "")
     return wide | {
-        name: wide[name] + unit * (1 + wide[name].abs()) for name in _FLOATING_ROWS if wide.get(name) is not None
+        name: wide[name] + unit * (1 + wide[name].abs() + logit)
+        for name in _FLOATING_ROWS
+        if wide.get(name) is not None
     }
+
+
+def _has_exact_logits(case: Case) -> bool:
+    return case.exact_products and case.config.softcap is None
 
 
 def _rounding(dtype: torch.dtype) -> float:

@@ -70,6 +70,12 @@ def target_ids(vocab_size: int) -> Tensor:
     return torch.tensor([0, vocab_size - 1, vocab_size // 2])
 
 
+@pytest.mark.parametrize("shape", [(3, 1), (3, 7), (4, 256), (5, 300)])
+def test_units(shape: tuple[int, int]) -> None:
+    with sanitize(outputs={"units_kernel": ["units_ptr"]}):
+        kernel_rows.units(torch.randn(shape), LogitTransform(softcap=5.0))
+
+
 @SOFTCAPS
 @VOCABULARIES
 @LAYOUTS

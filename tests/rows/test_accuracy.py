@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 import reference
-from srpo_kernels import SRPOConfig, srpo_loss, token_stats
-from srpo_kernels.rows.spec import DIVERGENCES
+from srpo_kernels import SRPOConfig, fused_loss, srpo_loss, token_stats
+from srpo_kernels.engine.backends import rows_of
+from srpo_kernels.rows.spec import DIVERGENCES, LogitTransform
 from tests.comparison import run_loss, run_stats
 from tests.inputs import Inputs, cast
 from tests.rows.test_extreme_rows import distilled, heads
@@ -112,3 +113,33 @@ def test_log_probs_under_a_softcap(softcap: float, backend: str) -> None:
             run_stats(reference.token_stats, cast(inputs, torch.float64), upstream, ("weight",), **options),
         ]
         check(runs, inputs, value="log_probs")
+
+
+@each_backend
+@pytest.mark.parametrize(("softcap", "scale"), [(5.0, 3.0), (30.0, 1.0), (30.0, 100.0), (1e6, 1e4)])
+def test_units_at_ids_are_those_of_the_passes(softcap: float, scale: float, backend: str) -> None:
+    """To the last bit: of a token that has all of the mass, the log-prob is 0, whatever a unit stands for."""
+    rows, transform = rows_of(backend), LogitTransform(temperature=0.05, softcap=softcap)
+    logits = torch.randn(64, 129) * scale
+    target_ids = torch.randint(129, (64,))
+    (sums,) = rows.sums(logits, None, transform, target_ids=target_ids)
+    units = rows.units(logits, transform)
+    assert torch.equal(units.amax(1), sums.maximum.flatten())
+    assert torch.equal(units.gather(1, target_ids[:, None]).flatten(), sums.target.flatten())
+    assert rows.units(logits[:0], transform).shape == (0, 129)
+
+
+@each_backend
+def test_one_token_among_those_that_were_sampled_has_all_of_the_mass(backend: str) -> None:
+    generator = torch.Generator().manual_seed(3)
+    hidden, weight = (torch.randn(*shape, generator=generator) * 100 for shape in ((6, 8), (33, 8)))
+    inputs = {"hidden": hidden, "weight": weight, "target_ids": torch.arange(6)}
+    support = torch.stack([(hidden @ weight.T).argmax(1), torch.arange(6)], dim=1)
+    support[:, 1] = torch.where(support[:, 0] == support[:, 1], -1, support[:, 1])
+    config = SRPOConfig(softcap=1e6, temperature=0.05)
+    calls = {"support_ids": support, "objective": lambda rows: rows.full_log_probs - rows.log_probs + rows.full_entropy}
+    leaves = {name: inputs[name].clone().requires_grad_() for name in ("hidden", "weight")}
+    out = fused_loss(**inputs | leaves, **calls, config=config, backend=backend)
+    # The sampled tokens' softmax is that of the whole vocabulary: the two log-probs cancel.
+    for grad in torch.autograd.grad(out.loss, list(leaves.values())):
+        assert float(grad.abs().max()) <= 1e-3
