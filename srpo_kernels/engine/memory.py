@@ -84,12 +84,10 @@ class RowMemory:
         if self.copy_itemsize and workspace_bytes is not None:
             # Beside as many rows of logits, of whichever kind of rows, the dlogits of these rows fit.
             taught = max(alone // 2, 1)
+        if whole:
+            return ChunkRows(alone, taught, logits)
         most = self.most_rows
-        return (
-            ChunkRows(alone, taught, logits)
-            if whole
-            else ChunkRows(min(alone, most), min(taught, most), min(logits, 2 * most))
-        )
+        return ChunkRows(min(alone, most), min(taught, most), min(logits, 2 * most))
 
     def waiting_rows(self, num_rows: int, longest: int, logits: int, workspace_bytes: int | None) -> int:
         """Rows whose dlogits wait for one product of dX and one of dW; 0 where these take the place of logits.

@@ -261,5 +261,5 @@ class Rows(Protocol):
     ) -> Dlogits:
         """Turn what the buffer holds into dlogits, and consume the teacher's logits.
 
-        ``out`` are the logits, which the dlogits take the place of, or others in the dtype of the products.
+        ``out`` are the logits, whose place the dlogits take, or rows in another dtype, that of the products.
         """

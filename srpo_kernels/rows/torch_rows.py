@@ -247,7 +247,7 @@ def _to_entropy_gradient_(bits: Tensor, p: Tensor, stats: Statistics, by_log: Te
 
 
 def _dlogits(values: Tensor, factor: Tensor | None, out: Tensor) -> Dlogits:
-    if out.data_ptr() == values.data_ptr():
+    if out.dtype == values.dtype:
         return Dlogits(values, factor)
     # A factor on low-precision hidden states would be rounded once more than one on dlogits.
     return Dlogits(out.copy_(values if factor is None else values.mul_(factor)), None)

@@ -11,7 +11,7 @@ from typing import Literal
 
 import torch
 
-from srpo_kernels.verify import timing
+from srpo_kernels.verify import timing, tuning
 from srpo_kernels.verify.checks import Check
 from srpo_kernels.verify.device_report.command import Job, write_report
 from srpo_kernels.verify.machine import Machine, inspect
@@ -65,6 +65,8 @@ class Options:
     """Of --report: small ones run on any machine. Default: small ones on a CPU."""
     retry: bool = False
     """Of --report: run sections that have failed again."""
+    tune: Path | None = None
+    """File of python -m tools.gate.launches whose launches of the kernels to time on a GPU, in place of all this."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -77,6 +79,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     if options.quick and options.full:
         raise SystemExit("--quick and --full contradict each other")
+    if options.tune is not None:
+        return _tune(options, options.tune)
     if options.report is not None:
         return _report(options, options.report)
     if options.minutes is not None or options.sizes is not None or options.retry:
@@ -104,13 +108,36 @@ def _report(options: Options, folder: Path) -> int:
     return write_report(job, retry=options.retry)
 
 
+def _tune(options: Options, path: Path) -> int:
+    if options != Options(device=options.device, tune=path):
+        raise SystemExit("--tune has no other option than --device")
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = _FILE_WIDTH
+    machine = _machine(options)
+    if machine.interpreted or "triton" not in machine.backends:
+        raise SystemExit(
+            f"--tune needs a GPU that Triton compiles for, and no interpreter: there is {machine.device_name}"
+        )
+    try:
+        choices = tuning.read_choices(path, tuning.target_of(machine.device))
+    except ValueError as error:
+        raise SystemExit(str(error)) from error
+    report.print_tuned(console, list(tuning.tune(choices, machine.device, tuning.Size())))
+    return 0
+
+
+def _machine(options: Options) -> Machine:
+    try:
+        return inspect(options.device, options.backend)
+    except RuntimeError as reason:
+        raise SystemExit(f"--device {options.device}: {reason}") from reason
+
+
 def run(options: Options, console: Console) -> report.Outcome:
     """Everything that was asked for, with a progress bar on ``console``."""
     start = time.perf_counter()
-    try:
-        machine = inspect(options.device, options.backend)
-    except RuntimeError as reason:
-        raise SystemExit(f"--device {options.device}: {reason}") from reason
+    machine = _machine(options)
     report.print_machine(console, machine)
     found: list[Check] = []
     with Progress(console=console, transient=True) as progress, warnings.catch_warnings():

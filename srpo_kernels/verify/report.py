@@ -16,6 +16,7 @@ from rich.table import Table
 from srpo_kernels.verify.checks import Check, dtype_name
 from srpo_kernels.verify.machine import Machine
 from srpo_kernels.verify.timing import PLAIN, WORKLOADS, Shape, Timing
+from srpo_kernels.verify.tuning import Tuned
 
 _RULE = (
     "Worst error over allowed error; up to 1 holds. Allowed: twice the error of plain torch with fp32 logits, and a "
@@ -86,6 +87,23 @@ def print_outcome(console: Console, outcome: Outcome) -> None:
     if len(failures) > _MOST_FAILURES:
         console.print(f"[red]and {len(failures) - _MOST_FAILURES} more, all of them in --json")
     console.print(_verdict(outcome), soft_wrap=True)
+
+
+def print_tuned(console: Console, tuned: Sequence[Tuned]) -> None:
+    """A table for the rows of each number of models, and one for their tiles: rates as multiples of the engine's."""
+    for of, group in groupby(tuned, lambda x: x.of):
+        launches = list(group)
+        own = next((x.rate for x in launches if x.chosen), None)
+        unit, scale = ("GB/s", 1e9) if of.startswith("rows") else ("TFLOP/s", 1e12)
+        table = Table(title=of, box=box.SIMPLE_HEAD)
+        for column in ("launch", "time on paper", unit, "of the engine's"):
+            table.add_column(column)
+        for x in sorted(launches, key=lambda x: -(x.rate or 0.0)):
+            name = f"{x.launch} (the engine's)" if x.chosen else x.launch
+            rate = "–" if x.rate is None else f"{x.rate / scale:,.3g}"
+            share = escape(x.reason) if x.rate is None else f"{x.rate / own:.2f}" if own else "–"
+            table.add_row(name, f"{x.on_paper:.2f}", rate, share)
+        console.print(table)
 
 
 def as_json(outcome: Outcome) -> dict[str, Any]:

@@ -43,10 +43,15 @@ class Pipe:
 
 @dataclass(frozen=True)
 class Device:
-    """A product's peak rates, each of one multiprocessor (AMD: compute unit)."""
+    """A product's peak rates, each of one multiprocessor (AMD: compute unit).
+
+    ``tensor_flop_per_clock`` are those of bf16 dots, ``l2_bytes_per_clock`` what it reads from the L2 cache.
+    """
 
     name: str
     bytes_per_clock: float
+    tensor_flop_per_clock: float
+    l2_bytes_per_clock: float
     pipes: tuple[Pipe, ...]
 
     def issue_ratio(self, per_element: Mapping[Kind, float], bytes_per_element: int) -> tuple[float, str]:
@@ -110,6 +115,15 @@ def _bytes_per_clock(name: str, multiprocessors: int, ghz: float) -> float:
     return DATA_SHEETS[name].gigabytes_per_second / ghz / multiprocessors
 
 
+def _tensor_flop_per_clock(name: str, multiprocessors: int, ghz: float) -> float:
+    return 1e3 * DATA_SHEETS[name].teraflops / ghz / multiprocessors
+
+
+# Of the whole cache of an A100, bytes per clock, by NVIDIA's A100 white paper; it gives none of an H100, which is
+# taken to have the same.
+_NVIDIA_L2 = 5_120
+
+
 def _nvidia(name: str, *, multiprocessors: int, ghz: float, fp32_lanes: int) -> Device:
     """A data-sheet's clock and bandwidth with the SM's rates.
 
@@ -121,6 +135,8 @@ def _nvidia(name: str, *, multiprocessors: int, ghz: float, fp32_lanes: int) -> 
     return Device(
         name,
         _bytes_per_clock(name, multiprocessors, ghz),
+        _tensor_flop_per_clock(name, multiprocessors, ghz),
+        _NVIDIA_L2 / multiprocessors,
         (
             Pipe("issue", 128, dict.fromkeys(KINDS, 1)),
             Pipe("fp32", fp32_lanes, {"fp32": 1}),
@@ -143,6 +159,9 @@ _H100 = _nvidia("H100", multiprocessors=132, ghz=1.98, fp32_lanes=128)
 _MI300X = Device(
     "MI300X",
     _bytes_per_clock("MI300X", 304, 2.1),
+    _tensor_flop_per_clock("MI300X", 304, 2.1),
+    # AMD CDNA 3 white paper: 16 channels of 128 bytes for the 38 compute units of a die.
+    16 * 128 / 38,
     (
         Pipe("vector", 64, {"fp32": 1, "alu": 1, "special": 4}),
         Pipe("scalar", 64, {"scalar": 1}),

@@ -25,7 +25,7 @@ from srpo_kernels.verify.rounds import Clock
 
 _REPEATS = 7
 # Kinds of rows: a name, and what is computed of the models.
-_KINDS = {"policy": RowSpec(), "reverse_kl": RowSpec(divergence="reverse_kl"), "jsd": RowSpec(divergence="jsd")}
+KINDS = {"policy": RowSpec(), "reverse_kl": RowSpec(divergence="reverse_kl"), "jsd": RowSpec(divergence="jsd")}
 
 
 def products(machine: Machine, sizes: Sizes) -> dict[str, Any]:
@@ -73,14 +73,15 @@ def row_passes(machine: Machine, sizes: Sizes) -> list[dict[str, Any]]:
     found = []
     for backend in machine.backends:
         for vocab_size in sorted({vocab_size for vocab_size, _ in sizes.heads}):
-            for kind, spec in _KINDS.items():
-                found.append(_pass_rates(machine.device, backend, vocab_size, sizes.pass_rows, kind, spec, dtype))
+            for kind, spec in KINDS.items():
+                found.append(pass_rates(machine.device, backend, vocab_size, sizes.pass_rows, kind, spec, dtype))
     return found
 
 
-def _pass_rates(
+def pass_rates(
     device: torch.device, backend: BackendName, vocab_size: int, rows: int, kind: str, spec: RowSpec, dtype: torch.dtype
 ) -> dict[str, Any]:
+    """Bytes per second of statistics and gradient of rows of a ``kind``, with dlogits in ``dtype``."""
     passes, clock, taught = RowPasses(rows_of(backend), Vocabulary.whole(vocab_size)), Clock(device), kind != "policy"
     buffers = [torch.empty(rows, row_stride(vocab_size), device=device)[:, :vocab_size] for _ in range(1 + taught)]
     out = buffers[0] if dtype == buffers[0].dtype else torch.empty_like(buffers[0], dtype=dtype)
