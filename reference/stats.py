@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from . import distillation
+from .layout import per_row
 from .logits import (
     Project,
     entropy,
@@ -58,7 +59,8 @@ def token_stats(
     topk: int = 100,
     topk_of: str = "student",
     add_tail: bool = True,
-    divergence_clip: float | None = None,
+    divergence_alpha: Tensor | None = None,
+    divergence_clip: float | Tensor | None = None,
     temperature: float = 1.0,
     logit_scale: float = 1.0,
     softcap: float | None = None,
@@ -67,7 +69,8 @@ def token_stats(
 ) -> TokenStats:
     """``log p_t``, ``H(p)``, ``D(p, q)``, ``H(q)``, ``log Σ_v exp(z_v)`` of every valid row, in its shape each.
 
-    With ``support_ids`` all but what compares p with q is over these tokens and the row's own.
+    With ``support_ids`` all but what compares p with q is over these tokens and the row's own. ``divergence_alpha``,
+    and ``divergence_clip`` as a tensor, are the rows' own.
     """
     valid = torch.ones_like(target_ids, dtype=torch.bool) if mask is None else mask
     logits_of = partial(head_logits, temperature=temperature, logit_scale=logit_scale, softcap=softcap, project=project)
@@ -83,11 +86,15 @@ def token_stats(
         topk=topk,
         topk_of=topk_of,
         add_tail=add_tail,
-        divergence_clip=divergence_clip,
+        divergence_clip=None if isinstance(divergence_clip, Tensor) else divergence_clip,
     )
+    own = [
+        per_row(x, target_ids)[valid].to(logits) if isinstance(x, Tensor) else None
+        for x in (divergence_alpha, divergence_clip)
+    ]
     if teacher_topk_ids is not None and teacher_topk_log_probs is not None:
         known = teacher_topk_ids[valid], teacher_topk_log_probs[valid].detach().to(logits)
-        divergences, _ = distillation.given_distillation_loss(logits, *known, compared)
+        divergences, _ = distillation.given_distillation_loss(logits, *known, compared, *own)
         teacher_entropy = distillation.bucket_entropy(known[1], known[0])
     elif teacher_hidden is not None:
         head = teacher_head(weight, bias, teacher_weight, teacher_bias)
@@ -100,7 +107,7 @@ def token_stats(
             softcap=softcap,
             project=project,
         )
-        divergences, _ = distillation.distillation_loss(logits, y, ids, compared)
+        divergences, _ = distillation.distillation_loss(logits, y, ids, compared, *own)
         teacher_entropy = entropy(y)
     else:
         return TokenStats(log_probs, entropies, None, None, logsumexp)

@@ -35,6 +35,8 @@ def token_stats(
     teacher_topk_ids: Tensor | None = None,
     teacher_topk_log_probs: Tensor | None = None,
     support_ids: Tensor | None = None,
+    divergence_alpha: Tensor | None = None,
+    divergence_clip: Tensor | None = None,
     config: SRPOConfig | None = None,
     divergence: str | Unset = UNSET,
     alpha: float | Unset = UNSET,
@@ -72,6 +74,9 @@ def token_stats(
             ``logsumexp`` are then those of the policy over these and the row's own token. Without a teacher, or with
             ``teacher_topk_ids`` and no tail, a row costs ``2 (S + 1) H`` FLOP forward and 3 times that backward where
             the head has 32 rows or more for each token. None: the whole vocabulary.
+        divergence_alpha: ``[B]``, ``[B, 1]`` or ``target_ids``' shape, floating: each row's own ``alpha``; with jsd in
+            [0, 1], where 0 is forward_kl and 1 reverse_kl. Detached. None: ``alpha``.
+        divergence_clip: likewise, in place of the config's ``divergence_clip``; > 0, infinite for no bound.
         config: the loss's options, in place of the next six, which are its fields, and of how models are compared: its
             ``distillation_mode``, ``topk``, ``topk_of``, ``add_tail`` and ``divergence_clip``. With the mode
             ``"sampled"`` ``divergence`` is ``sg(log p_t - log q_t) log p_t``, which has reverse KL's gradient in
@@ -131,6 +136,8 @@ def token_stats(
         teacher.check_teacher_topk(
             teacher_topk_ids, teacher_topk_log_probs, teacher_hidden, target_ids, target_ids, config
         )
+        known = teacher_topk_ids if teacher_hidden is None else teacher_hidden
+        teacher.check_own_divergences(divergence_alpha, divergence_clip, target_ids, SRPOConfig(**described), known)
         if teacher_topk_ids is not None:
             width = teacher_topk_ids.shape[-1:]
             require_shape("teacher_topk_ids", teacher_topk_ids, [target_ids.shape + width], "the rows of hidden, and K")
@@ -139,7 +146,7 @@ def token_stats(
         validation.check_workspace(workspace_bytes)
     call = StatsArguments(
         hidden, weight, bias, target_ids, mask, teacher_hidden, teacher_weight, teacher_bias, teacher_topk_ids,
-        teacher_topk_log_probs, support_ids,
+        teacher_topk_log_probs, support_ids, divergence_alpha, divergence_clip,
     )  # fmt: skip
     options = StatsOptions(
         **described,

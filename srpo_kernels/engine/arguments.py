@@ -70,7 +70,8 @@ class LossOptions(NamedTuple):
 class StatsArguments(NamedTuple):
     """The tensors of a call of ``token_stats`` in its caller's shapes; without ``target_ids`` no log-prob is wanted.
 
-    A teacher's likeliest tokens may be in its place; ``support_ids`` are what rows were sampled from.
+    A teacher's likeliest tokens may be in its place; ``support_ids`` are what rows were sampled from. The last two are
+    each row's own of the options ``alpha`` and ``divergence_clip``.
     """
 
     hidden: Tensor
@@ -84,6 +85,8 @@ class StatsArguments(NamedTuple):
     teacher_topk_ids: Tensor | None = None
     teacher_topk_log_probs: Tensor | None = None
     support_ids: Tensor | None = None
+    own_alpha: Tensor | None = None
+    own_clip: Tensor | None = None
 
     @property
     def has_teacher(self) -> bool:

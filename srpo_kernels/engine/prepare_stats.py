@@ -10,9 +10,10 @@ from srpo_kernels.engine.backends import rows_of
 from srpo_kernels.engine.batch import Head, Needs
 from srpo_kernels.engine.memory import RowMemory
 from srpo_kernels.engine.order import order_rows
-from srpo_kernels.engine.prepare import derivation_of, flat_rows, position_in, row_spec, support_of
-from srpo_kernels.engine.row_values import RowChecks, check_support, check_workspace
+from srpo_kernels.engine.prepare import derivation_of, flat_rows, per_row, position_in, row_spec, support_of
+from srpo_kernels.engine.row_values import RowChecks, check_own_divergences, check_support, check_workspace
 from srpo_kernels.engine.stats import StatsCall
+from srpo_kernels.losses.derived import OWN
 from srpo_kernels.rows.dtypes import accumulation_dtype
 from srpo_kernels.rows.mixture import has_mixture
 from srpo_kernels.rows.passes import RowPasses
@@ -39,10 +40,10 @@ def tiles(call: StatsArguments, options: StatsOptions, needs: Needs, vocabulary:
             f"does not support divergence={options.divergence!r}, which takes a second look at the logits: "
             "ask for 'forward_kl' or 'reverse_kl'"
         )
-    elif call.teacher_hidden is not None and config.divergence_clip is not None:
+    elif call.teacher_hidden is not None and (config.divergence_clip is not None or call.own_clip is not None):
+        clip = " of each row" if config.divergence_clip is None else f"={config.divergence_clip!r}"
         obstacle = (
-            f"does not support divergence_clip={config.divergence_clip!r}, which takes a second look at the logits: "
-            "ask for engine='rows'"
+            f"does not support divergence_clip{clip}, which takes a second look at the logits: ask for engine='rows'"
         )
     elif call.teacher_hidden is not None and config.own_teacher_transform is not None:
         obstacle = "takes one logit transform for both models, got a teacher_transform of the teacher's own"
@@ -92,6 +93,14 @@ def prepare_stats(
     for name, few in (("teacher_topk_ids", None if given is None else given.ids), ("support_ids", support_ids)):
         if check and few is not None:
             check_support(name, few[rows], vocabulary.size)
+    own = {
+        name: per_row(values.to(dtype), call.hidden.shape[:-1])
+        for name, values in zip(OWN, (call.own_alpha, call.own_clip), strict=True)
+        if values is not None
+    }
+    if check and own:
+        valid = torch.zeros_like(targets, dtype=torch.bool).index_fill_(0, rows, True)
+        check_own_divergences(own.get(OWN[0]), own.get(OWN[1]), valid, config.divergence)
     prepared = StatsCall(
         target_ids=targets,
         rows=rows,
@@ -107,6 +116,7 @@ def prepare_stats(
         teacher_support=given,
         support_ids=support_ids,
         position=None if support_ids is None else position_in(support_ids, targets),
+        own=own,
     )
     tokens = 0 if support_ids is None else support_ids.shape[1] + (0 if given is None else given.ids.shape[1])
     suffices = prepared.derivation.by_columns(prepared.names)

@@ -7,7 +7,8 @@ logits altogether, in tiles.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -19,7 +20,7 @@ from srpo_kernels.engine.columns import Columns
 from srpo_kernels.engine.gradients import Gradients
 from srpo_kernels.engine.memory import RowMemory
 from srpo_kernels.engine.plan import row_chunks
-from srpo_kernels.losses.derived import Derivation
+from srpo_kernels.losses.derived import OWN, Derivation
 from srpo_kernels.losses.rows import DIFFERENTIABLE
 from srpo_kernels.rows import contract
 from srpo_kernels.rows.contract import RowGradients, Support
@@ -33,8 +34,8 @@ class StatsCall(NamedTuple):
     """What ``token_stats`` works on beside the student: ``rows`` (int64 ``[n]``) of N are computed.
 
     ``teacher_support`` is a teacher that is its likeliest tokens alone; ``support_ids`` ``[N, S]`` are the tokens that
-    rows were sampled from, and ``position`` ``[N]`` where in them a row's own is. ``columns``: rows run by those of the
-    head.
+    rows were sampled from, and ``position`` ``[N]`` where in them a row's own is. ``own`` ``[N]`` are numbers of the
+    divergence by name. ``columns``: rows run by those of the head.
     """
 
     target_ids: Tensor
@@ -49,6 +50,7 @@ class StatsCall(NamedTuple):
     teacher_support: Support | None = None
     support_ids: Tensor | None = None
     position: Tensor | None = None
+    own: Mapping[str, Tensor] = MappingProxyType({})
     columns: bool = False
 
     @property
@@ -121,7 +123,8 @@ def _of_passes(stats: contract.Statistics, names: frozenset[str]) -> dict[str, T
 
 def _named(call: StatsCall, statistics: dict[str, Tensor], rows: Tensor) -> Statistics:
     position = None if call.position is None else call.position[rows]
-    derived = call.derivation.derive(call.names, statistics, len(rows) if call.has_teacher else 0, position, {})
+    own = {name: x[rows] for name, x in call.own.items()}
+    derived = call.derivation.derive(call.names, statistics, len(rows) if call.has_teacher else 0, position, own)
     if call.has_teacher and not len(rows):
         derived["divergence"] = torch.zeros_like(derived["log_probs"])
     return Statistics(*(derived.get(name) for name in Statistics._fields))  # type: ignore[arg-type]
@@ -242,8 +245,8 @@ def _chunks(hidden: Tensor, head: Head, call: StatsCall, rows: Tensor) -> Iterat
                 y = buffer[longest : longest + len(ids)]
                 project(call.teacher_hidden, call.teacher_head, ids, y)
                 to_student_units_(y, call.spec)
-            entropy = "entropy" in call.sources
-            request = Request(
-                z, y, call.spec.of_rows(ids), targets, entropy=entropy, support=given, sampled_ids=sampled
-            )
+            entropy, spec = "entropy" in call.sources, call.spec
+            if y is not None:
+                spec = spec.of_rows(ids, *(None if x is None else x[ids] for x in map(call.own.get, OWN)))
+            request = Request(z, y, spec, targets, entropy=entropy, support=given, sampled_ids=sampled)
             yield _Chunk(part, operand, request)

@@ -152,9 +152,10 @@ class _TokenStats(torch.autograd.Function):
 _CALL = (
     "Tensor hidden, Tensor weight, Tensor? bias, Tensor? target_ids, Tensor? mask, Tensor? teacher_hidden, "
     "Tensor? teacher_weight, Tensor? teacher_bias, Tensor? teacher_topk_ids, Tensor? teacher_topk_log_probs, "
-    "Tensor? support_ids, str divergence, float alpha, str distillation_mode, int topk, str topk_of, bool add_tail, "
-    "float? divergence_clip, float temperature, float logit_scale, float? softcap, float[]? teacher_transform, "
-    f"str backend, str engine, SymInt? workspace_bytes, str? vocab_parallel_group, {ops.NEEDS}"
+    "Tensor? support_ids, Tensor? own_alpha, Tensor? own_clip, str divergence, float alpha, str distillation_mode, "
+    "int topk, str topk_of, bool add_tail, float? divergence_clip, float temperature, float logit_scale, "
+    "float? softcap, float[]? teacher_transform, str backend, str engine, SymInt? workspace_bytes, "
+    f"str? vocab_parallel_group, {ops.NEEDS}"
 )
 _UPSTREAM = ", ".join(f"Tensor grad_{name}" for name in _DIFFERENTIABLE)
 _RESULTS = ", ".join(f"Tensor result_{name}" for name in Statistics._fields)

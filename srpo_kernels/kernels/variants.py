@@ -253,7 +253,7 @@ def _merge_tiles(models: int, vendor: Vendor) -> Variant:
 def _units(vendor: Vendor) -> Variant:
     launch = units_launch()
     own = {"raw_ptr": "*fp32", "units_ptr": "*fp32", "count": "i32", "inner": "fp32"}
-    constexprs = {"VENDOR": vendor, "BLOCK": launch.lanes}
+    constexprs: dict[str, object] = {"VENDOR": vendor, "BLOCK": launch.lanes}
     return Variant(
         "units",
         "softcap",

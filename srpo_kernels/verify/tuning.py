@@ -114,8 +114,8 @@ def _row_rate(models: int, device: torch.device, size: Size) -> float:
     kind = "policy" if models == 1 else "jsd"
     dtype = torch.bfloat16 if device.type != "cpu" else torch.float32
     found = pass_rates(device, "triton", size.vocab_size, size.rows, kind, KINDS[kind], dtype)
-    rates = found["bytes_per_second"].values()
-    return statistics.harmonic_mean(list(rates))
+    rates: list[float] = list(found["bytes_per_second"].values())
+    return statistics.harmonic_mean(rates)
 
 
 def _tile_rate(models: int, device: torch.device, size: Size) -> float:
@@ -123,8 +123,8 @@ def _tile_rate(models: int, device: torch.device, size: Size) -> float:
     from srpo_kernels.kernels.tiles import Projection, tile_stats
 
     def model() -> Projection:
-        shapes = (size.rows, size.hidden_size), (size.vocab_size, size.hidden_size)
-        return Projection(*(torch.randn(shape, device=device).bfloat16() for shape in shapes), None)
+        hidden, weight = (torch.randn(n, size.hidden_size, device=device) for n in (size.rows, size.vocab_size))
+        return Projection(hidden.bfloat16(), weight.bfloat16(), None)
 
     student, teacher = model(), model() if models == 2 else None
     spec = RowSpec() if teacher is None else RowSpec(divergence="reverse_kl")

@@ -73,6 +73,7 @@ FUNCTIONS = {
     "fused_loss, several teachers": Function(sk.fused_loss, FUSED | HEADS),
     "srpo_loss, packed": Function(sk.srpo_loss, PACKED | {"config": sk.SRPOConfig(loss_type="gspo")}),
     "token_stats": Function(sk.token_stats, STATS),
+    "token_stats, own divergences": Function(sk.token_stats, STATS | OWN),
     "token_stats, some tokens": Function(sk.token_stats, {k: x for k, x in KNOWN.items() if k != "config"}),
     "pad_support": Function(sk.pad_support, {"ids": torch.arange(5), "offsets": torch.tensor([0, 2, 5])}),
     "teacher_stats": Function(sk.teacher_stats, TEACHER),

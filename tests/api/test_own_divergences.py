@@ -15,9 +15,9 @@ import srpo_kernels as sk
 from srpo_kernels.losses.options import DistillationMode
 from srpo_kernels.rows.mixture import MIXTURE_DIVERGENCES, Divergence
 from srpo_kernels.rows.spec import DIVERGENCES
-from tests.comparison import assert_same, run_loss
-from tests.inputs import LEAVES, loss_inputs
-from tests.parity import check_loss_in
+from tests.comparison import assert_as_accurate, assert_same, run_loss, run_stats
+from tests.inputs import LEAVES, cast, head_inputs, loss_inputs, with_given_topk, workspace_floor
+from tests.parity import STATS_FIELDS, check_loss_in, coefficients
 from tests.strategies import each_backend, shapes
 
 ROWS = (5, 6)
@@ -42,6 +42,50 @@ def test_parity(divergence: Divergence, mode: DistillationMode, backend: str) ->
         config = sk.SRPOConfig(divergence=divergence, distillation_mode=mode, topk=5, softcap=softcap, temperature=0.7)
         inputs = loss_inputs(1, rows, teacher_size=5, config=config) | own_numbers(divergence, rows)
         check_loss_in(inputs, config, backend)
+
+
+@each_backend
+@pytest.mark.parametrize("mode", ["full", "topk", "given"])
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_statistics(divergence: Divergence, mode: str, backend: str) -> None:
+    topk: dict[str, Any] = {} if mode == "full" else {"distillation_mode": "topk", "topk": 5}
+    if mode == "given":
+        topk["topk_of"] = "teacher"
+    config = sk.SRPOConfig(divergence=divergence, softcap=20.0, temperature=0.7, **topk)
+    options = {name: getattr(config, name) for name in STATS_FIELDS if name != "divergence_clip"}
+    for rows in (ROWS, (23,)):
+        inputs = head_inputs(1, rows, 8, 33, 5)
+        inputs = with_given_topk(inputs, config, 5) if mode == "given" else inputs
+        inputs |= own_numbers(divergence, rows)
+        if backend == "triton":
+            inputs = {name: x.float() if x.is_floating_point() else x for name, x in inputs.items() if x is not None}
+        upstream, wide = coefficients(inputs), cast(inputs, torch.float64)
+        for workspace in (None, 4 * workspace_floor(33, 8, 2, backend)):
+            actual = run_stats(
+                sk.token_stats, inputs, upstream, config=config, backend=backend, workspace_bytes=workspace
+            )
+            expected = run_stats(reference.token_stats, wide, upstream, **options)
+            naive = run_stats(reference.token_stats, inputs, upstream, **options)
+            if backend == "triton":
+                assert_as_accurate(actual, naive, expected)
+            else:
+                assert_same(actual, expected, 1e-9)
+
+
+def test_statistics_refuse_what_the_loss_does() -> None:
+    inputs, own = head_inputs(1, ROWS, 8, 33, 5), {"divergence_clip": torch.ones(ROWS)}
+    with pytest.raises(ValueError, match=r"divergence_alpha needs a config\.divergence from a mixture"):
+        sk.token_stats(**inputs, divergence="reverse_kl", divergence_alpha=torch.ones(ROWS))
+    with pytest.raises(ValueError, match=r"divergence_alpha must be in \[0, 1\] in every row .* 1\.5 at row 0"):
+        sk.token_stats(**inputs, divergence_alpha=torch.full(ROWS, 1.5))
+    masked = torch.full(ROWS, 0.5).masked_fill(~inputs["mask"], math.nan)
+    assert sk.token_stats(**inputs, divergence_alpha=masked).divergence.isfinite().all()
+    nobody = {name: None for name in inputs if name.startswith("teacher")}
+    with pytest.raises(ValueError, match="divergence_clip needs a teacher"):
+        sk.token_stats(**inputs | nobody, **own)
+    halves = {name: x.float() for name, x in inputs.items() if x.is_floating_point()}
+    with torch.no_grad(), pytest.raises(ValueError, match="engine='tile' does not support divergence_clip of each row"):
+        sk.token_stats(**inputs | halves, **own, divergence="reverse_kl", backend="triton", engine="tile")
 
 
 @each_backend

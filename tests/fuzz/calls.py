@@ -179,7 +179,7 @@ def _library_stats(case: Case, inputs: Inputs) -> Results:
 
 
 def _oracle_stats(case: Case, inputs: Inputs) -> Results:
-    return _stats_values(case, reference.token_stats(**inputs, **oracle_options({"config": case.config})))
+    return _stats_values(case, reference.token_stats(**oracle_options({"config": case.config}) | inputs))
 
 
 def _library_fused(case: Case, inputs: Inputs) -> Results:
@@ -202,8 +202,8 @@ def _library_fused(case: Case, inputs: Inputs) -> Results:
 def _oracle_fused(case: Case, inputs: Inputs) -> Results:
     taught, has_teacher = _teacher_mask(case, inputs)
     options = oracle_options({"config": case.config})
-    own = reference.token_stats(**inputs, **options)
-    full = reference.token_stats(**inputs | {"support_ids": None}, **options)
+    own = reference.token_stats(**options | inputs)
+    full = reference.token_stats(**options | inputs | {"support_ids": None})
     values = {name: getattr(own, name) for name in STATISTICS if has_teacher or name != "divergence"}
     if taught is not None:
         values["divergence"] = values["divergence"] * taught

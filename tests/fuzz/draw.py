@@ -158,12 +158,14 @@ def _stats_case(draw: Draw, seed: int, backend: str) -> Case:
     inputs = {name: inputs[name] for name in names}
     if operation != "teacher_stats":
         inputs |= _tokens(draw, inputs, model, seed, distills=teacher)
+    if teacher:
+        inputs |= own_numbers(draw, config, rows, torch.promote_types(model.accumulation_dtype, torch.float32))
     leaves = () if operation == "teacher_stats" else draw.one_of("leaves", *[("hidden", "weight", "bias")] * 2, ())
     keywords = _call(draw, backend, model.vocab_size, 1 + teacher, model.accumulation_dtype)
     one_dtype = len({x.dtype for name, x in inputs.items() if x is not None and name in MODEL_TENSORS}) == 1
     few = inputs.get("support_ids") is not None or (teacher and config.distillation_mode != "full")
     mixed = teacher and (has_mixture(config.divergence) or config.teacher_transform is not None)
-    mixed |= teacher and config.divergence_clip is not None
+    mixed |= teacher and (config.divergence_clip is not None or "divergence_clip" in inputs)
     if backend == "triton" and operation != "fused_loss" and not (leaves or few or mixed) and one_dtype:
         keywords["engine"] = draw.one_of("engine", "rows", "tile")
     if operation == "fused_loss":

@@ -212,7 +212,7 @@ def _rules(case: Case, actual: Results, exact: Results) -> list[Finding]:
     """What must hold whatever the rounding."""
     findings = []
     for name, sign in _SIGNS.items():
-        bounded = case.config.divergence_clip is not None
+        bounded = case.config.divergence_clip is not None or case.inputs.get("divergence_clip") is not None
         if name == "divergence" and (bounded or case.config.distillation_mode != "full"):
             # Without its largest entries, or of two sums over a few tokens, or what has only the gradient of one.
             continue
