@@ -34,11 +34,13 @@ def probability_size(case: Case, name: str, exact: Results) -> float:
     sampled = case.operation in ("token_stats", "fused_loss") and config.distillation_mode == "sampled"
     product = _log_prob_product(case, exact) if sampled else 1.0
     if name == "log_probs" or (of_statistics and not name.startswith("grad")):
+        # What multiplies the log-ratio of an entry is a probability, which is rounded as its logit is.
+        bounded = _bounded_entries(case) * max(1.0, largest(finite(exact[name])))
         if name == "divergence":
             # The probabilities of each of its two models add up to 1, rounded.
-            return (max(2.0, 2 * _concentration(case)) + _bounded_entries(case)) * product
+            return (max(2.0, 2 * _concentration(case)) + bounded) * product
         size = _concentration(case) + _capped_size(case)
-        return coefficient * product * max(2.0, 2 * size) if name == "losses" else size
+        return coefficient * product * (max(2.0, 2 * size) + bounded) if name == "losses" else size
     coefficient *= product
     if case.operation == "srpo_loss":
         coefficient = _largest_coefficient(case, config, exact)
