@@ -26,14 +26,16 @@ def entries(
     ``z`` and ``y`` are both models' units, which this consumes, as it does three buffers of ``work``.
     """
     assert stats.teacher_logsumexp is not None
-    for units, logsumexp in ((z, stats.logsumexp), (y, stats.teacher_logsumexp)):
-        _to_bits_(units, logsumexp, spec)
+    student, teacher = (_to_bits_(z, stats.logsumexp, spec), _to_bits_(y, stats.teacher_logsumexp, spec))
     major, minor, overlap = work
     torch.where(own.of_student, z, y, out=major)
     torch.where(own.of_student, y, z, out=minor)
+    # What the log-sum-exps lack shifts a row's log-ratios and scales its probabilities.
+    major_low, minor_low = torch.where(own.of_student, student, teacher), torch.where(own.of_student, teacher, student)
+    by_major, by_minor = torch.exp2(-major_low), torch.exp2(-minor_low)
     # The minor's log-probability less the major's, and the logarithms of their ratios to m: m is major times the major
     # share times 1 + 2^d.
-    gap, ratio = torch.sub(minor, major, out=z), y
+    gap, ratio = torch.sub(minor, major, out=z).add_(major_low - minor_low), y
     torch.add(gap, own.log2_shares_ratio, out=ratio)
     rest = torch.abs(ratio, out=overlap).neg_().exp2_().add_(1.0).log2_().add_(own.log2_share)
     ratio.neg_().clamp_max_(0.0).sub_(rest)
@@ -41,15 +43,21 @@ def entries(
     torch.add(minor, ratio, out=overlap).exp2_()
     major.exp2_().mul_(ratio)
     minor.exp2_().mul_(gap)
-    f = torch.mul(major, own.major_weight, out=ratio).addcmul_(minor, own.minor_weight).mul_(NATS)
-    g = major.mul_(own.major_in_gradient).addcmul_(minor, own.minor_in_gradient).mul_(NATS)
-    g.addcmul_(overlap, own.overlap)
+    f = torch.mul(major, own.major_weight * by_major, out=ratio).addcmul_(minor, own.minor_weight * by_minor)
+    g = major.mul_(own.major_in_gradient * by_major).addcmul_(minor, own.minor_in_gradient * by_minor).mul_(NATS)
+    g.addcmul_(overlap, own.overlap * by_minor)
+    f.mul_(NATS)
     g.masked_fill_(f >= own.clip, 0.0)
     return torch.minimum(f, own.clip, out=f), g
 
 
-def _to_bits_(units: Tensor, logsumexp: Tensor, spec: RowSpec) -> None:
-    """Turn units into log-probabilities in bits, exactly 0 for the token of a row that has no other."""
-    origin = logsumexp / spec.transform.nats_per_unit
+def _to_bits_(units: Tensor, logsumexp: Tensor, spec: RowSpec) -> Tensor:
+    """Turn units into log-probabilities in bits, exactly 0 for the token of a row that has no other.
+
+    They are too large by what is returned, ``[n, 1]``: what a log-sum-exp lacks in the units' dtype. Of nearly equal
+    logits all would be rounded the same way if it were taken from each.
+    """
+    origin, bits = logsumexp / spec.transform.nats_per_unit, bits_per_unit(spec.transform, units.dtype)
     high = origin.to(units.dtype)
-    units.sub_(high).sub_((origin - high).to(units.dtype)).mul_(bits_per_unit(spec.transform, units.dtype))
+    units.sub_(high).mul_(bits)
+    return (origin - high).to(units.dtype).mul_(bits)

@@ -37,8 +37,9 @@ def probability_size(case: Case, name: str, exact: Results) -> float:
         # What multiplies the log-ratio of an entry is a probability, which is rounded as its logit is.
         bounded = _bounded_entries(case) * max(1.0, largest(finite(exact[name])))
         if name == "divergence":
-            # The probabilities of each of its two models add up to 1, rounded.
-            return (max(2.0, 2 * _concentration(case)) + bounded) * product
+            # The probabilities of each model add up to 1, rounded, and so do the shares of a row's own mixture.
+            shares = 2.0 if case.inputs.get("divergence_alpha") is not None else 0.0
+            return (max(2.0, 2 * _concentration(case)) + bounded + shares) * product
         size = _concentration(case) + _capped_size(case)
         return coefficient * product * (max(2.0, 2 * size) + bounded) if name == "losses" else size
     coefficient *= product

@@ -88,6 +88,24 @@ def test_divergences(regime: str, divergence: str, backend: str) -> None:
     check(runs, inputs)
 
 
+@each_backend
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("regime", ["flat", "nearly equal", "nearer still", "peaked, nearly equal", "softcap"])
+def test_divergences_of_each_row_s_own(regime: str, divergence: str, backend: str) -> None:
+    z, y, options = logits(regime)
+    stats = {"divergence": divergence, "alpha": 0.5} | options
+    inputs, upstream = heads(z, y), torch.zeros(3, ROWS, dtype=torch.float64)
+    upstream[2] = 1.0
+    # A bound that no entry reaches changes nothing but the pass.
+    own = {"divergence_clip": torch.full((ROWS,), float("inf"))}
+    runs = [
+        run_stats(token_stats, inputs | own, upstream, ("weight",), backend=backend, **stats),
+        run_stats(reference.token_stats, inputs, upstream, ("weight",), **stats),
+        run_stats(reference.token_stats, cast(inputs, torch.float64), upstream, ("weight",), **stats),
+    ]
+    check(runs, inputs, value="divergence")
+
+
 def check(runs: list[dict[str, Tensor]], inputs: Inputs, *, value: str | None = None) -> None:
     pairs = [("gradient", *(dlogits(run) for run in runs))]
     if value is not None:
