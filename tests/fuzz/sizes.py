@@ -168,6 +168,12 @@ def _largest_coefficient(case: Case, config: SRPOConfig, exact: dict[str, Any]) 
 def _log_prob_product(case: Case, exact: Results) -> float:
     """What the sampled token's loss multiplies: two log-probs, the teacher's among them."""
     student, own = largest(finite(exact["log_probs"])), teacher_transform_of(case.config)
+    if case.inputs.get("support_ids") is not None:
+        # What is multiplied is over the whole vocabulary.
+        valid, ids = case.inputs["mask"], case.inputs["target_ids"]
+        ids = ids.flatten() if valid is None else ids[valid]
+        log_probs = transform(_logits(case, ""), **transform_of(case.config)).log_softmax(-1)
+        student = max(student, largest(finite(log_probs.gather(1, ids[:, None]))))
     slope = own["logit_scale"] / own["temperature"]
     known = case.inputs.get("teacher_hidden") is not None
     teacher = 2.0 * slope * largest_logit(case, "teacher_") if known else 0.0
