@@ -1,15 +1,24 @@
-# Every target sets up what it needs in .venv first; the second time that costs nothing.
-#   make demo                        train SmolLM2-135M-Instruct with SRPO on this machine's CPU, into runs/demo
-#   make demo ARGS='--help'          its options
-#   make test, make check            the quick tests; lint, format, types and layers
-#   make test ARGS='-m slow'         the slow tests
-#   make test-versions TORCH=2.14.1  the quick tests with another torch, in an environment of its own, without TRL and verl
-#   make test-verl                   the engine and the trainer of verl, in an environment of their own: half an hour
-#   make bench                       every benchmark beside every peer, then the tables and pictures: hours on two cores
-#   make report                      the tables and pictures alone, from benchmarks/results
-#   make site                        the documentation as a site, into build/site
-#   make learning                    the learning study: about an hour on two cores, goes on where it was stopped
-# PYTHON is the interpreter that makes .venv, 3.11 or newer.
+# make TARGET. Every target first sets up what it needs in .venv; the second time
+# that costs nothing. PYTHON=python3.12 makes it with that one, 3.11 or newer.
+#
+#   demo           train SmolLM2-135M-Instruct with SRPO on the CPU, in runs/demo
+#   quick          what a change breaks first: less than a minute on two cores
+#   test           every test that is not slow; ARGS="-k name" some of them,
+#                  ARGS="-m slow" the slow ones
+#   check          lint, format, types and layers
+#   test-versions  TORCH=2.14.1: the tests with another torch, in an environment
+#                  of its own, without TRL and verl
+#   test-verl      the engine and the trainer of verl, in an environment of their
+#                  own: half an hour
+#   bench          every benchmark beside every peer, then tables and pictures:
+#                  hours on two cores
+#   report         the tables and pictures alone, from benchmarks/results
+#   site           the documentation as a site, in build/site
+#   learning       the learning study: an hour on two cores; goes on where it was
+#                  stopped
+#   clean          take away what was set up and built
+#
+# ARGS are the options of what a target runs: make demo ARGS=--help
 
 PYTHON ?= python3
 ARGS ?=
@@ -32,7 +41,27 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(WORKERS)
 # The demo's model is a file of a package: no hub is asked for one, unless HF_HUB_OFFLINE=0.
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test check test-versions test-verl bench report site learning clean
+# For the inner loop: a little of every folder of the library, of both backends, and of the documents.
+QUICK := tests/losses/test_config.py tests/losses/test_registry.py tests/losses/test_paper_numbers.py \
+	tests/reference/test_formulas.py tests/reference/test_objective.py tests/reference/test_routing.py \
+	tests/rows/test_segments.py tests/rows/test_likeliest.py tests/engine/test_plan.py tests/kernels/test_launch.py \
+	tests/api/test_routing.py tests/api/test_metrics.py tests/api/test_bad_calls.py tests/api/test_bad_objectives.py \
+	tests/api/test_loss_parity.py::test_each_option tests/api/test_token_stats.py::test_gradcheck \
+	tests/engine/test_costs.py::test_products_are_3_per_active_policy_row_and_4_per_distillation_row \
+	tests/kernels/test_triton_parity.py::test_each_option \
+	tests/kernels/test_triton_parity.py::test_blocks_as_they_are_launched \
+	tests/kernels/test_triton_parity.py::test_rows_with_one_likely_token \
+	tests/kernels/test_triton_parity.py::test_run_to_run tests/kernels/test_tile_engine.py::test_either_model_may_have_a_bias \
+	tests/tools/test_interpreter.py tests/docs/test_readme.py tests/docs/test_losses.py
+
+.PHONY: help quick demo test check test-versions test-verl bench report site learning clean
+
+help:
+	@sed '/^#/!Q; s/^# \{0,1\}//' $(firstword $(MAKEFILE_LIST))
+
+# Pytest fails where a name of the list is gone, and where nothing is left to run.
+quick: $(VENV)/dev.stamp
+	$(PYTEST) -m "not slow" $(QUICK) $(ARGS)
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/python -m examples.train_smollm2 $(ARGS)

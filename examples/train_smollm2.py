@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import tyro
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -25,6 +24,7 @@ from examples.compare import compare_with_naive
 from examples.report import RunLog
 from examples.rollouts import load_model, reprompted_hidden, response_hidden, sample_rollouts
 from examples.tasks import Problem, TaskName, problems
+from srpo_kernels.verify.command_line import parse
 
 Method = Literal["srpo", "grpo", "sdpo"]
 
@@ -220,4 +220,4 @@ def main(options: Options) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(Options, prog="python -m examples.train_smollm2")))
+    sys.exit(main(parse(Options, "python -m examples.train_smollm2")))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import tyro
+from srpo_kernels.verify.command_line import parse
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +28,7 @@ class Options:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line."""
-    train(tyro.cli(Options, args=arguments, prog="python -m examples.train_trl"))
+    train(parse(Options, "python -m examples.train_trl", arguments))
 
 
 def train(options: Options) -> None:

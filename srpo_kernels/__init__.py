@@ -1,55 +1,26 @@
 """SRPO (arXiv 2604.02288) losses from hidden states and the LM head, without the logits."""
 
-from srpo_kernels.api.fused import fused_loss
-from srpo_kernels.api.metrics import summarize_metrics
-from srpo_kernels.api.modules import SRPOLoss
-from srpo_kernels.api.srpo import srpo_loss
-from srpo_kernels.api.statistics import teacher_stats, token_stats, topk_entropy
-from srpo_kernels.api.support import pad_support
-from srpo_kernels.api.token_losses import policy_loss, sampled_distillation_loss
-from srpo_kernels.api.types import FusedOutput, SRPOOutput, TeacherStats, TokenStats
-from srpo_kernels.engine.workspace import release as release_workspace
-from srpo_kernels.losses.config import SRPOConfig
-from srpo_kernels.losses.registry import POLICY_LOSSES, PolicyRows, TokenLoss, register_policy_loss
-from srpo_kernels.losses.rollout import RolloutCorrection
-from srpo_kernels.losses.rows import ObjectiveRows
-from srpo_kernels.losses.terms import PolicyTerms
-from srpo_kernels.rollout.data_parallel import call_as_forward, scale_for_gradient_mean
-from srpo_kernels.rollout.normalizers import Normalizers
-from srpo_kernels.rollout.routing import Routing, group_advantages, route_samples
-from srpo_kernels.rows.spec import LogitTransform
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from srpo_kernels._names import *
+    from srpo_kernels._names import __all__ as __all__
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "POLICY_LOSSES",
-    "FusedOutput",
-    "LogitTransform",
-    "Normalizers",
-    "ObjectiveRows",
-    "PolicyRows",
-    "PolicyTerms",
-    "RolloutCorrection",
-    "Routing",
-    "SRPOConfig",
-    "SRPOLoss",
-    "SRPOOutput",
-    "TeacherStats",
-    "TokenLoss",
-    "TokenStats",
-    "call_as_forward",
-    "fused_loss",
-    "group_advantages",
-    "pad_support",
-    "policy_loss",
-    "register_policy_loss",
-    "release_workspace",
-    "route_samples",
-    "sampled_distillation_loss",
-    "scale_for_gradient_mean",
-    "srpo_loss",
-    "summarize_metrics",
-    "teacher_stats",
-    "token_stats",
-    "topk_entropy",
-]
+
+def __getattr__(name: str) -> Any:
+    """The public names are imported with the first that is used, and torch with them: --help waits for neither."""
+    if "__all__" not in globals() and (name == "__all__" or not name.startswith("_")):
+        names = import_module("srpo_kernels._names")
+        globals().update({key: getattr(names, key) for key in ("__all__", *names.__all__)})
+        if name in globals():
+            return globals()[name]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *import_module("srpo_kernels._names").__all__})

@@ -16,11 +16,12 @@ from tests import devices
 if not devices.COMPILED:
     os.environ["TRITON_INTERPRET"] = "1"
 
-from tools.interpreter import rounding
+from tools.interpreter import rounding, shortcuts
 from tools.interpreter.launches import interpreting
 
 if interpreting():
     rounding.install()
+    shortcuts.install()
 if devices.COMPILED:
     devices.install()
 

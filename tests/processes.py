@@ -9,6 +9,7 @@ import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
+from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,10 @@ needs_gloo = pytest.mark.skipif(
 )
 
 # What takes seconds to import, and starts no thread.
-_PRELOADED = ["torch", "torch.distributed", "hypothesis", "reference", "srpo_kernels", "tests.comparison"]
+_PRELOADED = [
+    "torch", "torch.distributed", "hypothesis", "reference", "srpo_kernels._names", "tests.comparison", "pandas",
+    "transformers.models.qwen3.modeling_qwen3",
+]  # fmt: skip
 
 
 class RankError(RuntimeError):
@@ -40,13 +44,13 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
     Raises RankError with the traceback of every rank that failed, and TimeoutError, naming the ranks, when some are
     not done after ``timeout_seconds``. A collective that waits for a lost rank fails after half of that time.
 
-    Processes are forks of one that has imported torch and has done nothing else.
+    Processes are forks of `fork_server`'s.
     """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         # In a file: torch would send each tensor to each process through a file descriptor of its own.
         torch.save(args, folder / "arguments.pt")
-        multiprocessing.set_forkserver_preload(_PRELOADED)
+        fork_server()
         processes = mp.start_processes(
             _work,
             (function, world_size, folder, timeout_seconds / 2),
@@ -73,6 +77,12 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
         if late:
             raise TimeoutError(f"ranks {late} were not done after {timeout_seconds} seconds")
         return [torch.load(_result(folder, rank), weights_only=False) for rank in range(world_size)]
+
+
+def fork_server() -> BaseContext:
+    """Makes processes as forks of one that has imported what tests need, and has done nothing else."""
+    multiprocessing.set_forkserver_preload(_PRELOADED)
+    return multiprocessing.get_context("forkserver")
 
 
 def _work(rank: int, function: Callable[..., Any], world_size: int, folder: Path, timeout_seconds: float) -> None:

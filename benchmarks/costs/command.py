@@ -34,6 +34,9 @@ def cost(
     # Triton reads it at its first import, which the other sub-commands must be able to do without it.
     os.environ["TRITON_INTERPRET"] = "1"
     from benchmarks.costs.sheet import measure_sheet
+    from tools.interpreter import shortcuts
+
+    shortcuts.install()
 
     console = Console()
     if not console.is_terminal:

@@ -58,14 +58,14 @@ def target_of(device: torch.device) -> str:
 
 
 def read_choices(path: Path, target: str) -> list[dict[str, str]]:
-    """The launches of a file that ``tools.gate.launches`` has written, for ``target``. Raises ValueError for none."""
+    """The launches of a file that ``tools.launches`` has written, for ``target``. Raises ValueError for none."""
     try:
         with path.open(newline="") as file:
             lines = list(csv.DictReader(file))
     except OSError as error:
         raise ValueError(f"--tune {path}: {error.strerror}") from error
     if not lines or not set(_COLUMNS) <= set(lines[0]):
-        raise ValueError(f"--tune {path}: no file of python -m tools.gate.launches, which has columns {list(_COLUMNS)}")
+        raise ValueError(f"--tune {path}: no file of python -m tools.launches, which has columns {list(_COLUMNS)}")
     found = [line for line in lines if line["target"] == target]
     if not found:
         known = ", ".join(sorted({line["target"] for line in lines}))

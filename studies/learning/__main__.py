@@ -1,14 +1,14 @@
 from __future__ import annotations
 
-import tyro
-
-from studies.learning.drawing import draw
-from studies.learning.pretrained import pretrained
-from studies.learning.study import study
+from tools import commands
 
 if __name__ == "__main__":
-    tyro.extras.subcommand_cli_from_dict(
-        {"study": study, "pretrained": pretrained, "draw": draw},
-        prog="python -m studies.learning",
-        description="What GRPO, SDPO and SRPO learn, on models that a CPU can train.",
+    commands.run(
+        "python -m studies.learning",
+        "What GRPO, SDPO and SRPO learn, on models that a CPU can train.",
+        {
+            "study": ("studies.learning.study", "every method and seed on a small model"),
+            "pretrained": ("studies.learning.pretrained", "the same on a pretrained model"),
+            "draw": ("studies.learning.drawing", "curves of the results that are there"),
+        },
     )

@@ -15,9 +15,11 @@ ROOT = Path(__file__).parents[2]
 
 NEW_PACKAGES = """
 import sys
+import srpo_kernels
+assert "torch" not in sys.modules
 import torch
 before = set(sys.modules)
-import srpo_kernels
+srpo_kernels.srpo_loss
 packages = {name.partition(".")[0] for name in set(sys.modules) - before}
 print(*sorted(packages - set(sys.stdlib_module_names)))
 """
@@ -31,7 +33,7 @@ def run_python(*arguments: str, cwd: Path) -> str:
     return result.stdout
 
 
-def test_importing_it_needs_torch_alone() -> None:
+def test_importing_it_needs_torch_alone_and_that_with_the_first_name() -> None:
     # Modules of torch itself that `import torch` leaves for later are no other package.
     assert set(run_python("-c", NEW_PACKAGES, cwd=ROOT).split()) <= {"srpo_kernels", "torch"}
 
@@ -47,6 +49,18 @@ def test_an_integration_without_its_package_names_the_extra(package: str) -> Non
 
 def test_public_names_exist() -> None:
     assert all(hasattr(srpo_kernels, name) for name in srpo_kernels.__all__)
+    assert set(srpo_kernels.__all__) <= set(dir(srpo_kernels))
+    names: dict[str, object] = {}
+    exec("from srpo_kernels import *", names)
+    assert set(srpo_kernels.__all__) <= set(names)
+    with pytest.raises(AttributeError, match="no attribute 'srpo_los'"):
+        _ = srpo_kernels.srpo_los
+
+
+def test_a_name_that_is_missing_puts_no_other_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(srpo_kernels, "srpo_loss", "of a test")
+    assert not hasattr(srpo_kernels, "srpo_los")
+    assert srpo_kernels.srpo_loss == "of a test"
 
 
 @pytest.fixture(scope="module")

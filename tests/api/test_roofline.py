@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from srpo_kernels.rows.spec import RowSpec
-from srpo_kernels.verify import roofline
+from srpo_kernels.verify import data_sheets, roofline
 from srpo_kernels.verify.batches import Case, make_batch
 
 COSTS = Path(__file__).parents[2] / "benchmarks" / "results" / "cost.csv"
@@ -37,7 +37,7 @@ def test_the_work_of_a_batch() -> None:
     # One chunk: dW is written once.
     assert work.head_gradient == 4 * 500 * 32
     assert roofline.head_gradient_bytes(8, 500, 32) == 15 * work.head_gradient
-    sheet = roofline.DataSheet(2.0, 4.0)
+    sheet = data_sheets.DataSheet(2.0, 4.0)
     expected = work.flop / 4e12 + (work.row_passes + work.head_gradient) / 2e9
     assert math.isclose(work.seconds(sheet), expected)
 
@@ -55,4 +55,4 @@ def test_the_work_of_a_batch() -> None:
     ],
 )
 def test_a_data_sheet_is_that_of_the_very_product(name: str, sheet: str | None) -> None:
-    assert roofline.data_sheet(name) == roofline.DATA_SHEETS.get(sheet or "")
+    assert data_sheets.data_sheet(name) == data_sheets.DATA_SHEETS.get(sheet or "")

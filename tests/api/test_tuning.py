@@ -1,4 +1,4 @@
-"""``verify --tune``: launches of a file of ``tools.gate.launches``, timed on the device."""
+"""``verify --tune``: launches of a file of ``tools.launches``, timed on the device."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_each_launch_is_timed_in_the_place_of_the_engines(choices: Path) -> None
     ("content", "message"),
     [
         (None, "No such file"),
-        ("a,b\n1,2\n", "no file of python -m tools.gate.launches"),
+        ("a,b\n1,2\n", "no file of python -m tools.launches"),
         (HEADER, "no file of"),
         (HEADER + LINES.replace("sm_90", "gfx942"), "launches for gfx942, and none for this device's sm_90"),
     ],

@@ -13,7 +13,7 @@ pytest.importorskip("pandas", reason="the report's tables need the extra bench")
 from benchmarks import device_reports
 from benchmarks.results import RESULTS
 from srpo_kernels.engine import memory
-from tools import chunks
+from tools.chunks import table as chunks
 
 ROOT = Path(__file__).parents[2]
 

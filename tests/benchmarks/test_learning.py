@@ -26,6 +26,7 @@ from studies.learning.drawing import draw
 from studies.learning.policy_optimization import Recipe
 from studies.learning.tasks import CHARACTERS, MAX_REPLY, with_solution
 from studies.learning.tasks import draw as draw_problem
+from tests.processes import fork_server
 
 FAMILIES = ("sum", "split")
 METHODS = study_module.METHODS
@@ -79,6 +80,9 @@ def test_every_method_moves_the_model_where_groups_are_mixed(method, monkeypatch
 
 
 def test_a_study_is_resumed_and_drawn(tmp_path, monkeypatch):
+    # The study's own processes import everything anew.
+    context = fork_server()
+    monkeypatch.setattr(study_module.multiprocessing, "get_context", lambda method: context)
     folder, out = tmp_path / "runs", tmp_path / "learning.csv"
     folder.mkdir()
     make_model(32, 1, seed=0).save_pretrained(folder / "base")

@@ -11,7 +11,7 @@ from srpo_kernels.losses.options import DISTILLATION_MODES, KL_TYPES, REDUCTIONS
 from srpo_kernels.losses.rows import STUDENT, TEACHER
 from srpo_kernels.rows.spec import DIVERGENCES
 from tests.inputs import head_inputs
-from tools.losses import DOCUMENT, MARKER, policy_losses
+from tools.losses.table import DOCUMENT, MARKER, policy_losses
 
 TEXT = DOCUMENT.read_text()
 

@@ -1,15 +1,12 @@
-"""The command line: draw, judge, sum up."""
+"""Draw, judge, sum up."""
 
 from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING
 
 import torch
-import tyro
 from rich.console import Console
 from rich.progress import Progress
 
@@ -17,32 +14,15 @@ from tests.fuzz.draw import draw_case
 from tests.fuzz.judge import judge
 from tests.fuzz.report import Outcome, print_case, print_summary
 
+if TYPE_CHECKING:
+    from tests.fuzz.__main__ import Options
+
 # Case seeds of one ``--seed``; those of another are others.
 _SEEDS = 1_000_000
 
 
-@dataclass(frozen=True, kw_only=True)
-class Options:
-    """Hold random calls of the public functions to the fp64 oracle: values, metrics and gradients.
-
-    Every case is a function of one integer, its seed, which is printed with all of its options where something is off
-    by more than rounding explains; --only repeats it. Exits with 1 where a case fails.
-    """
-
-    backend: Literal["torch", "triton"] = "torch"
-    """triton: in Triton's interpreter, where there is no GPU."""
-    cases: int = 3000
-    seed: int = 0
-    """Of the whole run: its cases have the seeds from a million times this on."""
-    only: int | None = None
-    """Seed of one case, to repeat it."""
-    show: int = 20
-    """How many of the failures are printed in full."""
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; the exit code."""
-    options = tyro.cli(Options, args=arguments, prog="python -m tests.fuzz")
+def fuzz(options: Options) -> int:
+    """Everything that was asked for; the exit code."""
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = 140

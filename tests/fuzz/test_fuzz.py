@@ -12,9 +12,9 @@ from torch import Tensor
 from srpo_kernels.engine import srpo
 from srpo_kernels.losses import derived
 from srpo_kernels.losses.registry import POLICY_LOSSES
+from tests.fuzz.__main__ import main
 from tests.fuzz.draw import draw_case
 from tests.fuzz.judge import judge
-from tests.fuzz.run import main
 from tests.strategies import each_backend
 
 _ENOUGH = 1000

@@ -1,4 +1,4 @@
-"""The interpreter of the tests rounds as a GPU does."""
+"""The interpreter of the tests rounds as a GPU does, and its shortcuts change nothing else."""
 
 from __future__ import annotations
 
@@ -32,6 +32,22 @@ def dot_kernel(x_ptr, y_ptr, out_ptr, M: tl.constexpr, N: tl.constexpr, K: tl.co
     tl.store(out_ptr + m[:, None] * N + n[None, :], tl.dot(x, y, input_precision="ieee"))
 
 
+@triton.jit
+def mixed_kernel(bytes_ptr, halves_ptr, floats_ptr, out_ptr, scale, M: tl.constexpr, N: tl.constexpr):
+    m, n = tl.arange(0, M), tl.arange(0, N)
+    small, half, x = tl.load(bytes_ptr + m), tl.load(halves_ptr + n), tl.load(floats_ptr + n)
+    sums = small[:, None] + n[None, :]
+    quotients = sums / 4
+    out = tl.where(sums > 3, quotients + half[None, :] * x, 1 - (half * scale)[None, :]) + (sums // 3 % 2)
+    tl.store(out_ptr + m[:, None] * N + n[None, :], out + 0.1)
+
+
+@triton.jit
+def increment_kernel(x_ptr, out_ptr, BLOCK: tl.constexpr):
+    offsets = tl.arange(0, BLOCK)
+    tl.store(out_ptr + offsets, tl.load(x_ptr + offsets) + 1)
+
+
 def test_a_multiply_add_rounds_once() -> None:
     x = torch.randn(64)
     out = torch.empty(64)
@@ -58,6 +74,25 @@ def test_a_row_of_a_dot_does_not_depend_on_the_others() -> None:
     assert torch.equal(turned.flip(0), out)
     assert torch.equal(alone[0], out[5])
     torch.testing.assert_close(out, x @ y)
+
+
+def test_operands_of_different_types_and_shapes_meet() -> None:
+    m, n = torch.arange(4, dtype=torch.int8), torch.arange(8)
+    half, x = torch.randn(8).half(), torch.randn(8)
+    out = torch.empty(4, 8)
+    mixed_kernel[(1,)](m, half, x, out, 3.0, M=4, N=8)
+    sums = m[:, None].int() + n[None, :].int()
+    # A number takes the type of what it meets.
+    expected = torch.where(sums > 3, sums.float() / 4 + half.float() * x, (1 - half * 3.0).float()[None, :])
+    torch.testing.assert_close(out, expected + (sums // 3 % 2) + 0.1)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
+def test_integers_wrap(dtype: torch.dtype) -> None:
+    x = torch.tensor([0, torch.iinfo(dtype).max], dtype=dtype)
+    out = torch.empty_like(x)
+    increment_kernel[(1,)](x, out, BLOCK=2)
+    assert out.tolist() == [1, torch.iinfo(dtype).min]
 
 
 def test_a_numpy_that_it_does_not_run_with_is_named() -> None:

@@ -1,4 +1,4 @@
-"""``python -m tools.gate.launches``: launches on paper, and the engine's among them."""
+"""``python -m tools.launches``: launches on paper, and the engine's among them."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ pytest.importorskip("triton")
 pytest.importorskip("rich")
 
 from tests.tools.test_gate import python
-from tools.gate import launches
 from tools.gate.targets import TARGETS
+from tools.launches import __main__ as command
+from tools.launches import sweep as launches
 
 _COMPILED = """
 import json
 from srpo_kernels.kernels import launch
-from tools.gate import launches
+from tools.launches import sweep as launches
 from tools.gate.targets import TARGETS
 
 target = TARGETS["sm_90"]
@@ -82,14 +83,14 @@ def test_the_table_names_the_engines_and_the_best() -> None:
 
 def test_a_target_without_a_data_sheet_is_refused(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="no data sheet of sm_86: there is one of sm_80, sm_90, gfx942"):
-        launches.main(("sm_86",), csv=tmp_path / "x.csv", docs=tmp_path / "x.md")
+        command.main(["--targets", "sm_86", "--csv", str(tmp_path / "x.csv"), "--docs", str(tmp_path / "x.md")])
     assert not list(tmp_path.iterdir())
 
 
 def test_the_document_has_the_table_of_the_results() -> None:
     """Of the ten best: the engine's, the best one and their times are there."""
-    document = launches.DOCUMENT.read_text()
-    for (target, kind, models), group in pd.read_csv(launches.RESULTS).groupby(["target", "kind", "models"]):
+    document = command.DOCUMENT.read_text()
+    for (target, kind, models), group in pd.read_csv(command.RESULTS).groupby(["target", "kind", "models"]):
         what = f"{kind}, {'student' if models == 1 else 'student and teacher'}"
         own = group[group["chosen"]].iloc[0]
         best = "the same" if own.time <= group.iloc[0].time else launches._name(group.iloc[0])

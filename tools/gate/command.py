@@ -21,49 +21,29 @@ from tools.gate.targets import ENTRIES_ISSUE_RATIO, ISSUE_RATIO, SOFTCAP_ISSUE_R
 
 if TYPE_CHECKING:
     from srpo_kernels.kernels.variants import Variant
+    from tools.gate.__main__ import Options
     from tools.gate.rules import Line
 
 # Columns of output that goes to a file.
 _FILE_WIDTH = 200
 
 
-def gate(
-    targets: tuple[TargetName, ...] = tuple(TARGETS),
-    kernels: tuple[str, ...] = (),
-    jobs: int = 2,
-    csv: Path | None = None,
-    docs: Path | None = None,
-) -> None:
-    """Compile every kernel configuration for every target, without a GPU, and hold the machine code to rules.
-
-    Prints registers, occupancy, shared memory and tensor-core instructions, and for row passes the instructions
-    per vocabulary element with a static roofline: time in the busiest pipe over time in the memory. Exits with 1
-    where a rule is broken: spills, row passes with loads of less than 16 bytes or a ratio above 0.7, dots without
-    the target's tensor cores, too much shared memory, more instructions per element than agreed. A target that this
-    machine's Triton cannot compile for is named with the reason, the others are held to the rules, and it exits with 1.
-
-    Args:
-        targets: architectures to compile for.
-        kernels: kernels to compile; all if not given.
-        jobs: processes.
-        csv: file to write, a line per configuration and target.
-        docs: Markdown file whose tables to replace, between `<!-- gate:resources -->` and
-            `<!-- /gate:resources -->`, and the same for `gate:roofline`: those of targets with a data sheet.
-    """
-    measured, left_out = _compile_all(targets, kernels, jobs)
+def gate(options: Options) -> None:
+    """Compile, print and write what was asked for; exits with 1 where a rule is broken or a target left out."""
+    measured, left_out = _compile_all(options.targets, options.kernels, options.jobs)
     # On standard error before anything else: where no target is left there is nothing else.
     for name, reason in left_out.items():
         print(f"{name} is left out: {reason}", file=sys.stderr)
-    if len(left_out) == len(targets):
+    if len(left_out) == len(options.targets):
         raise SystemExit(1)
     lines = pd.DataFrame([asdict(line) for line in measured])
     if lines.empty:
-        raise SystemExit(f"no kernel is named {', '.join(kernels)}")
-    if csv is not None:
-        csv.parent.mkdir(parents=True, exist_ok=True)
-        lines.to_csv(csv, index=False, float_format="%.4g")
-    if docs is not None:
-        write_tables(docs, lines)
+        raise SystemExit(f"no kernel is named {', '.join(options.kernels)}")
+    if options.csv is not None:
+        options.csv.parent.mkdir(parents=True, exist_ok=True)
+        lines.to_csv(options.csv, index=False, float_format="%.4g")
+    if options.docs is not None:
+        write_tables(options.docs, lines)
     console = Console()
     if not console.is_terminal:
         console.width = _FILE_WIDTH

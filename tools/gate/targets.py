@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, cast, get_args
 
-from srpo_kernels.verify.roofline import DATA_SHEETS
+from srpo_kernels.verify.data_sheets import DATA_SHEETS
 from tools.gate.hazards import Hazard
 
 # What an instruction occupies. On NVIDIA `fp32` is the FMA pipe, where integer multiply-adds run too, and `alu` the

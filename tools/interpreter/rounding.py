@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from types import FunctionType
-
 import numpy as np
 import triton.language as tl
-from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 _dot = InterpreterBuilder.create_dot
@@ -18,10 +15,6 @@ def install() -> None:
     InterpreterBuilder.create_fma = _multiply_add
     InterpreterBuilder.create_dot = _dot_in_order
     InterpreterBuilder.create_fp_trunc = _round
-    # Once for all: the interpreter does it in every call of a kernel's function, two thirds of a small kernel's time.
-    patched = interpreter._patch_lang(FunctionType((lambda: None).__code__, {"tl": tl, "core": tl.core}))
-    # What undoes it, an object since Triton 3.6: one that has nothing to undo.
-    interpreter._patch_lang = lambda _: type(patched)()
 
 
 def _multiply_add(_: InterpreterBuilder, x: TensorHandle, y: TensorHandle, z: TensorHandle) -> TensorHandle:

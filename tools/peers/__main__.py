@@ -5,15 +5,11 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
-import pandas as pd
-import torch
 import tyro
-from rich.console import Console
 
-from tools.documents import rich_table
-from tools.peers import prime_rl, trl, verl
-from tools.peers.batches import Comparison, compare
+from srpo_kernels.verify.command_line import parse
 
 # Of the largest element, in fp32.
 _TOLERANCE = 1e-6
@@ -27,16 +23,25 @@ class Options:
     of its files, and neither is imported. Exits with 1 where one differs by more than 1e-6 of its largest element.
     """
 
-    verl: Path | None = None
+    verl: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
     """A folder that has verl/trainer/ppo/core_algos.py, of 0.9 or newer."""
-    prime_rl: Path | None = None
+    prime_rl: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
     """A folder that has src/prime_rl/trainer/rl/loss.py."""
     batches: int = 200
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; the exit code."""
-    options = tyro.cli(Options, args=arguments, prog="python -m tools.peers")
+    options = parse(Options, "python -m tools.peers", arguments)
+    # Imported here, so that --help need not wait for torch.
+    import pandas as pd
+    import torch
+    from rich.console import Console
+
+    from tools.documents import rich_table
+    from tools.peers import prime_rl, trl, verl
+    from tools.peers.batches import Comparison, compare
+
     torch.set_num_threads(1)
     comparisons: list[Comparison] = trl.comparisons()
     if options.verl is not None:

@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 import torch
 
 from srpo_kernels.verify.checks import Check, dtype_name
+from srpo_kernels.verify.data_sheets import data_sheet
 from srpo_kernels.verify.device_report.probes import products, row_passes
 from srpo_kernels.verify.device_report.sizes import SizesName, sizes
 from srpo_kernels.verify.device_report.steps import measure_step
 from srpo_kernels.verify.machine import Machine
-from srpo_kernels.verify.roofline import data_sheet
 from srpo_kernels.verify.tasks import Task, determinism_tasks, parity_tasks
 
 _PEERS = ("trl", "liger-kernel", "cut-cross-entropy", "quack-kernels", "flash-attn")

@@ -12,14 +12,14 @@ import tempfile
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import pandas as pd
-import tyro
-from rich.console import Console
+from srpo_kernels.verify.command_line import parse
 
-from tools.documents import rich_table
-from tools.peers.suites.suite import Suite
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from tools.peers.suites.suite import Suite
 
 _PEERS = ("liger", "cce", "quack", "trl", "trl_trainer", "verl")
 _ROOT = Path(__file__).parents[3]
@@ -54,7 +54,7 @@ class Options:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; the exit code."""
-    options = tyro.cli(Options, args=arguments, prog="python -m tools.peers.suites")
+    options = parse(Options, "python -m tools.peers.suites", arguments)
     checkouts = {peer: checkout for peer in _PEERS if (checkout := getattr(options, peer)) is not None}
     outcomes = [
         outcome
@@ -63,6 +63,9 @@ def main(arguments: list[str] | None = None) -> int:
     ]
     if not outcomes:
         raise SystemExit("no test was run: give the checkout of a peer")
+    # Imported here, so that --help need not wait for it.
+    import pandas as pd
+
     return show(pd.DataFrame(outcomes), options.backend)
 
 
@@ -104,6 +107,11 @@ def run(peer: str, checkout: Path, backend: str, select: str = "", every: int = 
 
 def show(outcomes: pd.DataFrame, backend: str) -> int:
     """Print the tables; 1 where a test has failed."""
+    import pandas as pd
+    from rich.console import Console
+
+    from tools.documents import rich_table
+
     console = Console(highlight=False)
     counts = outcomes.groupby(["peer", "file"], sort=False)["outcome"].value_counts().unstack(fill_value=0)
     counts = counts.reindex(columns=["passed", "no counterpart", "failed"], fill_value=0).reset_index()

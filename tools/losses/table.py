@@ -1,4 +1,4 @@
-"""The table of policy losses in docs/losses.md, from the registry: ``python -m tools.losses``."""
+"""The table of docs/losses.md that ``python -m tools.losses`` writes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from srpo_kernels.losses.policy import POLICY_LOSSES
 from srpo_kernels.losses.registry import PolicyLoss
 from tools.documents import markdown_table, replace_marked
 
-DOCUMENT = Path(__file__).parents[1] / "docs" / "losses.md"
+DOCUMENT = Path(__file__).parents[2] / "docs" / "losses.md"
 MARKER = "policy-losses"
 
 
@@ -46,5 +46,6 @@ def _matmuls(loss: PolicyLoss) -> str:
     return "3"
 
 
-if __name__ == "__main__":
+def write() -> None:
+    """Put the table into the document."""
     replace_marked(DOCUMENT, {MARKER: policy_losses()})

@@ -1,8 +1,4 @@
-"""What the size of chunks costs a GPU, on paper, for docs/gpu.md: ``python -m tools.chunks``.
-
-dW in fp32 is read and written once per product. Rows whose logits are alive are fewer than those whose bf16 dlogits
-wait for one product of dX and one of dW: the table has the time for several numbers of these.
-"""
+"""The table of docs/gpu.md that ``python -m tools.chunks`` writes."""
 
 from __future__ import annotations
 
@@ -14,10 +10,11 @@ import torch
 
 from srpo_kernels.engine.plan import row_chunks
 from srpo_kernels.rows.spec import RowSpec
-from srpo_kernels.verify.roofline import DATA_SHEETS, DataSheet, Work, head_gradient_bytes, work
+from srpo_kernels.verify.data_sheets import DATA_SHEETS, DataSheet
+from srpo_kernels.verify.roofline import Work, head_gradient_bytes, work
 from tools.documents import markdown_table, replace_marked
 
-DOCUMENT = Path(__file__).parents[1] / "docs" / "gpu.md"
+DOCUMENT = Path(__file__).parents[2] / "docs" / "gpu.md"
 MARKER = "chunks"
 
 ROWS = 8_192
@@ -91,5 +88,6 @@ def table() -> str:
     )
 
 
-if __name__ == "__main__":
+def write() -> None:
+    """Put the table into the document."""
     replace_marked(DOCUMENT, {MARKER: table()})

@@ -1,8 +1,4 @@
-"""Launches that are not the engine's, on paper: ``python -m tools.gate.launches``.
-
-The engine's launches are static (`srpo_kernels/kernels/launch.py`). Here each is held against what else compiles, by
-what the machine code says: instructions, registers and the bytes that are in flight. `verify --tune` measures them.
-"""
+"""Every launch that compiles, and its time on paper."""
 
 from __future__ import annotations
 
@@ -10,7 +6,6 @@ import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
-from functools import partial
 from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
@@ -27,9 +22,6 @@ if TYPE_CHECKING:
     from srpo_kernels.kernels.variants import Variant
     from tools.gate.rules import Line
 
-ROOT = Path(__file__).parents[2]
-RESULTS = ROOT / "benchmarks" / "results" / "launches.csv"
-DOCUMENT = ROOT / "docs" / "gpu.md"
 MARKER = "launches"
 
 # What runs for a row, by how many models' logits it has: the kernels' labels.
@@ -200,25 +192,6 @@ def _name(choice: Any) -> str:
     )
 
 
-def main(targets: Sequence[TargetName] = (), jobs: int = 2, csv: Path = RESULTS, docs: Path = DOCUMENT) -> None:
-    """Sweep the targets that have a data sheet, write the table and the ten best of each.
-
-    Args:
-        targets: architectures to compile for; all that have a data sheet if not given.
-        jobs: processes.
-        csv: file for the ten best launches of each target, which `verify --tune` takes.
-        docs: Markdown file whose table to replace.
-    """
-    known = [name for name, target in TARGETS.items() if target.device is not None]
-    unknown = set(targets) - set(known)
-    if unknown:
-        raise SystemExit(f"no data sheet of {', '.join(sorted(unknown))}: there is one of {', '.join(known)}")
-    choices = sweep(targets or known, jobs)
-    replace_marked(docs, {MARKER: table(choices)})
-    best(choices).to_csv(csv, index=False)
-
-
-if __name__ == "__main__":
-    from tyro import cli
-
-    cli(partial(main), prog="python -m tools.gate.launches")
+def write_table(document: Path, choices: pd.DataFrame) -> None:
+    """Put the table between its markers."""
+    replace_marked(document, {MARKER: table(choices)})

@@ -1,0 +1,20 @@
+"""``python -m tools.chunks``: write the table into its document."""
+
+from __future__ import annotations
+
+import argparse
+
+from tools import chunks
+
+
+def main() -> None:
+    """Run the command line."""
+    argparse.ArgumentParser(prog="python -m tools.chunks", description=chunks.__doc__).parse_args()
+    # Imported here, so that --help need not wait for torch.
+    from tools.chunks.table import write
+
+    write()
+
+
+if __name__ == "__main__":
+    main()

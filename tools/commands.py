@@ -1,0 +1,25 @@
+"""Command lines of several commands, each imported when it is called: their list need not wait for torch."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping
+from importlib import import_module
+
+from srpo_kernels.verify.command_line import parse
+
+
+def run(prog: str, description: str, commands: Mapping[str, tuple[str, str]]) -> None:
+    """Call the command that the first argument names with the others; ``commands``: its module, and what it does."""
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        description=description,
+        epilog=f"{prog} COMMAND --help has the options of one.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    each = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command", required=True)
+    for name, (_, does) in commands.items():
+        each.add_parser(name, help=does, add_help=False)
+    command = parser.parse_args(sys.argv[1:2]).command
+    parse(getattr(import_module(commands[command][0]), command), f"{prog} {command}", sys.argv[2:])

@@ -1,0 +1,1 @@
+"""The table of policy losses in docs/losses.md, from the registry."""
