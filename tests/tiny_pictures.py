@@ -111,7 +111,7 @@ def qwen2_vl() -> tuple[Any, ProcessorMixin]:
 
 def gemma3() -> tuple[Any, ProcessorMixin]:
     """``token_type_ids``, by which the tokens of an image see each other."""
-    tokenizer = with_tokens("<soft>", "<image>", "<end>")
+    tokenizer: Any = with_tokens("<soft>", "<image>", "<end>")
     tokenizer.image_token, tokenizer.boi_token, tokenizer.eoi_token = "<soft>", "<image>", "<end>"
     tokenizer.image_token_id, tokenizer.boi_token_id = 47, 48
     config = Gemma3Config(

@@ -15,8 +15,8 @@ from tests.tiny_models import tiny_model_of
 from tests.tiny_trainer import ScriptedGRPO, ScriptedSRPO, graded, one_correct, prompts, tiny_tokenizer, train
 
 # A scale, a softcap, a bias of the head, a tied head, experts.
-MODELS = {"llama": {}, "granite": {"logits_scaling": 0.5}, "gemma2": {}, "phi": {}, "qwen3": {}, "mixtral": {}}
-MODELS["qwen3"]["tie_word_embeddings"] = True
+MODELS: dict[str, dict[str, Any]] = {"llama": {}, "gemma2": {}, "phi": {}, "mixtral": {}}
+MODELS |= {"granite": {"logits_scaling": 0.5}, "qwen3": {"tie_word_embeddings": True}}
 
 
 def sparse(completion_ids: list[list[int]], **_: Any) -> list[float | None]:

@@ -178,7 +178,7 @@ def _packed_hidden_states(backbone: Any, attended: Tensor, inputs: dict[str, Any
     kept = attended if attended.any() else torch.ones_like(attended)
     inputs = _per_token(inputs, lambda value: value[kept][None])
     positions = (kept.cumsum(1) - 1)[kept][None]
-    packed = backbone(**(inputs | {"position_ids": positions}), use_cache=False)[0][0]
+    packed: Tensor = backbone(**(inputs | {"position_ids": positions}), use_cache=False)[0][0]
     return packed.new_zeros(*kept.shape, packed.shape[1]).index_put(kept.nonzero(as_tuple=True), packed)
 
 

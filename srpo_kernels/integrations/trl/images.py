@@ -23,13 +23,13 @@ _TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")
 
 def image_inputs(inputs: dict[str, Any], rows: Tensor) -> dict[str, Tensor]:
     """What the forward of some ``rows`` of a micro-batch takes beside their tokens; nothing without images."""
-    kept, picked = rows.tolist(), {}
+    picked: dict[str, Any] = {}
     batch = {name: inputs[name] for name in (*_COUNTS, *_IMAGES) if inputs.get(name) is not None}
     for name, values in split_pixel_values_by_grid(batch).items():
-        picked[name] = values[rows] if isinstance(values, Tensor) else [values[row] for row in kept]
+        picked[name] = values[rows] if isinstance(values, Tensor) else [values[row] for row in rows.tolist()]
     images = unsplit_pixel_values_by_grid(picked)
     # A vision tower does not take an empty batch.
-    taken = {name: images[name] for name in _IMAGES if name in images and len(images["pixel_values"])}
+    taken = {name: images[name] for name in _IMAGES if name in images and len(images.get("pixel_values", ()))}
     return taken | {name: inputs[name][rows] for name in _TOKEN_TYPES if name in inputs}
 
 
