@@ -96,7 +96,7 @@ def tiny_model_of(architecture: str, **fields: Any) -> PreTrainedModel:
     return model
 
 
-def log_probs(model: Any, **inputs: Tensor) -> Tensor:
+def log_probs(model: Any, **inputs: Any) -> Tensor:
     """From the hidden states and the head of a model, ``[B, S, V]``."""
     hidden, weight, bias = call_with_hidden(model, lambda *args: head_operands(*args, in_head_dtype=True), **inputs)
     transform = logit_transform(causal_model(model).config)

@@ -60,7 +60,7 @@ def config_of(transform: sk.LogitTransform) -> sk.SRPOConfig:
 
 
 @torch.no_grad()
-def padding_error(model: Any) -> float:
+def padding_error(model: Any, **options: Any) -> float:
     """How far the log-probs of padded rows are from those that the model itself gives the rows alone.
 
     Of the whole vocabulary, and of the tokens that are there by `response_stats`.
@@ -69,10 +69,10 @@ def padding_error(model: Any) -> float:
     mask = torch.zeros_like(padded)
     for row, (start, length) in enumerate(zip(STARTS, LENGTHS, strict=True)):
         mask[row, start : start + length] = 1
-    ours = log_probs(model, input_ids=padded, attention_mask=mask)
+    ours = log_probs(model, input_ids=padded, attention_mask=mask, **options)
     # All but the first of a row.
     responses = (mask == 1) & (mask.cumsum(1) > 1)
-    tokens = response_stats(model, padded, mask, response_mask=responses).log_probs
+    tokens = response_stats(model, padded, mask, response_mask=responses, **options).log_probs
     errors = []
     for row in range(3):
         valid = mask[row].bool()

@@ -30,11 +30,16 @@ SAME: dict[str, Any] = {"scale_rewards": "none", "use_bias_correction_kl": False
 SAME |= {"num_iterations": 3, "max_steps": 3, "learning_rate": 3e-2, "reward": one_correct}
 # The last step of an epoch, and a generation batch of several.
 SEVERAL = {"steps_per_generation": 4, "gradient_accumulation_steps": 2, "dataset": prompts(8), "max_steps": 4}
+# An epoch of four micro-batches, and steps of three.
+SHORT = {"steps_per_generation": 2, "gradient_accumulation_steps": 3, "dataset": prompts(8), "num_iterations": 1}
 OPTIONS: dict[str, dict[str, Any]] = {
     "dapo": {},
     "dapo, two micro-batches": {"gradient_accumulation_steps": 2},
     "dapo, TRL's denominator": {**SEVERAL, "num_iterations": 2},
     "dapo, a step of two generation batches": {"steps_per_generation": 1, "gradient_accumulation_steps": 2},
+    "dapo, a last step of one micro-batch": SHORT,
+    "grpo, a last step of one micro-batch": SHORT | {"loss_type": "grpo"},
+    "top entropy, a last step of one micro-batch": SHORT | {"top_entropy_quantile": 0.5},
     "grpo": {"loss_type": "grpo", "gradient_accumulation_steps": 2},
     "dr_grpo": {"loss_type": "dr_grpo", "gradient_accumulation_steps": 2},
     "bnpo": {"loss_type": "bnpo", "gradient_accumulation_steps": 2},
@@ -72,7 +77,16 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "fp32 head": {"cast_lm_head_to_fp32": True},
     "checkpointing": {"gradient_checkpointing": True},
 }
-QUICK = {"dapo, TRL's denominator", "bnpo", "gspo", "weighted reference", "top entropy", "vespo", "entropy bonus"}
+QUICK = {
+    "dapo, TRL's denominator",
+    "dapo, a last step of one micro-batch",
+    "bnpo",
+    "gspo",
+    "weighted reference",
+    "top entropy",
+    "vespo",
+    "entropy bonus",
+}
 SWEEP = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in OPTIONS]
 
 
@@ -177,6 +191,14 @@ class OwnSRPO(OwnLogProbs, ScriptedSRPO):
 
 def test_log_probs_of_a_subclass_are_those_of_the_loss(model_path: str, tmp_path: Path) -> None:
     assert_same_run(*both(tmp_path, (OwnGRPO, OwnSRPO), model=model_path))
+
+
+def test_log_probs_of_a_subclass_have_one_kl_where_nobody_is_distilled(model_path: str, tmp_path: Path) -> None:
+    options = SAME | {"model": model_path, "beta": 0.2, "entropy_coef": 0.01}
+    alone = train(OwnSRPO, tmp_path / "grpo", method="grpo", **options)
+    beside = train(OwnSRPO, tmp_path / "srpo", success_threshold=2.0, **options)
+    assert curve(beside) == pytest.approx(curve(alone), rel=1e-6)
+    assert curve(alone, "kl")[1] > 0.0
 
 
 def saved_experts(folder: Path) -> str:

@@ -14,7 +14,7 @@ from srpo_kernels.integrations.transformers.head import Head, head_operands, res
 from srpo_kernels.integrations.transformers.hidden import call_with_hidden, causal_model, evaluating, peft_model
 
 
-def check_model(model: Any, config: sk.SRPOConfig | None = None) -> None:
+def check_model(model: Any, config: sk.SRPOConfig | None = None, *, padding_free: bool = False) -> None:
     """Raise ValueError unless a loss from hidden states and LM head is one of the model's own logits.
 
     The LM head must be a linear layer, with an adapter that ``head_operands`` knows or none. The logits must be
@@ -28,6 +28,7 @@ def check_model(model: Any, config: sk.SRPOConfig | None = None) -> None:
     Args:
         model: a causal language model of transformers, bare or wrapped: see ``call_with_hidden``.
         config: its ``logit_scale`` and ``softcap`` are checked. None: those that the model's config declares.
+        padding_free: rows with padding are read as in a call with that option.
 
     Raises:
         TypeError: no model of transformers.
@@ -57,19 +58,15 @@ def check_model(model: Any, config: sk.SRPOConfig | None = None) -> None:
         if probe.entered is None:
             raise ValueError(f"model must call its LM head for its logits, {name} does not")
         alone, products = call_with_hidden(model, lambda hidden, _: (hidden, probe.products(hidden)), input_ids=ids)
-        padded = call_with_hidden(model, lambda hidden, _: hidden, input_ids=rows, attention_mask=mask)
+        padded = call_with_hidden(
+            model, lambda hidden, _: hidden, padding_free=padding_free, input_ids=rows, attention_mask=mask
+        )
     # A model that divides its hidden states has rounded them once more.
     is_same = torch.equal(alone.float(), probe.entered.float())
     tolerance = 1e-5 if is_same else max(1e-5, 4 * torch.finfo(probe.entered.dtype).eps)
     _check_operands(name, probe)
     _check_logits(name, config.transform._replace(temperature=1.0), products, logits, tolerance)
-    whole, part = padded[0, -8:-3].float(), padded[1, -5:].float()
-    error = float(torch.dist(part, whole) / whole.norm())
-    if not error <= (1e-4 if is_wide and not is_autocast else 1e-2):
-        raise ValueError(
-            f"model must be causal, its hidden states must depend on the tokens up to their own alone; those of {name} "
-            f"change by {error:.2g} of their norm when later tokens become padding"
-        )
+    _check_causal(name, alone[0, -8:].float(), padded, 1e-4 if is_wide and not is_autocast else 1e-2, padding_free)
 
 
 class _Probe:
@@ -115,6 +112,24 @@ class _Probe:
             wide = operands.hidden.float()
             parts = [nn.functional.linear(wide, rows.float()) for rows in operands.weight.split(SLICE)]
         return torch.cat(parts, -1), None if operands.bias is None else operands.bias.float()
+
+
+def _check_causal(name: str, alone: Tensor, padded: Tensor, tolerance: float, padding_free: bool) -> None:
+    """Of eight tokens ``alone``, ``[8, H]``, and of the first five of them behind other rows or padding."""
+    pairs = [(padded[1, -5:], padded[0, -8:-3])] + [(padded[0, -8:], alone)] * padding_free
+    errors = [float(torch.dist(part.float(), whole.float()) / whole.float().norm()) for part, whole in pairs]
+    if all(error <= tolerance for error in errors):
+        return
+    error = max(errors)
+    if padding_free:
+        raise ValueError(
+            f"padding_free must be False with {name}, whose hidden states change by {error:.2g} of their norm where "
+            "the tokens of other rows come before them"
+        )
+    raise ValueError(
+        f"model must be causal, its hidden states must depend on the tokens up to their own alone; those of {name} "
+        f"change by {error:.2g} of their norm when later tokens become padding"
+    )
 
 
 def _check_operands(name: str, probe: _Probe) -> None:

@@ -115,9 +115,14 @@ def head_operands(hidden: Tensor, head: nn.Module, *, in_head_dtype: bool = Fals
         ``hidden``, ``[..., H + r]``; ``weight``, ``[V, H + r]``; ``bias``.
 
     Raises:
-        ValueError: a head that is more than that, or quantized; it says what to do.
+        ValueError: a head that is more than that, quantized, or on another device; it says what to do.
     """
     parts = linear_head(head)
+    if parts.weight.device != hidden.device:
+        raise ValueError(
+            "model must have its last layer and its LM head on one device, where the loss multiplies them, got "
+            f"{hidden.device} and {parts.weight.device}: a device_map must not part them"
+        )
     device = hidden.device.type
     autocast = torch.is_autocast_enabled(device) and not in_head_dtype
     dtype = torch.get_autocast_dtype(device) if autocast else parts.weight.dtype

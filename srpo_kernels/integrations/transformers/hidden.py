@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -46,7 +47,9 @@ def peft_model(model: nn.Module) -> Any:
     return next((x for x in model.modules() if isinstance(x, peft.PeftModel)), None) if peft is not None else None
 
 
-def call_with_hidden(model: nn.Module, function: Callable[[Tensor, nn.Module], T], **inputs: Any) -> T:
+def call_with_hidden(
+    model: nn.Module, function: Callable[[Tensor, nn.Module], T], *, padding_free: bool = False, **inputs: Any
+) -> T:
     """``function(hidden, head)``, in the place of the model's forward.
 
     It runs where wrappers have their hooks: a parameter that FSDP2 has sharded is whole there, DDP reduces the
@@ -57,6 +60,7 @@ def call_with_hidden(model: nn.Module, function: Callable[[Tensor, nn.Module], T
             sharded by ``fully_shard``. What is compiled as a whole runs eagerly; compiled layers stay compiled.
         function: is given the hidden states ``[B, S, H]`` of ``last_hidden_states`` and the module of the LM head,
             which ``head_operands`` reads.
+        padding_free: as in ``last_hidden_states``.
         inputs: ``input_ids`` or ``inputs_embeds``, ``attention_mask``, and what else the model takes.
 
     Returns:
@@ -76,7 +80,8 @@ def call_with_hidden(model: nn.Module, function: Callable[[Tensor, nn.Module], T
         )
 
     def run(**inputs: Any) -> T:
-        return function(last_hidden_states(base, **inputs), base.get_output_embeddings())
+        hidden = last_hidden_states(base, padding_free=padding_free, **inputs)
+        return function(hidden, base.get_output_embeddings())
 
     def run_adapted(**inputs: Any) -> T:
         with _forward_of(base, run):
@@ -116,7 +121,9 @@ def backbone_of(model: Any) -> Any:
     return model.base_model if model.base_model is not model else model.model
 
 
-def last_hidden_states(model: Any, *, attention_mask: Tensor | None = None, **inputs: Any) -> Tensor:
+def last_hidden_states(
+    model: Any, *, attention_mask: Tensor | None = None, padding_free: bool = False, **inputs: Any
+) -> Tensor:
     """The hidden states ``[B, S, H]`` of a batch, each of them what it is in a row without padding.
 
     The model reads each row's tokens first and its padding last, where no token of a causal model sees it. Positions
@@ -126,10 +133,17 @@ def last_hidden_states(model: Any, *, attention_mask: Tensor | None = None, **in
     Args:
         model: a causal language model of transformers.
         attention_mask: ``[B, S]``, 0 at padding, which may be anywhere in a row. None: there is none.
+        padding_free: the model reads no padding but one row of all tokens, whose positions begin again at each
+            sequence. Attention is of each sequence alone only where transformers takes that from positions, which
+            ``check_model`` tells: flash attention skips the rest, others compute it and mask it.
         inputs: ``input_ids`` or ``inputs_embeds``, and what else the backbone takes; per token it is ``[B, S, ...]``.
 
     Returns:
         hidden states in the order of the inputs, with gradient. Those at padding mean nothing.
+
+    Raises:
+        ValueError: ``padding_free`` of a model that takes no positions, with positions of one's own, or with keys of
+            tokens before the first one.
     """
     # PEFT names every argument that it knows of, and not every model takes them all.
     inputs = {name: value for name, value in inputs.items() if value is not None}
@@ -137,19 +151,49 @@ def last_hidden_states(model: Any, *, attention_mask: Tensor | None = None, **in
     if attention_mask is None:
         hidden: Tensor = backbone(**inputs, use_cache=False)[0]
         return hidden
-    shape = inputs["input_ids" if "input_ids" in inputs else "inputs_embeds"].shape[:2]
+    if padding_free:
+        return _packed_hidden_states(backbone, attention_mask.bool(), inputs)
+    shape = _shape_of_tokens(inputs)
     # Prefix tuning has keys and values, and a mask, of tokens that come before the first one.
     prefix, mask = attention_mask.tensor_split([attention_mask.shape[1] - shape[1]], 1)
     is_padding = (mask == 0).int()
     order = is_padding.argsort(dim=1, stable=True)
     longest = max(1, shape[1] - int(is_padding.sum(1).min()))
     tokens_first = order[:, :longest]
-    for name, value in inputs.items():
-        if isinstance(value, Tensor) and value.shape[:2] == shape:
-            inputs[name] = _take(value, tokens_first)
+    inputs = _per_token(inputs, lambda value: _take(value, tokens_first))
     mask = torch.cat([prefix, _take(mask, tokens_first)], 1)
     hidden = backbone(**inputs, attention_mask=mask, use_cache=False)[0]
     return _take(hidden, order.argsort(dim=1).clamp(max=longest - 1))
+
+
+def _packed_hidden_states(backbone: Any, attended: Tensor, inputs: dict[str, Any]) -> Tensor:
+    """``[B, S, H]`` of the tokens in ``attended``, ``[B, S]``, by a forward of one row; 0 elsewhere."""
+    if "position_ids" not in inspect.signature(backbone.forward).parameters:
+        raise ValueError(f"padding_free must be False with {type(backbone).__name__}, which takes no position_ids")
+    if "position_ids" in inputs:
+        raise ValueError("position_ids must not be given with padding_free, which counts them itself")
+    if attended.shape != _shape_of_tokens(inputs):
+        raise ValueError("padding_free must be False with prefix tuning, whose keys come before the first token")
+    # A batch of padding alone has a forward, too.
+    kept = attended if attended.any() else torch.ones_like(attended)
+    inputs = _per_token(inputs, lambda value: value[kept][None])
+    positions = (kept.cumsum(1) - 1)[kept][None]
+    packed: Tensor = backbone(**(inputs | {"position_ids": positions}), use_cache=False)[0][0]
+    return packed.new_zeros(*kept.shape, packed.shape[1]).index_put(kept.nonzero(as_tuple=True), packed)
+
+
+def _shape_of_tokens(inputs: dict[str, Any]) -> torch.Size:
+    shape: torch.Size = inputs["input_ids" if "input_ids" in inputs else "inputs_embeds"].shape[:2]
+    return shape
+
+
+def _per_token(inputs: dict[str, Any], change: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+    """``inputs`` with the ones of tokens, ``[B, S, ...]``, changed."""
+    shape = _shape_of_tokens(inputs)
+    return {
+        name: change(value) if isinstance(value, Tensor) and value.shape[:2] == shape else value
+        for name, value in inputs.items()
+    }
 
 
 def _take(values: Tensor, columns: Tensor) -> Tensor:

@@ -35,6 +35,7 @@ def response_loss(
     normalizers: sk.Normalizers | None = None,
     config: sk.SRPOConfig | None = None,
     in_head_dtype: bool = False,
+    padding_free: bool = False,
     model_inputs: Mapping[str, Any] | None = None,
     backend: str = "auto",
     workspace_bytes: int | None = None,
@@ -66,6 +67,8 @@ def response_loss(
         normalizers: those of the whole optimizer batch, of ``response_normalizers``. None: this call is all of it.
         config: every option, with the logit transform of ``model``: ``config_for`` makes it. None: its defaults.
         in_head_dtype: the head is multiplied in its own dtype, even under autocast.
+        padding_free: the model reads the rows' tokens one sequence after the other, and no padding. A model for which
+            that is not the same is refused: see ``last_hidden_states``.
         model_inputs: more arguments of the forward, such as ``token_type_ids``; per token they are ``[B, S, ...]``.
         backend: as in ``srpo_loss``.
         workspace_bytes: as in ``srpo_loss``.
@@ -77,7 +80,7 @@ def response_loss(
         TypeError, ValueError: an argument that does not fit, by name; a model that ``check_model`` refuses, a teacher
             with another vocabulary or response, and what ``srpo_loss`` raises.
     """
-    config = checked_config(model, config)
+    config = checked_config(model, config, padding_free=padding_free)
     responses = find_responses(input_ids, attention_mask, response_mask, labels)
     per_token: dict[str, Any] = {
         name: responses.pack(name, values)
@@ -112,6 +115,7 @@ def response_loss(
                 config=config,
                 entropy=False,
                 in_head_dtype=in_head_dtype,
+                padding_free=padding_free,
                 model_inputs={name: _rows_of(value, rows) for name, value in (model_inputs or {}).items()},
             )
         if taught is not None and not torch.equal(taught.target_ids, responses.target_ids[per_token["sdpo_mask"]]):
@@ -148,7 +152,7 @@ def response_loss(
         )
 
     inputs = {"input_ids": input_ids, "attention_mask": attention_mask, **(model_inputs or {})}
-    out = call_with_hidden(model, loss, **inputs)
+    out = call_with_hidden(model, loss, padding_free=padding_free, **inputs)
     return out._replace(log_probs=responses.unpack(out.log_probs))
 
 

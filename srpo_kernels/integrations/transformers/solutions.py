@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple, Protocol
 
 # SDPO's words (arXiv 2601.20802), whose teacher SRPO takes over.
@@ -37,6 +37,7 @@ class Solutions:
         tokenize: the token ids of a prompt, text or conversation, of a row of the batch.
         ends: the ids that end a completion; one without is truncated.
         max_length: tokens of the teacher's prompt and a completion together. None: no bound.
+        media: what a processor takes for an image or a video; a text that says it is not shown.
         args: the templates, and what becomes of thinking and of solutions that are too long.
     """
 
@@ -48,9 +49,10 @@ class Solutions:
         ends: set[int],
         max_length: int | None,
         args: SolutionOptions,
+        media: Collection[str] = (),
     ) -> None:
         self._tokenizer, self._tokenize, self._args = tokenizer, tokenize, args
-        self._ends, self._max_length = ends, max_length
+        self._ends, self._max_length, self._media = ends, max_length, media
 
     def prompts(
         self,
@@ -88,7 +90,12 @@ class Solutions:
         return [special.sub("", without_thinking(text)).strip() for text in texts]
 
     def _fitting(self, prompt: Any, row: int, text: str, feedback: str, length: int) -> Shown | None:
-        """With room for ``length`` tokens; with ``shorten_solution`` the solution may have no beginning."""
+        """With room for ``length`` tokens; with ``shorten_solution`` the solution may have no beginning.
+
+        None where it does not fit, or where the prompt would have other images than the student's.
+        """
+        if any(token in text or token in feedback for token in self._media):
+            return None
         room = None if self._max_length is None else self._max_length - length
         ids = self._show(prompt, row, text, feedback)
         tokens: list[int] = []

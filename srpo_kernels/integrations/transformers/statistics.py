@@ -16,7 +16,8 @@ from srpo_kernels.integrations.transformers.hidden import call_with_hidden, caus
 from srpo_kernels.integrations.transformers.responses import find_responses
 from srpo_kernels.integrations.transformers.teacher import AverageTeacher, is_sharded
 
-_CHECKED: WeakSet[Any] = WeakSet()
+# By ``padding_free``.
+_CHECKED: dict[bool, WeakSet[Any]] = {False: WeakSet(), True: WeakSet()}
 
 
 class TeacherRows(NamedTuple):
@@ -41,6 +42,7 @@ def response_stats(
     labels: Tensor | None = None,
     config: sk.SRPOConfig | None = None,
     in_head_dtype: bool = False,
+    padding_free: bool = False,
     model_inputs: Mapping[str, Any] | None = None,
     backend: str = "auto",
     workspace_bytes: int | None = None,
@@ -53,7 +55,7 @@ def response_stats(
         ``TokenStats`` without a teacher, in ``input_ids``' shape: a token's own log-prob and so on, 0 for tokens that
         are in no response; with gradient unless it is called under ``torch.no_grad()``.
     """
-    config = checked_config(model, config)
+    config = checked_config(model, config, padding_free=padding_free)
     responses = find_responses(input_ids, attention_mask, response_mask, labels)
 
     def stats(hidden: Tensor, head: nn.Module) -> sk.TokenStats:
@@ -68,7 +70,14 @@ def response_stats(
             workspace_bytes=workspace_bytes,
         )
 
-    packed = call_with_hidden(model, stats, input_ids=input_ids, attention_mask=attention_mask, **(model_inputs or {}))
+    packed = call_with_hidden(
+        model,
+        stats,
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        padding_free=padding_free,
+        **(model_inputs or {}),
+    )
     return sk.TokenStats._make(None if x is None else responses.unpack(x) for x in packed)
 
 
@@ -82,6 +91,7 @@ def teacher_rows(
     config: sk.SRPOConfig | None = None,
     entropy: bool = True,
     in_head_dtype: bool = False,
+    padding_free: bool = False,
     model_inputs: Mapping[str, Any] | None = None,
     backend: str = "auto",
     workspace_bytes: int | None = None,
@@ -98,9 +108,14 @@ def teacher_rows(
     """
     source = teacher.model if isinstance(teacher, AverageTeacher) else teacher
     config = teacher_config(source, config)
-    check_once(source)
+    check_once(source, padding_free=padding_free)
     responses = find_responses(input_ids, attention_mask, response_mask, labels, "teacher_")
-    inputs = {"input_ids": input_ids, "attention_mask": attention_mask, **(model_inputs or {})}
+    inputs = {
+        "input_ids": input_ids,
+        "attention_mask": attention_mask,
+        "padding_free": padding_free,
+        **(model_inputs or {}),
+    }
 
     def rows(hidden: Tensor, head: nn.Module) -> TeacherRows:
         operands = head_operands(responses.hidden(hidden), head, in_head_dtype=in_head_dtype)
@@ -153,16 +168,16 @@ def response_normalizers(
     return sk.Normalizers.from_batch(response_mask, sdpo_mask, entropy, config=config)
 
 
-def checked_config(model: nn.Module, config: sk.SRPOConfig | None) -> sk.SRPOConfig:
+def checked_config(model: nn.Module, config: sk.SRPOConfig | None, *, padding_free: bool) -> sk.SRPOConfig:
     """``resolve_config``, for a model that has been checked."""
     config = resolve_config(model, config)
-    check_once(model)
+    check_once(model, padding_free=padding_free)
     return config
 
 
-def check_once(model: nn.Module) -> None:
+def check_once(model: nn.Module, *, padding_free: bool) -> None:
     """``check_model``, the first time that a model comes."""
-    base = causal_model(model)
-    if base not in _CHECKED:
-        check_model(model)
-        _CHECKED.add(base)
+    base, checked = causal_model(model), _CHECKED[padding_free]
+    if base not in checked:
+        check_model(model, padding_free=padding_free)
+        checked.add(base)

@@ -67,6 +67,7 @@ class SRPOTrainerConfig(GRPOConfig):
     shorten_solution: bool = field(default=False, metadata={"help": "Cut the beginning of a long solution off."})
     token_denominator: str = field(default="step", metadata={"help": "step, or generation_batch as in TRL."})
     log_entropy: bool = field(default=True, metadata={"help": "Log TRL's entropy, for a forward of every row."})
+    padding_free: bool = field(default=False, metadata={"help": "Forwards of one row of all tokens, without padding."})
     workspace_bytes: int | None = field(default=None, metadata={"help": "Bound of the logits alive at a time."})
 
     def __post_init__(self) -> None:
@@ -83,12 +84,16 @@ class SRPOTrainerConfig(GRPOConfig):
         self._check_inherited_options()
         self.loss_config()
 
-    def loss_config(self, transform: sk.LogitTransform = _NO_TRANSFORM) -> sk.SRPOConfig:
+    def loss_config(
+        self, transform: sk.LogitTransform = _NO_TRANSFORM, *, has_policy: bool | None = None
+    ) -> sk.SRPOConfig:
         """The options of `srpo_loss`, with the logit scale and softcap of a model.
 
-        Raises ValueError for a value that the loss does not take.
+        ``has_policy`` says whether the policy branch is in it, or is TRL's own; None is what the options say. Raises
+        ValueError for a value that the loss does not take.
         """
-        return loss_config(self, transform)
+        has_policy = not reasons_for_log_probs(self) if has_policy is None else has_policy
+        return loss_config(self, transform, has_policy=has_policy)
 
     def _accumulation_steps(self, questions: int) -> int:
         if self.gradient_accumulation_steps != 1:

@@ -23,6 +23,7 @@ from srpo_kernels.integrations.transformers import (
 )
 from srpo_kernels.integrations.transformers.hidden import backbone_of
 from srpo_kernels.integrations.transformers.teacher import is_sharded
+from srpo_kernels.integrations.trl.images import image_inputs, teacher_image_inputs, with_an_image
 from srpo_kernels.integrations.trl.teacher import Teacher, pad_left
 
 
@@ -67,16 +68,24 @@ class Forwards:
         accelerator: its autocast is that of every forward.
         config: the options of the loss; its logit transform is that of every log-prob.
         in_head_dtype: the head is multiplied in its own dtype, even under autocast.
+        padding_free: models read the tokens of a batch as one row, without padding.
         workspace_bytes: bound of the logits that are alive at a time.
     """
 
     def __init__(
-        self, accelerator: Any, config: sk.SRPOConfig, *, in_head_dtype: bool, workspace_bytes: int | None
+        self,
+        accelerator: Any,
+        config: sk.SRPOConfig,
+        *,
+        in_head_dtype: bool,
+        padding_free: bool,
+        workspace_bytes: int | None,
     ) -> None:
         self.accelerator, self.config = accelerator, config
         self._options: dict[str, Any] = {
             "config": config,
             "in_head_dtype": in_head_dtype,
+            "padding_free": padding_free,
             "workspace_bytes": workspace_bytes,
         }
 
@@ -110,23 +119,24 @@ class Forwards:
         Of a sharded teacher every process runs one row at least.
         """
         routed = inputs["sdpo_mask"]
-        valid = valid_tokens(inputs)
-        if not valid[routed].any():
-            if not is_sharded(teacher.model):
-                return None
-            routed = torch.arange(len(routed), device=routed.device) == 0
-            valid = torch.zeros_like(valid)
+        if is_sharded(teacher.model):
+            routed = with_an_image(_with_one(routed), inputs)
+        if not routed.any():
+            return None
+        rows = routed.nonzero().flatten()
         prompts = [
             inputs["teacher_prompt_ids"][row] or inputs["prompt_ids"][row][inputs["prompt_mask"][row].bool()].tolist()
-            for row in routed.nonzero().flatten().tolist()
+            for row in rows.tolist()
         ]
-        prompt_ids, prompt_mask = pad_left(prompts, pad_id, valid.device)
+        prompt_ids, prompt_mask = pad_left(prompts, pad_id, rows.device)
+        taught = valid_tokens(inputs) & inputs["sdpo_mask"][:, None]
         with self.accelerator.autocast():
             return teacher_rows(
                 teacher.model,
-                torch.cat([prompt_ids, inputs["completion_ids"][routed]], 1),
-                torch.cat([prompt_mask, inputs["completion_mask"][routed]], 1),
-                response_mask=_behind(valid[routed], prompt_ids.shape[1]),
+                torch.cat([prompt_ids, inputs["completion_ids"][rows]], 1),
+                torch.cat([prompt_mask, inputs["completion_mask"][rows]], 1),
+                response_mask=_behind(taught[rows], prompt_ids.shape[1]),
+                model_inputs=teacher_image_inputs(inputs, rows),
                 **self._options,
             )
 
@@ -146,12 +156,10 @@ class Forwards:
                 return None if values is None else values[rows]
             return _behind(values[rows], prompt_length)
 
-        def run(model_inputs: dict[str, Any]) -> sk.SRPOOutput:
+        def run(**model_inputs: Any) -> sk.SRPOOutput:
             return response_loss(
                 model,
-                torch.cat([inputs["prompt_ids"][rows], inputs["completion_ids"][rows]], 1),
-                torch.cat([inputs["prompt_mask"][rows], inputs["completion_mask"][rows]], 1),
-                response_mask=_behind(valid[rows], prompt_length),
+                **_tokens_of(inputs, rows, **model_inputs),
                 advantages=per_token("advantages"),
                 sdpo_mask=inputs["sdpo_mask"][rows],
                 teacher=inputs["teacher"],
@@ -159,7 +167,6 @@ class Forwards:
                 ref_log_probs=per_token("ref_per_token_logps"),
                 is_weights=per_token("importance_sampling_ratio"),
                 normalizers=inputs["normalizers"],
-                model_inputs=model_inputs,
                 **self._options,
             )
 
@@ -167,10 +174,10 @@ class Forwards:
         with self.accelerator.autocast():
             if has_aux_loss:
                 with RouterLogits(model) as router:
-                    out = run({"output_router_logits": True})
+                    out = run(output_router_logits=True)
                     aux_loss = router.loss()
             else:
-                out = run({})
+                out = run()
         log_probs = out.log_probs.new_zeros(valid.shape)
         log_probs[rows] = out.log_probs[:, prompt_length:]
         return out._replace(log_probs=log_probs), aux_loss
@@ -180,25 +187,31 @@ class Forwards:
         """Log-probs and entropies of some ``rows``, ``[n, T]``, without gradient."""
         prompt_length = inputs["prompt_ids"].shape[1]
         with self.accelerator.autocast():
-            stats = response_stats(
-                model,
-                torch.cat([inputs["prompt_ids"][rows], inputs["completion_ids"][rows]], 1),
-                torch.cat([inputs["prompt_mask"][rows], inputs["completion_mask"][rows]], 1),
-                response_mask=_behind(valid_tokens(inputs)[rows], prompt_length),
-                **self._options,
-            )
+            stats = response_stats(model, **_tokens_of(inputs, rows), **self._options)
         return sk.TokenStats._make(None if x is None else x[:, prompt_length:] for x in stats)
 
     def moving(self, inputs: dict[str, Any]) -> Tensor:
-        """``[B]`` bool: the sequences that can move a weight; the first one where none can, for a loss of 0."""
+        """``[B]`` bool: the sequences that can move a weight, and what a loss of 0 needs for its forward."""
         advantages = inputs["advantages"]
         moving = inputs["sdpo_mask"] | (advantages != 0.0).view(len(advantages), -1).any(1)
         if self.config.kl_coef != 0.0 or self.config.entropy_coef != 0.0:
             moving = torch.ones_like(moving)
-        moving &= valid_tokens(inputs).any(1)
-        moving[0] |= ~moving.any()
-        found: Tensor = moving
-        return found
+        return with_an_image(_with_one(moving & valid_tokens(inputs).any(1)), inputs)
+
+
+def _with_one(rows: Tensor) -> Tensor:
+    """``rows``, ``[B]`` bool, or the first one where there are none."""
+    return rows | (~rows.any() & (torch.arange(len(rows), device=rows.device) == 0))
+
+
+def _tokens_of(inputs: dict[str, Any], rows: Tensor, **model_inputs: Any) -> dict[str, Any]:
+    """Some ``rows`` of a micro-batch, as ``response_loss`` and ``response_stats`` take them."""
+    return {
+        "input_ids": torch.cat([inputs["prompt_ids"][rows], inputs["completion_ids"][rows]], 1),
+        "attention_mask": torch.cat([inputs["prompt_mask"][rows], inputs["completion_mask"][rows]], 1),
+        "response_mask": _behind(valid_tokens(inputs)[rows], inputs["prompt_ids"].shape[1]),
+        "model_inputs": image_inputs(inputs, rows) | model_inputs,
+    }
 
 
 def _behind(values: Tensor, length: int) -> Tensor:

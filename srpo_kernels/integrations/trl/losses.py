@@ -58,11 +58,11 @@ def is_trls(name: str) -> bool:
     return name in _LOSSES
 
 
-def loss_config(args: Any, transform: sk.LogitTransform) -> sk.SRPOConfig:
+def loss_config(args: Any, transform: sk.LogitTransform, *, has_policy: bool) -> sk.SRPOConfig:
     """The options of `srpo_loss` for an `SRPOTrainerConfig`, with the logit scale and softcap of a model.
 
-    Of what ``reasons_for_log_probs`` names, the policy branch is TRL's: there these are the options of the divergence,
-    and those that both branches share. Raises ValueError for a value that the loss does not take.
+    ``has_policy`` False: the policy branch is TRL's, and these are the options of the divergence, and those that both
+    branches share. Raises ValueError for a value that the loss does not take.
     """
     kind = resolve_loss_type(args.loss_type)
     by_sequence = args.importance_sampling_level == "sequence"
@@ -98,7 +98,7 @@ def loss_config(args: Any, transform: sk.LogitTransform) -> sk.SRPOConfig:
         options["delta"] = args.delta
     if args.beta != 0.0 and args.use_bias_correction_kl:
         options["kl_type"] = "k3_weighted"
-    if reasons_for_log_probs(args):
+    if not has_policy:
         options |= {"kl_coef": 0.0, "entropy_coef": 0.0, "count_entropy": False}
     return sk.SRPOConfig.from_alpha(args.distillation_alpha, **options)
 
@@ -115,6 +115,9 @@ def reasons_for_log_probs(args: Any) -> list[str]:
         "off_policy_mask_threshold": args.off_policy_mask_threshold is not None,
         "use_adaptive_entropy": args.use_adaptive_entropy,
         "entropy_coef with a loss that is not per token": args.entropy_coef != 0.0 and kind.reduction != "token",
+        "entropy_coef with token_denominator='generation_batch'": (
+            args.entropy_coef != 0.0 and args.token_denominator == "generation_batch"
+        ),
         "use_bias_correction_kl with ratios of sequences": (
             by_sequence and args.beta != 0.0 and args.use_bias_correction_kl
         ),

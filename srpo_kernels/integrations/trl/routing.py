@@ -13,6 +13,7 @@ from trl import GRPOTrainer
 from srpo_kernels.integrations.transformers.solutions import Solutions
 from srpo_kernels.integrations.trl.config import SRPOTrainerConfig
 from srpo_kernels.integrations.trl.forwards import valid_tokens
+from srpo_kernels.integrations.trl.images import teacher_token_types
 from srpo_kernels.integrations.trl.rewards import correctness_scores, equal_groups, route_completions
 
 # Generation batches without a routed completion after which a run says so.
@@ -65,6 +66,8 @@ class RoutingTrainer(GRPOTrainer):
                 output["sdpo_mask"] = valid_tokens(output).any(1)
             case "grpo":
                 pass
+        if self.args.method != "grpo":
+            output |= teacher_token_types(output, self.processing_class, output["teacher_prompt_ids"])
         return output
 
     def _route(self, inputs: list[dict[str, Any]], output: dict[str, Any], own: slice, group_size: int) -> None:

@@ -28,6 +28,8 @@ class SteppingTrainer(RoutingTrainer):
     # Whether the policy loss is TRL's own, on log-probs of this library.
     _from_log_probs: bool
     _metric_sums: dict[str, Tensor]
+    # The place in its optimizer step of the micro-batch that comes next. The last step of an epoch may have fewer.
+    _place = 0
 
     def _get_per_token_logps_and_entropies(self, model: Any, *args: Any, **kwargs: Any) -> Any:
         """TRL's, with log-probs and entropies from the operands and in the dtype of the loss.
@@ -41,8 +43,9 @@ class SteppingTrainer(RoutingTrainer):
         inputs: dict[str, Any] = super()._prepare_inputs(generation_batch)
         parts, accumulation = [inputs], 1
         if self.model.training:
-            accumulation, generated = self.args.gradient_accumulation_steps, self.args.steps_per_generation
-            place, first = self._step % accumulation, self._step % generated
+            accumulation, generated = self.current_gradient_accumulation_steps, self.args.steps_per_generation
+            place, first = self._place, self._step % generated
+            self._place = 0 if self.accelerator.sync_gradients else place + 1
             if place and first:
                 return inputs
             # What of this optimizer step lies in this generation batch.
@@ -148,7 +151,7 @@ class SteppingTrainer(RoutingTrainer):
         distilled, mask = inputs["sdpo_mask"], valid_tokens(inputs)
         training = self.model.training
         # TRL's denominator is this times the accumulation over the steps of a generation batch.
-        steps = self.args.steps_per_generation / self.args.gradient_accumulation_steps if training else 1.0
+        steps = self.args.steps_per_generation / self.current_gradient_accumulation_steps if training else 1.0
         policy = inputs | {
             "tool_mask": (mask & ~distilled[:, None]).long(),
             "num_items_in_batch": inputs["normalizers"].token_count * steps,
@@ -156,10 +159,8 @@ class SteppingTrainer(RoutingTrainer):
         loss: Tensor = super()._compute_loss(model, policy)
         if self.args.method == "grpo":
             return loss
-        rows, nobody = distilled & mask.any(1), torch.zeros_like(inputs["advantages"])
-        rows[0] |= ~rows.any()
-        idle = inputs | {"advantages": nobody}
-        out, _ = self._forwards.loss(model, idle, rows.nonzero().flatten())
+        idle = inputs | {"advantages": torch.zeros_like(inputs["advantages"])}
+        out, _ = self._forwards.loss(model, idle, self._forwards.moving(idle).nonzero().flatten())
         self._log_step(inputs, out)
         both: Tensor = loss + out.loss * self.accelerator.num_processes
         return both
@@ -169,7 +170,7 @@ class SteppingTrainer(RoutingTrainer):
         sums = out.metrics | {"valid_tokens": valid_tokens(inputs).sum()}
         self._metric_sums = {name: value + self._metric_sums.get(name, 0) for name, value in sums.items()}
         training = self.model.training
-        if training and (self._step + 1) % self.args.gradient_accumulation_steps:
+        if training and not self.accelerator.sync_gradients:
             return
         names = list(self._metric_sums)
         reduced = self.accelerator.reduce(torch.stack([self._metric_sums[name].float() for name in names]), "sum")

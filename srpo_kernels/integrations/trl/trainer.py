@@ -14,6 +14,7 @@ from srpo_kernels.integrations.transformers import check_model, logit_transform
 from srpo_kernels.integrations.transformers.solutions import Solutions
 from srpo_kernels.integrations.trl.config import SRPOTrainerConfig
 from srpo_kernels.integrations.trl.forwards import Forwards
+from srpo_kernels.integrations.trl.images import media_tokens
 from srpo_kernels.integrations.trl.losses import reasons_for_log_probs
 from srpo_kernels.integrations.trl.steps import SteppingTrainer
 from srpo_kernels.integrations.trl.teacher import Teacher
@@ -73,14 +74,15 @@ class SRPOTrainer(SteppingTrainer):
             model, reward_funcs, args, train_dataset, eval_dataset, processing_class, *arguments, **keywords
         )
         self._refuse_models()
-        self.loss_config = args.loss_config(logit_transform(self.model.config))
-        check_model(self.model, self.loss_config)
-        # TRL's code takes the images of its parts of a batch.
-        self._from_log_probs = bool(reasons_for_log_probs(args)) or self._is_vlm or _scores_by_itself(type(self))
+        self._from_log_probs = bool(reasons_for_log_probs(args)) or _scores_by_itself(type(self))
+        transform = logit_transform(self.model.config)
+        self.loss_config = args.loss_config(transform, has_policy=not self._from_log_probs)
+        check_model(self.model, self.loss_config, padding_free=args.padding_free)
         self._forwards = Forwards(
             self.accelerator,
             self.loss_config,
             in_head_dtype=args.cast_lm_head_to_fp32,
+            padding_free=args.padding_free,
             workspace_bytes=args.workspace_bytes,
         )
         self._deciding_reward = self._index_of_reward(args.success_reward)
@@ -89,6 +91,7 @@ class SRPOTrainer(SteppingTrainer):
             self._tokenize_for_teacher,
             ends={*self.eos_token_ids, self._tokenizer.pad_token_id},
             max_length=self._max_teacher_length(),
+            media=media_tokens(self.processing_class) if self._is_vlm else (),
             args=args,
         )
         self.teacher = self._make_teacher(teacher_model)
@@ -98,15 +101,14 @@ class SRPOTrainer(SteppingTrainer):
         self._metric_sums = {}
 
     def _refuse_models(self) -> None:
-        if self._is_vlm and self.args.method != "grpo":
-            raise ValueError(
-                f"method must be 'grpo' with a processor, got {self.args.method!r}: a teacher is not shown images"
-            )
+        if self._is_vlm and self.args.padding_free:
+            raise ValueError("padding_free must be False with a processor: the positions of images are the model's own")
         devices = set(getattr(self.model, "hf_device_map", {}).values())
         if len(devices) > 1:
             raise ValueError(
                 "device_map must have the model on one device with SRPOTrainer, whose loss takes hidden states and LM "
-                f"head together, got {sorted(map(str, devices))}"
+                f"head together, got {sorted(map(str, devices))}: TRL's default is 'auto', "
+                "model_init_kwargs={'device_map': None} or a launcher with a process per device has one"
             )
         if self.is_fsdp_enabled and self.accelerator.state.fsdp_plugin.fsdp_version != 2:
             raise ValueError("fsdp must be of version 2 with SRPOTrainer: FSDP1's flat parameters hide the LM head")
