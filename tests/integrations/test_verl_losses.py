@@ -48,10 +48,7 @@ SEQUENCES, LENGTH, HIDDEN, VOCABULARY = 6, 9, 8, 24
 
 @pytest.fixture(scope="module")
 def verl() -> Iterator[ModuleType]:
-    with pytest.MonkeyPatch.context() as patch:
-        for path in verl_path.PATHS:
-            patch.syspath_prepend(path)
-        patch.setenv("VERL_USE_EXTERNAL_PLUGINS", "none")
+    with verl_path.importable():
         yield importlib.import_module("verl.workers.utils.losses")
 
 

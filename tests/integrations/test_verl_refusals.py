@@ -21,10 +21,7 @@ ULYSSES = f"{ACTOR}.fsdp_config.ulysses_sequence_parallel_size"
 
 @pytest.fixture(scope="module")
 def options() -> Iterator[ModuleType]:
-    with pytest.MonkeyPatch.context() as patch:
-        for path in verl_path.PATHS:
-            patch.syspath_prepend(path)
-        patch.setenv("VERL_USE_EXTERNAL_PLUGINS", "none")
+    with verl_path.importable():
         yield importlib.import_module("srpo_kernels.integrations.verl.options")
 
 

@@ -20,9 +20,7 @@ END = 99
 
 @pytest.fixture(scope="module")
 def routing() -> Iterator[ModuleType]:
-    with pytest.MonkeyPatch.context() as patch:
-        if str(verl_path.FOLDER) in verl_path.PATHS:
-            patch.syspath_prepend(str(verl_path.FOLDER))
+    with verl_path.importable():
         yield importlib.import_module("srpo_kernels.integrations.verl.routing")
 
 
