@@ -31,7 +31,8 @@ def one_worker(folder: Path) -> str:
 def rewards_rise(folder: Path, lines: str, run: str, workers: int) -> None:
     correct, routed = logged(lines, "srpo/correct_fraction"), logged(lines, "srpo/routed_fraction")
     assert len(correct) == 16
-    assert sum(correct[-4:]) / 4 > sum(correct[:4]) / 4 + 0.2, correct
+    # 24 words of 60 are correct: the mean of 128 replies that have learnt nothing is 0.4, give or take 0.04.
+    assert sum(correct[-4:]) / 4 > 0.55, correct
     assert max(routed) > 0.0
     assert all(norm > 0.0 for norm in logged(lines, "actor/grad_norm"))
     # Log-probs of the rollout are those of the trainer, up to bf16.
@@ -52,7 +53,8 @@ def test_a_run_goes_on_where_it_ended(folder: Path, one_worker: str) -> None:
     lines = steps(train(folder, "resumed"))
     assert logged(lines, "training/global_step") == [17.0]
     [correct] = logged(lines, "srpo/correct_fraction")
-    assert correct > sum(logged(one_worker, "srpo/correct_fraction")[:4]) / 4 + 0.2
+    # Of 32 replies.
+    assert correct > 0.5
 
 
 def test_sdpo_with_feedback_a_live_teacher_and_old_log_probs_of_the_rollout(folder: Path) -> None:
