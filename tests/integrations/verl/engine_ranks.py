@@ -271,15 +271,6 @@ def reference(rank: int, folder: Path, cases: Iterable[Case]) -> dict[str, dict[
     return results
 
 
-def refusal(rank: int, folder: Path, case: Case) -> str:
-    """What an engine says that is not built."""
-    try:
-        build(case, folder)
-    except ValueError as error:
-        return str(error)
-    return ""
-
-
 def _statistics_errors(
     case: Case, batch: tiny.Rollouts, student: Any, statistics: dict[str, Tensor], data: Any
 ) -> dict[str, float]:
