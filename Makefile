@@ -87,6 +87,7 @@ test-versions:
 
 test-verl: $(VERL_VENV)/stamp
 	OMP_NUM_THREADS=1 $(VERL_BIN)/python -m pytest -m "slow or not slow" tests/integrations/verl \
+		tests/integrations/test_verl_losses.py tests/integrations/test_verl_refusals.py \
 		tests/integrations/test_verl_routing.py $(ARGS)
 
 bench: $(VENV)/dev.stamp

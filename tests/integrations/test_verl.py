@@ -27,14 +27,9 @@ AGGREGATIONS = ["token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-
 
 @pytest.fixture(scope="module")
 def plugin() -> Iterator[ModuleType]:
-    with pytest.MonkeyPatch.context() as patch:
-        for path in verl_path.PATHS:
-            patch.syspath_prepend(path)
-        # Registered once, by the import below.
-        patch.setenv("VERL_USE_EXTERNAL_PLUGINS", "none")
+    # Registered once, by the import.
+    with verl_path.importable():
         yield importlib.import_module("srpo_kernels.integrations.verl.plugin")
-        if not hasattr(sys.modules["ray"], "__path__"):
-            del sys.modules["ray"]
 
 
 @pytest.fixture(scope="module")

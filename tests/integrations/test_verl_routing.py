@@ -20,9 +20,7 @@ END = 99
 
 @pytest.fixture(scope="module")
 def routing() -> Iterator[ModuleType]:
-    with pytest.MonkeyPatch.context() as patch:
-        if str(verl_path.FOLDER) in verl_path.PATHS:
-            patch.syspath_prepend(str(verl_path.FOLDER))
+    with verl_path.importable():
         yield importlib.import_module("srpo_kernels.integrations.verl.routing")
 
 
@@ -151,8 +149,11 @@ def test_the_last_output_of_a_session_and_no_padding(routing: ModuleType) -> Non
 
 
 def test_groups_of_equal_scores(routing: ModuleType) -> None:
-    equal = routing.equal_groups(torch.tensor([0.1, 0.1, 0.1, 1.0, 0.0]), ["a", "b", "a", "b", "c"])
-    assert equal.tolist() == [True, False, True, False, True]
+    scores, uids, every = torch.tensor([0.1, 0.1, 0.1, 1.0, 0.0]), ["a", "b", "a", "b", "c"], torch.ones(5).bool()
+    assert routing.equal_groups(scores, uids, every).tolist() == [True, False, True, False, True]
+    # An earlier output of a session has no part in it, but its advantage.
+    last = torch.tensor([True, False, True, True, True])
+    assert routing.equal_groups(scores, uids, last).all()
 
 
 def actor(**changes: Any) -> Any:
@@ -188,10 +189,10 @@ class TestLossOptions:
             ("srpo_grpo", "grpo", {"dual_clip": 4.0}),
             ("gspo", "gspo_token", {"dual_clip": None}),
             ("srpo_gspo", "gspo", {"dual_clip": None}),
-            ("geo_mean", "gmpo", {}),
+            ("srpo_gmpo", "gmpo", {}),
             ("gpg", "reinforce", {}),
             ("cispo", "cispo", {}),
-            ("sapo", "sapo", {"loss_options": (("tau_negative", 2.5), ("tau_positive", 1.5))}),
+            ("srpo_sapo", "sapo", {"loss_options": (("tau_negative", 2.5), ("tau_positive", 1.5))}),
             ("dro", "dro", {"loss_options": (("beta", 0.3),)}),
             ("kl_cov", "kl_cov", {"loss_options": (("coefficient", 0.7), ("share", 0.2))}),
         ],
@@ -210,38 +211,13 @@ class TestLossOptions:
     )  # fmt: skip
     def test_aggregations(self, mode: str, reduction: str) -> None:
         assert engine_loss({"loss_agg_mode": mode}).reduction == reduction
-        with pytest.raises(ValueError, match=r"actor\.loss_scale_factor must be null"):
-            engine_loss({"loss_agg_mode": mode, "loss_scale_factor": 5})
 
     def test_a_constant_length(self) -> None:
         mode = "seq-mean-token-sum-norm"
         loss = engine_loss({"loss_agg_mode": mode, "loss_scale_factor": 5})
         assert (loss.reduction, loss.max_length) == ("constant", 5)
-        with pytest.raises(ValueError, match=r"actor\.loss_scale_factor must be given"):
-            engine_loss({"loss_agg_mode": mode})
 
     def test_kl_and_entropy(self) -> None:
         loss = engine_loss({"use_kl_loss": True, "entropy_coeff": 0.02})
         assert (loss.kl_coef, loss.kl_type, loss.entropy_coef) == (0.01, "k3_bounded", 0.02)
         assert engine_loss({"use_kl_loss": False}).kl_coef == 0.0
-        with pytest.raises(ValueError, match=r"actor\.kl_loss_type must be one of .*, got 'abs'"):
-            engine_loss({"use_kl_loss": True, "kl_loss_type": "abs"})
-        for changes in ({"use_kl_loss": True}, {"entropy_coeff": 0.02}):
-            with pytest.raises(ValueError, match=r"with srpo\.method=sdpo"):
-                engine_loss(changes, method="sdpo")
-
-    def test_an_unknown_loss(self) -> None:
-        with pytest.raises(ValueError, match=r"actor\.policy_loss\.loss_mode must be one of .*, got 'bypass_mode'"):
-            engine_loss({"loss_mode": "bypass_mode"})
-
-    @pytest.mark.parametrize(
-        ("option", "value"),
-        [
-            ("method", "ppo"), ("teacher_model_kind", "none"), ("teacher_update_rate", 0.0),
-            ("teacher_template", "{prompt}"), ("feedback_template", "{prompt}"), ("solution_template", ""),
-            ("max_teacher_length", 0), ("teacher_tokens_per_gpu", 0), ("workspace_bytes", 0),
-        ],
-    )  # fmt: skip
-    def test_bad_values(self, option: str, value: Any) -> None:
-        with pytest.raises(ValueError, match=rf"srpo\.{option} must "):
-            engine_loss({}, **{option: value})

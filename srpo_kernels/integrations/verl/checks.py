@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from tensordict import TensorDict
 from torch import Tensor
-from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from verl.utils import tensordict_utils as tu
 from verl.utils.device import get_device_id
 from verl.workers.engine import FSDPEngineWithLMHead
+
+from srpo_kernels.integrations.transformers import causal_model
 
 
 def refuse_options(model_config: Any, engine_config: Any) -> None:
@@ -22,6 +23,12 @@ def refuse_options(model_config: Any, engine_config: Any) -> None:
     ):
         if enabled:
             raise ValueError(f"{name} must be false with SRPOEngine, got {enabled!r}: {reason}")
+    size = engine_config.ulysses_sequence_parallel_size
+    if size > 1 and hasattr(model_config.hf_config, "vision_config"):
+        raise ValueError(
+            f"fsdp_config.ulysses_sequence_parallel_size must be 1 with {type(model_config.hf_config).__name__}, which "
+            f"verl cuts after the embedding of images, got {size}"
+        )
 
 
 def temperature_of(value: Any) -> float:
@@ -33,14 +40,14 @@ def temperature_of(value: Any) -> float:
     return float(value)
 
 
-def check_head(head: torch.nn.Module) -> None:
-    """Raise ValueError for an LM head that is sharded in parts: only a whole one is gathered for the loss."""
-    for module in head.modules():
-        if module is not head and isinstance(module, (FSDPModule, FullyShardedDataParallel)):
-            raise ValueError(
-                f"model must have an LM head that FSDP shards as a whole, {type(head).__name__} has a part that is "
-                "sharded by itself: leave the head out of target_modules"
-            )
+def check_head(module: torch.nn.Module) -> None:
+    """Raise ValueError for an LM head with an adapter, of which no version of FSDP makes one unit."""
+    head = causal_model(module).get_output_embeddings()
+    if not isinstance(head, torch.nn.Linear):
+        raise ValueError(
+            "model.target_modules must leave out the LM head, as all-linear does: FSDP1 shards an adapter of it by "
+            f"itself, FSDP2 cannot shard it, got one on a {type(head).__module__}.{type(head).__name__}"
+        )
 
 
 def check_log_probs(engine: Any) -> None:

@@ -38,6 +38,7 @@ check_version()
 for _name, _parameters in {
     "__init__": ("model_config", "engine_config", "optimizer_config", "checkpoint_config"),
     "initialize": (),
+    "_build_lora_module": ("module",),
     "prepare_model_inputs": ("micro_batch",),
     "forward_backward_batch": ("data", "loss_function", "forward_only"),
     "forward_step": ("micro_batch", "loss_function", "forward_only"),
@@ -90,10 +91,14 @@ class SRPOEngine(FSDPEngineWithLMHead):
         super().initialize()
         transform = config_for(self.model_config.hf_config)
         self._loss = replace(self.options.loss, logit_scale=transform.logit_scale, softcap=transform.softcap)
-        check_head(self.head)
         if self.options.teacher in ("ema", "frozen") and not self.engine_config.forward_only:
             self.average = ShardAverage(self.module, self.options.teacher_update_rate)
         check_log_probs(self)
+
+    def _build_lora_module(self, module: Any) -> Any:
+        module = super()._build_lora_module(module)
+        check_head(module)
+        return module
 
     # Forwards: everything from hidden states and head, where FSDP has gathered both.
 
@@ -125,6 +130,7 @@ class SRPOEngine(FSDPEngineWithLMHead):
             micro_batch["input_ids"], micro_batch["responses"], inputs["input_ids"].shape, packed=packed, rank=rank
         )
         base, head = self.base, self.head
+        inner = getattr(head, "_fsdp_wrapped_module", head)
         narrow = self._autocast_dtype != torch.float32
         autocast: AbstractContextManager[Any] = (
             torch.autocast(get_device_name(), self._autocast_dtype) if narrow else nullcontext()
@@ -133,8 +139,8 @@ class SRPOEngine(FSDPEngineWithLMHead):
         def forward() -> T:
             with autocast:
                 hidden = last_hidden_states(base, **inputs).flatten(0, 1)[rows.own]
-                # FSDP2 makes an untied head a unit of its own.
-                return sk.call_as_forward(head, lambda hidden: function(rows, hidden, head), hidden)
+                # FSDP2 makes an untied head a unit of its own, FSDP1 one that is large enough, with a wrapper.
+                return sk.call_as_forward(head, lambda hidden: function(rows, hidden, inner), hidden)
 
         return sk.call_as_forward(self.module, forward)
 

@@ -17,6 +17,23 @@ _OPTIONS = {
     "clip_cov": {"share": "clip_cov_ratio", "cov_low": "clip_cov_lb", "cov_high": "clip_cov_ub"},
     "kl_cov": {"share": "kl_cov_ratio", "coefficient": "ppo_kl_coef"},
 }
+# The fields of `SRPOConfig` that an option of verl's, or of the `srpo` section, becomes.
+_FIELDS = {
+    "epsilon_low": "actor.clip_ratio_low",
+    "epsilon_high": "actor.clip_ratio_high",
+    "dual_clip": "actor.clip_ratio_c",
+    "kl_coef": "actor.kl_loss_coef",
+    "entropy_coef": "actor.entropy_coeff",
+    "max_length": "actor.loss_scale_factor",
+    "alpha": "srpo.distillation_alpha",
+    "distillation_mode": "srpo.distillation_mode",
+    "topk": "srpo.distillation_topk",
+    "add_tail": "srpo.distillation_add_tail",
+    "distillation_is_clip": "srpo.distillation_is_clip",
+    "dw_beta": "srpo.dw_beta",
+}
+# Of verl's losses those that it averages by sequence, whatever `loss_agg_mode` says.
+_BY_SEQUENCE = ("sapo", "geo_mean")
 _REDUCTIONS = {
     "token-mean": "token",
     "token-sum": "token_sum",
@@ -65,10 +82,19 @@ def actor_options(config: Any) -> dict[str, Any]:
 
     Raises ValueError for a value that the fused loss does not have, by the option's name.
     """
-    options = policy_options(resolve_loss_mode(config.policy_loss.loss_mode), config)
+    name = config.policy_loss.loss_mode
+    loss_type = resolve_loss_mode(name)
+    options = policy_options(loss_type, config)
     mode, length = config.loss_agg_mode, config.loss_scale_factor
     if mode not in _REDUCTIONS:
         raise ValueError(f"actor.loss_agg_mode must be one of {tuple(_REDUCTIONS)}, got {mode!r}")
+    if name in _BY_SEQUENCE and mode != "seq-mean-token-mean":
+        raise ValueError(
+            f"actor.loss_agg_mode must be 'seq-mean-token-mean' with policy_loss.loss_mode={name!r}, which verl "
+            f"averages so whatever it says, got {mode!r}; policy_loss.loss_mode=srpo_{loss_type} takes any"
+        )
+    if name == "dro" and config.policy_loss.dro_beta is None:
+        raise ValueError("actor.policy_loss.dro_beta must be given with policy_loss.loss_mode='dro', got None")
     options["reduction"] = _REDUCTIONS[mode]
     if mode == "seq-mean-token-sum-norm":
         if length is None:
@@ -102,6 +128,13 @@ def resolve_loss_mode(loss_mode: str) -> str:
             f"POLICY_LOSSES, got {loss_mode!r}"
         )
     return name
+
+
+def in_verls_words(error: Exception, loss_type: str) -> str:
+    """What `SRPOConfig` says of a field, by the option that it comes from."""
+    name, _, rest = str(error).partition(" ")
+    own = {f"loss_options[{ours!r}]": f"actor.{theirs}" for ours, theirs in _OPTIONS.get(loss_type, {}).items()}
+    return f"{(_FIELDS | own).get(name, name)} {rest}"
 
 
 def _value(config: Any, name: str) -> float | None:

@@ -14,7 +14,7 @@ from srpo_kernels.integrations.transformers.solutions import (
     TEACHER_TEMPLATE,
     check_template,
 )
-from srpo_kernels.integrations.verl.losses import actor_options
+from srpo_kernels.integrations.verl.losses import actor_options, in_verls_words, resolve_loss_mode
 
 Method = Literal["srpo", "grpo", "sdpo"]
 TeacherKind = Literal["ema", "live", "frozen"]
@@ -136,15 +136,19 @@ def engine_options(options: SRPOOptions, actor: Any) -> EngineOptions:
 
     Raises ValueError for an option that the loss does not take.
     """
-    loss = sk.SRPOConfig.from_alpha(
-        options.distillation_alpha,
-        **actor_options(actor),
-        distillation_mode=options.distillation_mode,
-        topk=options.distillation_topk,
-        add_tail=options.distillation_add_tail,
-        distillation_is_clip=options.distillation_is_clip,
-        dw_beta=options.dw_beta,
-    )
+    policy = actor_options(actor)
+    try:
+        loss = sk.SRPOConfig.from_alpha(
+            options.distillation_alpha,
+            **policy,
+            distillation_mode=options.distillation_mode,
+            topk=options.distillation_topk,
+            add_tail=options.distillation_add_tail,
+            distillation_is_clip=options.distillation_is_clip,
+            dw_beta=options.dw_beta,
+        )
+    except (TypeError, ValueError) as error:
+        raise ValueError(in_verls_words(error, policy["loss_type"])) from error
     if options.method == "sdpo" and (loss.kl_coef != 0.0 or loss.entropy_coef != 0.0):
         raise ValueError(
             "actor.use_kl_loss must be false and actor.entropy_coeff 0 with srpo.method=sdpo: they are terms of the "
@@ -180,4 +184,39 @@ def check_config(config: Any) -> SRPOOptions:
             raise ValueError(f"{name} must be one of {choices} with SRPOTrainer, got {value!r}")
     options = SRPOOptions.of(config.get("srpo"))
     engine_options(options, config.actor_rollout_ref.actor)
+    _refuse_combinations(config, options)
     return options
+
+
+def _refuse_combinations(config: Any, options: SRPOOptions) -> None:
+    """Raise ValueError for options of different sections that do not go together, by the name of one."""
+
+    def value(name: str) -> Any:
+        return OmegaConf.select(config, name)
+
+    if value("actor_rollout_ref.rollout.temperature") <= 0.0:
+        raise ValueError(
+            "actor_rollout_ref.rollout.temperature must be > 0, by which the logits are divided, got "
+            f"{value('actor_rollout_ref.rollout.temperature')!r}"
+        )
+    mode = value("actor_rollout_ref.actor.policy_loss.loss_mode")
+    for section in ("actor", "actor.fsdp_config"):
+        name = f"actor_rollout_ref.{section}.ulysses_sequence_parallel_size"
+        if sk.POLICY_LOSSES[resolve_loss_mode(mode)].whole_batch and value(name) > 1:
+            raise ValueError(
+                f"{name} must be 1 with policy_loss.loss_mode={mode!r}, whose means are over a whole micro-batch, got "
+                f"{value(name)}"
+            )
+    weights = value("algorithm.rollout_correction.rollout_is")
+    if mode == "geo_mean" and weights == "token":
+        raise ValueError(
+            "algorithm.rollout_correction.rollout_is must be null or 'sequence' with policy_loss.loss_mode='geo_mean', "
+            f"of which verl takes the geometric mean over a sequence, got {weights!r}"
+        )
+    for name in ("tool_config_path", "function_tool_path"):
+        path = value(f"actor_rollout_ref.rollout.multi_turn.{name}")
+        if path is not None and options.method != "grpo":
+            raise ValueError(
+                f"actor_rollout_ref.rollout.multi_turn.{name} must be null with srpo.method={options.method}: the "
+                f"teacher's prompt describes no tools, got {path!r}"
+            )

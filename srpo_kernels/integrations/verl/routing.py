@@ -146,14 +146,16 @@ def group_numbers(uids: Sequence[Any], final: Tensor) -> Tensor:
     return torch.where(final, torch.tensor(shared), own)
 
 
-def equal_groups(scores: Tensor, uids: Sequence[Any]) -> Tensor:
-    """``[B]`` bool: outputs of prompts whose scores are all the same, where there is nothing to compare.
+def equal_groups(scores: Tensor, uids: Sequence[Any], compared: Tensor) -> Tensor:
+    """``[B]`` bool: outputs of prompts whose ``compared`` outputs have one score, where there is nothing to compare.
 
     Their advantages are 0; those of a mean over the group are its rounding, which Adam scales up to whole steps.
     """
-    group = group_numbers(uids, torch.ones(len(scores), dtype=torch.bool))
+    group = group_numbers(uids, torch.ones_like(compared))
     size = int(group.max()) + 1
-    most = scores.new_full((size,), -torch.inf).scatter_reduce_(0, group, scores, "amax")
-    least = scores.new_full((size,), torch.inf).scatter_reduce_(0, group, scores, "amin")
+    most = scores.new_full((size,), -torch.inf)
+    most.scatter_reduce_(0, group, scores.masked_fill(~compared, -torch.inf), "amax")
+    least = scores.new_full((size,), torch.inf)
+    least.scatter_reduce_(0, group, scores.masked_fill(~compared, torch.inf), "amin")
     equal: Tensor = (most == least)[group]
     return equal

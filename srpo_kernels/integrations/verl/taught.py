@@ -57,8 +57,8 @@ def teacher_pass(engine: Any, data: TensorDict, config: sk.SRPOConfig) -> Taught
     count = torch.tensor(len(groups), device=get_device_id())
     dist.all_reduce(count, op=dist.ReduceOp.MAX)
     averaged = engine.average is not None
-    # LoRA leaves the head as it is, where it has none on it.
-    own_head = averaged and not (peft_model(engine.module) is not None and isinstance(engine.head, nn.Linear))
+    # LoRA leaves the head as it is.
+    own_head = averaged and peft_model(engine.module) is None
     taught = TaughtRows({}, {})
 
     def read(rows: ResponseRows, hidden: Tensor, head: nn.Module) -> tuple[ResponseRows, Any, Any, Any, Any]:

@@ -11,11 +11,10 @@ import transfer_queue as tq
 from omegaconf import OmegaConf, open_dict
 from tensordict import NonTensorData, TensorDict
 from torch import Tensor
-from transformers import AutoConfig, GenerationConfig
 from verl.trainer.ppo.utils import Role
 from verl.trainer.ppo.v1.trainer_base import register_trainer
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
-from verl.utils.fs import copy_to_local
+from verl.utils.config import omega_conf_to_dataclass
 
 import srpo_kernels as sk
 from srpo_kernels.integrations.verl.compatibility import check_signature, check_version
@@ -33,7 +32,7 @@ from srpo_kernels.integrations.verl.worker import SRPOActorRolloutRefWorker
 # What `trainer.v1.trainer_mode` is to verl.
 TRAINER_MODE = "srpo"
 # Of verl's advantages those that compare a reward with its group's.
-_GROUP_ESTIMATORS = ("grpo", "grpo_vectorized", "rloo", "rloo_vectorized")
+_GROUP_ESTIMATORS = ("grpo", "grpo_vectorized", "rloo", "rloo_vectorized", "opo", "gpg")
 _SUMS = "actor/srpo_sum/"
 
 check_version()
@@ -72,15 +71,10 @@ class SRPOTrainer(PPOTrainerSync):
 
     def _init_tokenizer(self) -> None:
         super()._init_tokenizer()
-        model = self.config.actor_rollout_ref.model
-        path = copy_to_local(model.path)
-        text = AutoConfig.from_pretrained(path, trust_remote_code=model.get("trust_remote_code", False))
-        ends = [self.tokenizer.eos_token_id]
-        try:
-            stops = GenerationConfig.from_pretrained(path).eos_token_id
-        except OSError:
-            stops = None
-        ends += stops if isinstance(stops, list) else [stops]
+        # Again, for what verl does not keep: the configuration with its overrides.
+        model: Any = omega_conf_to_dataclass(self.config.actor_rollout_ref.model)
+        stops = getattr(model.generation_config, "eos_token_id", None)
+        ends = [self.tokenizer.eos_token_id, *(stops if isinstance(stops, list) else [stops])]
         keywords = OmegaConf.to_container(OmegaConf.create(self.config.data.get("apply_chat_template_kwargs") or {}))
 
         def tokenize(messages: Any) -> list[int]:
@@ -93,7 +87,7 @@ class SRPOTrainer(PPOTrainerSync):
             self.tokenizer,
             tokenize,
             ends={end for end in ends if end is not None},
-            max_length=getattr(text.get_text_config(), "max_position_embeddings", None),
+            max_length=getattr(model.hf_config.get_text_config(), "max_position_embeddings", None),
             options=self._srpo,
         )
 
@@ -112,7 +106,7 @@ class SRPOTrainer(PPOTrainerSync):
         if any(_plain(x) for x in data.get("multi_modal_inputs", [])):
             raise ValueError("data must be text: the teacher's prompt has no images, got multi_modal_inputs")
         rewards = torch.stack([x.sum() for x in data["rm_scores"].unbind()]).float()
-        advantages = self._advantages(list(data["uid"]), rewards, data["advantages"])
+        advantages = self._advantages(batch, data, rewards)
         written = {"advantages": advantages}
         if self._srpo.method != "grpo":
             routed = self._route(batch, data, rewards)
@@ -125,13 +119,16 @@ class SRPOTrainer(PPOTrainerSync):
             fields=TensorDict(written, batch_size=len(batch)),
         )
 
-    def _advantages(self, uids: list[Any], rewards: Tensor, advantages: Any) -> Tensor:
+    def _advantages(self, batch: Any, data: Any, rewards: Tensor) -> Tensor:
         """verl's, 0 where a group has nothing to compare, and everywhere with ``method="sdpo"``."""
         algorithm = self.config.algorithm
         none = torch.full((len(rewards),), self._srpo.method == "sdpo")
         if algorithm.adv_estimator in _GROUP_ESTIMATORS and not algorithm.use_kl_in_reward:
-            none |= equal_groups(rewards, uids)
-        rows = [x.masked_fill(zero, 0.0) for x, zero in zip(advantages.unbind(), none, strict=True)]
+            # verl's "grpo" compares the last outputs of sessions, the others every output.
+            last = final_outputs(batch.keys, batch.tags)
+            compared = last if algorithm.adv_estimator == "grpo" else torch.ones_like(last)
+            none |= equal_groups(rewards, list(data["uid"]), compared)
+        rows = [x.masked_fill(zero, 0.0) for x, zero in zip(data["advantages"].unbind(), none, strict=True)]
         return torch.nested.as_nested_tensor(rows, layout=torch.jagged)
 
     def _route(self, batch: Any, data: Any, rewards: Tensor) -> RoutedBatch:

@@ -106,3 +106,5 @@ def _one_backend(backend: str | None = None, *args: Any, **kwargs: Any) -> None:
 dist.init_process_group = _one_backend  # type: ignore[assignment]
 # FSDP1 refuses to send the first rank's parameters to the others on a CPU; every rank has loaded the same.
 fsdp._check_module_states_for_sync_module_states = lambda module_states: None  # type: ignore[attr-defined]
+# FSDP2 pins what it keeps on the host, as verl wants it of a reference, and there is no accelerator to pin it for.
+torch.Tensor.pin_memory = lambda tensor, *_: tensor  # type: ignore[method-assign]

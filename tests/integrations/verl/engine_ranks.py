@@ -48,7 +48,10 @@ class Case:
     offload: bool = False
     bf16: bool = False
     pad_to_length: bool = False
-    lora: bool = False
+    lora: str | None = None
+    wrap_size: int = 0
+    offload_policy: bool = False
+    reference: bool = False
     teacher: Any = "ema"
     offload_states: bool = False
     temperature: float = 1.0
@@ -57,12 +60,16 @@ class Case:
     loss: dict[str, Any] = field(default_factory=dict)
 
     @property
+    def rate(self) -> float:
+        return 0.0 if self.teacher == "frozen" else 0.05
+
+    @property
     def config(self) -> sk.SRPOConfig:
         return sk.SRPOConfig(**self.loss)
 
 
 def build(case: Case, folder: Path, suffix: str = "", **optimizer: Any) -> SRPOEngine:
-    lora = {"lora_rank": 4, "lora_adapter_path": str(folder / f"adapter{suffix}")} if case.lora else {}
+    lora = {"lora_rank": 4, "lora_adapter_path": str(folder / f"{case.lora}{suffix}")} if case.lora else {}
     attention = packed_attention.NAME if case.sequence_parallel > 1 else "sdpa"
     model = HFModelConfig(
         path=str(folder / (case.model + ("" if case.lora else suffix))),
@@ -88,6 +95,9 @@ def build(case: Case, folder: Path, suffix: str = "", **optimizer: Any) -> SRPOE
         reshard_after_forward=case.reshard,
         param_offload=case.offload,
         optimizer_offload=case.offload,
+        offload_policy=case.offload_policy,
+        forward_only=case.reference,
+        wrap_policy={"min_num_params": case.wrap_size},
         pad_to_length=case.pad_to_length,
         pad_to_length_bucket=64,
     )
@@ -104,6 +114,7 @@ def build(case: Case, folder: Path, suffix: str = "", **optimizer: Any) -> SRPOE
         EngineOptions(
             loss=case.config,
             teacher=case.teacher,
+            teacher_update_rate=case.rate,
             teacher_tokens=60 // case.sequence_parallel,
             offload_teacher_states=case.offload_states,
         )
@@ -162,7 +173,7 @@ def plain_model(case: Case, folder: Path, suffix: str = "") -> Any:
     path = folder / (case.model + ("" if case.lora else suffix))
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager")
     if case.lora:
-        model = PeftModel.from_pretrained(model, folder / f"adapter{suffix}", is_trainable=True)
+        model = PeftModel.from_pretrained(model, folder / f"{case.lora}{suffix}", is_trainable=True)
     return model.eval()
 
 
@@ -242,6 +253,21 @@ def parity(rank: int, folder: Path, cases: Iterable[Case]) -> dict[str, dict[str
             "gradient": max(errors.values()),
             **_statistics_errors(case, batch, student, statistics, data),
         }
+    return results
+
+
+def reference(rank: int, folder: Path, cases: Iterable[Case]) -> dict[str, dict[str, float]]:
+    """By case: relative errors of what an engine without an optimizer, and so without a teacher, infers."""
+    results = {}
+    for case in cases:
+        batch = tiny.rollouts()
+        engine = build(case, folder)
+        assert engine.average is None
+        data = mini_batch(case, batch)
+        tu.assign_non_tensor(data, calculate_entropy=True)
+        with engine.eval_mode():
+            statistics = engine.infer_batch(data, loss_function=None)["model_output"]
+        results[case.name] = _statistics_errors(case, batch, plain_model(case, folder), statistics, data)
     return results
 
 

@@ -28,7 +28,7 @@ def states(case: Case, models: Path, checkpoint: Path) -> dict[str, Any]:
     for _ in range(3):
         _train(engine, data)
         for name, shard in _shards(engine).items():
-            plain[name] += 0.05 * (shard.to(plain[name]) - plain[name])
+            plain[name] += case.rate * (shard.to(plain[name]) - plain[name])
     found: dict[str, Any] = {"plain": plain, "student": _shards(engine)}
     found["averages"] = {name: average.clone() for name, average in engine.average.averages.items()}
     found["before_teacher"] = _shards(engine)

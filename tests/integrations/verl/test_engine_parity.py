@@ -34,13 +34,17 @@ ONE = [
     Case("KL, entropy, dual clip", loss=EVERYTHING),
     Case("live teacher", teacher="live"),
     Case("no teacher", teacher=None),
+    Case("nobody distilled", routed="none"),
+    Case("everybody distilled", routed="all"),
     Case("forward KL, no entropy weights", loss={"divergence": "forward_kl", "dw_beta": 0.0}),
 ]
 TWO = [
     Case("FSDP2"),
     Case("FSDP2, not resharded", reshard=False),
     Case("FSDP2, offloaded", offload=True, offload_states=True),
+    Case("FSDP2, kept on the host", offload_policy=True),
     Case("FSDP1, flat parameters", strategy="fsdp"),
+    Case("FSDP1, wrapped by size", strategy="fsdp", wrap_size=3000),
     Case("FSDP1, original parameters", strategy="fsdp", original=True),
     Case("FSDP1, not resharded", strategy="fsdp", reshard=False),
     Case("tied head", model="tied"),
@@ -54,8 +58,8 @@ TWO = [
     Case("sum by a constant length", loss={"reduction": "constant", "max_length": 12}),
     Case("a rank without a routed row", routed="last"),
     Case("a rank without a row", empty=(0, 1, 2, 3)),
-    Case("LoRA", lora=True),
-    Case("LoRA, FSDP1", lora=True, strategy="fsdp"),
+    Case("LoRA", lora="adapter"),
+    Case("LoRA, FSDP1", lora="adapter", strategy="fsdp"),
     Case("Ulysses 2", sequence_parallel=2),
     Case("Ulysses 2, FSDP1", sequence_parallel=2, strategy="fsdp"),
     Case("Ulysses 2, gspo", sequence_parallel=2, loss={"loss_type": "gspo"}),
@@ -94,6 +98,33 @@ def errors(models: Path) -> Any:
 def test_a_step_is_that_of_one_process(errors: Any, world: int, case: Case) -> None:
     for of_rank in errors(world):
         assert max(of_rank[case.name].values()) <= TOLERANCE, of_rank[case.name]
+
+
+REFERENCES = [
+    Case("FSDP2", reference=True),
+    Case("FSDP1", strategy="fsdp", reference=True),
+    Case("padded", packed=False, reference=True),
+    Case("temperature 0.7", temperature=0.7, reference=True),
+]
+
+
+def test_a_reference_infers_what_the_model_says(models: Path) -> None:
+    for of_rank in run_ranks(engine_ranks.reference, 2, models, REFERENCES, timeout_seconds=300):
+        for case in REFERENCES:
+            assert max(of_rank[case.name].values()) <= TOLERANCE, (case.name, of_rank[case.name])
+
+
+def _refusal(rank: int, folder: Path, case: Case) -> str:
+    with pytest.raises(ValueError) as raised:
+        engine_ranks.build(case, folder)
+    return str(raised.value)
+
+
+@pytest.mark.parametrize("strategy", ["fsdp", "fsdp2"])
+def test_lora_on_the_head_is_refused(models: Path, strategy: str) -> None:
+    case = Case("LoRA on the head", lora="head_adapter", strategy=strategy)
+    (message,) = run_ranks(_refusal, 1, models, case, timeout_seconds=300)
+    assert message.startswith("model.target_modules must leave out the LM head")
 
 
 def test_the_table_in_docs_is_of_these_cases(errors: Any) -> None:

@@ -21,9 +21,10 @@ CASES = [
     Case("FSDP2"),
     Case("FSDP1", strategy="fsdp"),
     Case("FSDP1, original parameters", strategy="fsdp", original=True),
-    Case("LoRA", lora=True),
+    Case("LoRA", lora="adapter"),
     Case("offloaded", offload=True),
     Case("bf16 parameters", bf16=True),
+    Case("frozen", teacher="frozen"),
 ]
 
 

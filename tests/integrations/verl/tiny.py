@@ -41,7 +41,7 @@ def _config(name: str) -> Any:
 
 
 def save_models(folder: Path) -> None:
-    """The student and the teacher of each kind of model, and an adapter of LoRA of each."""
+    """The student and the teacher of each kind of model, and adapters of LoRA of each, off the head or on it."""
     import transformers as tf
     from peft import LoraConfig, get_peft_model
 
@@ -58,11 +58,12 @@ def save_models(folder: Path) -> None:
             for parameter in model.parameters():
                 parameter.add_(0.02 * torch.randn(parameter.shape) * (parameter.dim() > 1))
         model.save_pretrained(folder / f"{name}_teacher")
-    for seed, name in ((1, "adapter"), (2, "adapter_teacher")):
-        torch.manual_seed(seed)
+    kinds: list[tuple[str, Any]] = [("adapter", "all-linear"), ("head_adapter", ["q_proj", "down_proj", "lm_head"])]
+    for seed, (name, modules) in enumerate((name + suffix, x) for suffix in ("", "_teacher") for name, x in kinds):
+        torch.manual_seed(1 + seed)
         model = tf.AutoModelForCausalLM.from_pretrained(folder / "untied", dtype=torch.float32)
         adapted = get_peft_model(
-            model, LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM", bias="none")
+            model, LoraConfig(r=4, lora_alpha=8, target_modules=modules, task_type="CAUSAL_LM", bias="none")
         )
         with torch.no_grad():
             for key, parameter in adapted.named_parameters():
@@ -86,7 +87,10 @@ class Rollouts(NamedTuple):
 
 
 def rollouts(*, routed: str = "some", empty: Sequence[int] = ()) -> Rollouts:
-    """``routed``: ``"some"``, five of the eight, or ``"last"``, of the second prompt alone; ``empty`` have no token."""
+    """``routed``: ``"some"``, five of the eight, ``"last"``, of the second prompt alone, ``"all"`` or ``"none"``.
+
+    ``empty`` have no token.
+    """
     draw = torch.Generator().manual_seed(1)
 
     def ids(low: int, high: int) -> Tensor:
@@ -108,6 +112,7 @@ def rollouts(*, routed: str = "some", empty: Sequence[int] = ()) -> Rollouts:
         if row in empty:
             mask.zero_()
     routing = sk.route_samples(rewards, groups, generator=torch.Generator().manual_seed(3))
+    sdpo_mask = {"all": torch.ones(8).bool(), "none": torch.zeros(8).bool()}.get(routed, routing.sdpo_mask)
     old, ref = numbers(0.1, -4.8), numbers(0.3, -4.8)
     solutions = [responses[int(i)] if i >= 0 else ids(1, 2) for i in routing.teacher_index]
     contexts = [torch.cat([p, torch.tensor([5, 6]), s, torch.tensor([7]), r])
@@ -116,7 +121,7 @@ def rollouts(*, routed: str = "some", empty: Sequence[int] = ()) -> Rollouts:
     if routed == "last":
         advantages[:4] = torch.tensor([0.5, -0.5, 1.0, -1.0])
     weights = [x.abs() + 0.5 for x in numbers(0.3, 0.0)]
-    return Rollouts(prompts, responses, masks, old, ref, weights, advantages, routing.sdpo_mask, contexts)
+    return Rollouts(prompts, responses, masks, old, ref, weights, advantages, sdpo_mask, contexts)
 
 
 def nested(tensors: Sequence[Tensor]) -> Tensor:

@@ -62,7 +62,7 @@ def write(folder: Path) -> None:
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=8,
-        max_position_embeddings=512,
+        max_position_embeddings=32768,
         tie_word_embeddings=False,
         pad_token_id=0,
         eos_token_id=1,
