@@ -24,10 +24,11 @@ from studies.learning.analysis import differences, stage_scores
 from studies.learning.base import make_model, make_tokenizer
 from studies.learning.drawing import draw
 from studies.learning.policy_optimization import Recipe
-from studies.learning.tasks import CHARACTERS, MAX_REPLY, with_solution
+from studies.learning.tasks import CHARACTERS, max_reply, with_solution
 from studies.learning.tasks import draw as draw_problem
 
 FAMILIES = ("sum", "split")
+EVERY = (*FAMILIES, "chain-6", "chain-20", "sort-4", "sort-8")
 METHODS = study_module.METHODS
 TINY = Recipe(steps=2, prompts=2, group_size=4, evaluate_every=1, evaluation_problems=4, evaluation_replies=2)
 
@@ -39,7 +40,7 @@ def test_solutions_are_correct_and_other_numbers_are_not(family, seed, held_out)
     reply = problem.solve(source)
     assert problem.held_out == held_out
     assert problem.correct(reply)
-    assert len(reply) < MAX_REPLY
+    assert len(reply) < max_reply(family)
     assert set(with_solution(problem.question, reply)) <= set(CHARACTERS)
     last = int(reply[-1])
     assert not problem.correct(f"{reply[:-1]}{(last + 1) % 10}")

@@ -1,0 +1,90 @@
+"""The cells of "When does SRPO pay?", in the order in which they are run: `questions.md` says why these."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from studies.learning.policy_optimization import Method, Recipe
+from studies.learning.tasks import Family
+
+# Of the choice of learning rates; a comparison has the seeds from 0 on.
+CHOICE_SEEDS = (100,)
+_SEEDS = 10
+RECIPE = Recipe(steps=120, prompts=8, evaluate_every=6, evaluation_problems=128, evaluation_replies=1)
+STARTS = (0.1, 0.3, 0.6)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What methods are compared in: a task, the first model, and the learning rates to choose from."""
+
+    family: Family
+    start: float
+    """Held-out accuracy at which supervised training stops: one of ``STARTS``."""
+    lrs: tuple[float, ...]
+
+    @property
+    def name(self) -> str:
+        """``chain-20@10``: the task, and the start in percent."""
+        return f"{self.family}@{100 * self.start:.0f}"
+
+
+KEY = ("cell", "method", "seed", "lr")
+
+
+class Stage(NamedTuple):
+    """Methods to compare in a cell."""
+
+    cell: Cell
+    methods: tuple[Method, ...]
+
+
+class Run(NamedTuple):
+    """One run; ``lr`` None is the one that the method's choice has shown to be best in this cell."""
+
+    cell: Cell
+    method: Method
+    seed: int
+    lr: float | None
+
+    @property
+    def key(self) -> tuple[str, str, int, float | None]:
+        """What tells it from all others in the CSV file."""
+        return self.cell.name, self.method, self.seed, self.lr
+
+
+_MAIN: tuple[Method, ...] = ("grpo", "srpo", "sdpo")
+_ABLATIONS: tuple[Method, ...] = ("srpo-unweighted", "mixing")
+
+
+def _cell(family: Family, start: float) -> Cell:
+    """Short replies bear a higher rate."""
+    least = 1e-4 if family in ("chain-6", "sort-4") else 5e-5
+    return Cell(family, start, tuple(least * factor for factor in (1, 2, 4, 8, 16)))
+
+
+PLAN = (
+    Stage(_cell("chain-20", 0.1), _MAIN),
+    Stage(_cell("chain-6", 0.1), _MAIN),
+    Stage(_cell("chain-20", 0.6), _MAIN),
+    Stage(_cell("sort-8", 0.1), _MAIN),
+    Stage(_cell("chain-20", 0.1), _ABLATIONS),
+    Stage(_cell("chain-12", 0.1), _MAIN),
+    Stage(_cell("chain-6", 0.6), _MAIN),
+    Stage(_cell("chain-20", 0.3), _MAIN),
+    Stage(_cell("sort-8", 0.6), _MAIN),
+    Stage(_cell("sort-4", 0.1), _MAIN),
+)
+
+
+def choice_runs(stage: Stage) -> list[Run]:
+    """Every learning rate on the seeds of the choice."""
+    return [
+        Run(stage.cell, method, seed, lr) for seed in CHOICE_SEEDS for lr in stage.cell.lrs for method in stage.methods
+    ]
+
+
+def comparison_runs(stage: Stage) -> list[Run]:
+    """The paired seeds, each for every method before the next."""
+    return [Run(stage.cell, method, seed, None) for seed in range(_SEEDS) for method in stage.methods]

@@ -1,0 +1,152 @@
+"""Runs the cells in their order; what the CSV file has is not run again."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, get_args
+
+import pandas as pd
+import torch
+from rich.console import Console
+
+from benchmarks.results import environment
+from studies.learning import RESULTS
+from studies.learning.base import held_out_accuracies, load_base, make_model, teach
+from studies.learning.cells import KEY, PLAN, RECIPE, STARTS, Cell, Run, Stage, choice_runs, comparison_runs
+from studies.learning.comparison import chosen_lr, outcomes
+from studies.learning.mechanism import PROBED_SEEDS, Probe
+from studies.learning.policy_optimization import run
+from studies.learning.tasks import Family
+
+_HIDDEN_SIZE, _LAYERS = 128, 2
+_TEACH_STEPS, _TEACH_LR = 20_000, 1e-3
+# The held-out accuracy at which a length is left for the next one.
+_TAUGHT = 0.8
+_Rows = tuple[pd.DataFrame, pd.DataFrame]
+
+
+def sweep(
+    only: str | None = None,
+    workers: int = 1,
+    folder: Path = Path("runs/cells"),
+    out: Path = RESULTS / "cells.csv",
+    mechanism: Path = RESULTS / "mechanism.csv",
+) -> None:
+    """Run the cells of `cells.py` in their order, first each method's learning rates, then the comparison.
+
+    Stopped and called again, it goes on with the first run that `out` does not have.
+
+    Args:
+        only: one cell, as in chain-20@10. Default: all.
+        workers: runs at a time, of one thread each.
+        folder: the first models of the cells.
+        out: CSV file, a line per evaluation.
+        mechanism: CSV file of what teacher and student do where a failed reply goes wrong.
+    """
+    names = [stage.cell.name for stage in PLAN]
+    if only is not None and only not in names:
+        raise SystemExit(f"--only {only}: no such cell, there are {', '.join(names)}")
+    torch.set_num_threads(1)
+    console = Console(soft_wrap=True)
+    for stage in PLAN:
+        if only in (None, stage.cell.name):
+            _start(folder, stage.cell, console)
+            _all(choice_runs(stage), workers, folder, out, mechanism, console)
+            _all(list(_with_lr(stage, out)), workers, folder, out, mechanism, console)
+
+
+def _with_lr(stage: Stage, out: Path) -> Iterator[Run]:
+    scores = outcomes(pd.read_csv(out))
+    for run_ in comparison_runs(stage):
+        yield run_._replace(lr=chosen_lr(scores, stage.cell.name, run_.method))
+
+
+def _all(runs: list[Run], workers: int, folder: Path, out: Path, mechanism: Path, console: Console) -> None:
+    """The runs that ``out`` does not have, ``workers`` at a time; each is appended when it has ended."""
+    done = _keys(out)
+    todo = [run for run in runs if run.key not in done]
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=context) as pool:
+        pending: dict[Future[_Rows], Run] = {pool.submit(train, folder, run): run for run in todo}
+        try:
+            while pending:
+                ended, _ = wait(pending, return_when=FIRST_COMPLETED)
+                for future in ended:
+                    run = pending.pop(future)
+                    rows, seen = future.result()
+                    _append(out, run, rows)
+                    _append(mechanism, run, seen)
+                    last, seconds = rows[-1]["accuracy"], rows[-1]["train_seconds"]
+                    console.print(
+                        f"{run.cell.name} {run.method} {run.lr:g} seed {run.seed}: {last:.3f}, {seconds:.0f} s"
+                    )
+        except BaseException:
+            pool.shutdown(cancel_futures=True, wait=False)
+            raise
+
+
+def train(folder: Path, run_: Run) -> _Rows:
+    """One run: what its evaluations have seen, and what the probe of the mechanism has."""
+    torch.set_num_threads(1)
+    cell, probe = run_.cell, Probe(run_.cell.family, run_.seed)
+    assert run_.lr is not None
+    recipe = replace(RECIPE, lr=run_.lr)
+    probed = {"watch": probe} if cell.family.startswith("chain") and run_.seed < PROBED_SEEDS else {}
+    base = load_base(_model(folder, cell.family, cell.start))
+    rows = list(run(base, run_.method, run_.seed, (cell.family,), recipe, **probed))
+    return pd.DataFrame(rows).drop(columns=f"accuracy_{cell.family}"), pd.DataFrame(probe.rows)
+
+
+def _start(folder: Path, cell: Cell, console: Console) -> None:
+    """Supervised training of the task from its shortest length to the cell's, kept where it first passes each start."""
+    if _model(folder, cell.family, cell.start).exists():
+        return
+    kind = cell.family.partition("-")[0]
+    model = make_model(_HIDDEN_SIZE, _LAYERS, seed=0)
+    for family in (name for name in get_args(Family) if name.startswith(kind)):
+
+        def progress(step: int, family: Family = family) -> bool:
+            seen = held_out_accuracies(model, (family,), 128, 1)
+            console.print(f"{step:6d} steps: {', '.join(f'{name} {value:.2f}' for name, value in seen.items())}")
+            for start in STARTS:
+                path = _model(folder, family, start)
+                if seen[family] >= start and not path.exists():
+                    model.save_pretrained(path)
+            return seen[family] >= _TAUGHT
+
+        teach(
+            model,
+            (family,),
+            steps=_TEACH_STEPS,
+            lr=_TEACH_LR,
+            seed=0,
+            shown=0.5,
+            evaluate_every=10,
+            progress=progress,
+        )
+
+
+def _model(folder: Path, family: Family, start: float) -> Path:
+    return folder / f"{family}@{100 * start:.0f}"
+
+
+def _keys(path: Path) -> set[tuple[Any, ...]]:
+    if not path.exists():
+        return set()
+    return set(pd.read_csv(path)[list(KEY)].drop_duplicates().itertuples(index=False, name=None))
+
+
+def _append(path: Path, run_: Run, rows: pd.DataFrame) -> None:
+    """Add a run's lines to the file; what it was run on stands in the first of them."""
+    if rows.empty:
+        return
+    key = pd.DataFrame([run_.key] * len(rows), columns=list(KEY))
+    place = pd.DataFrame([environment(torch.device("cpu"), 1)])
+    table = pd.concat([key, rows, place], axis=1)
+    before = [pd.read_csv(path)] if path.exists() else []
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pd.concat([*before, table], ignore_index=True).to_csv(path, index=False, float_format="%.4g")
