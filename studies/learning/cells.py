@@ -65,16 +65,16 @@ def _cell(family: Family, start: float) -> Cell:
 
 
 PLAN = (
-    Stage(_cell("chain-20", 0.1), _MAIN),
     Stage(_cell("chain-6", 0.1), _MAIN),
+    Stage(_cell("chain-20", 0.1), _MAIN),
+    Stage(_cell("chain-6", 0.6), _MAIN),
     Stage(_cell("chain-20", 0.6), _MAIN),
     Stage(_cell("sort-8", 0.1), _MAIN),
     Stage(_cell("chain-20", 0.1), _ABLATIONS),
     Stage(_cell("chain-12", 0.1), _MAIN),
-    Stage(_cell("chain-6", 0.6), _MAIN),
+    Stage(_cell("sort-4", 0.1), _MAIN),
     Stage(_cell("chain-20", 0.3), _MAIN),
     Stage(_cell("sort-8", 0.6), _MAIN),
-    Stage(_cell("sort-4", 0.1), _MAIN),
 )
 
 

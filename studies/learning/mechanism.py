@@ -28,8 +28,8 @@ class Probe:
     """What ``run`` calls with both models; ``rows`` has a line per step and place in the failed replies.
 
     Places: ``before`` the first wrong token, ``at`` it and ``after`` it, of running totals alone, and ``reply`` for
-    what is one number for all. A chain has one correct reply, so the shown sibling's token is the right one of the question;
-    the consistent one adds the next digit to the total that the student has written.
+    what is one number for all. A chain has one correct reply, so the shown sibling's token is the right one of the
+    question; the consistent one adds the next digit to the total that the student has written.
     """
 
     def __init__(self, family: Family, seed: int) -> None:

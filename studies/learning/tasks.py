@@ -8,7 +8,7 @@ from collections.abc import Callable
 from random import Random
 from typing import Literal, NamedTuple
 
-Family = Literal["sum", "split", "chain-3", "chain-6", "chain-12", "chain-20", "sort-4", "sort-6", "sort-8"]
+Family = Literal["sum", "split", "chain-3", "chain-6", "chain-12", "chain-20", "sort-3", "sort-4", "sort-6", "sort-8"]
 
 # Every character that a prompt or a reply can have.
 CHARACTERS = "0123456789+=~[]"
