@@ -24,7 +24,7 @@ from studies.learning.tasks import Family
 
 _HIDDEN_SIZE, _LAYERS = 128, 2
 _TEACH_STEPS, _TEACH_LR = 20_000, 1e-3
-# The held-out accuracy at which a length is left for the next one.
+# The held-out accuracy at which a length is left for the next one, a start like the others.
 _TAUGHT = 0.8
 # What a start has to reach with a solution shown: a teacher that cannot use one is another study's subject.
 _SHOWN = 0.9
@@ -108,17 +108,22 @@ def _start(folder: Path, cell: Cell, console: Console) -> None:
     if _model(folder, cell.family, cell.start).exists():
         return
     kind = cell.family.partition("-")[0]
+    lengths: list[Family] = [name for name in get_args(Family) if name.startswith(kind)]
     model = make_model(_HIDDEN_SIZE, _LAYERS, seed=0)
-    for family in (name for name in get_args(Family) if name.startswith(kind)):
+    for family in lengths[: lengths.index(cell.family) + 1]:
+        taught = _model(folder, family, _TAUGHT)
+        if taught.exists():
+            model = load_base(taught)
+            continue
 
-        def progress(step: int, family: Family = family) -> bool:
+        def progress(step: int, model: Any = model, family: Family = family) -> bool:
             seen = held_out_accuracies(model, (family,), 128, 1)
             console.print(f"{step:6d} steps: {', '.join(f'{name} {value:.2f}' for name, value in seen.items())}")
-            for start in STARTS:
+            for start in (*STARTS, _TAUGHT):
                 path = _model(folder, family, start)
                 if seen[family] >= start and seen[f"{family} shown"] >= _SHOWN and not path.exists():
                     model.save_pretrained(path)
-            return seen[family] >= _TAUGHT
+            return _model(folder, family, _TAUGHT).exists()
 
         teach(
             model,
