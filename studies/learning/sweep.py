@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 from collections.abc import Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
@@ -63,43 +63,43 @@ def sweep(
 
 def _with_lr(stage: Stage, out: Path) -> Iterator[Run]:
     scores = outcomes(pd.read_csv(out))
-    for run_ in comparison_runs(stage):
-        yield run_._replace(lr=chosen_lr(scores, stage.cell.name, run_.method))
+    for planned in comparison_runs(stage):
+        yield planned._replace(lr=chosen_lr(scores, stage.cell.name, planned.method))
 
 
 def _all(runs: list[Run], workers: int, folder: Path, out: Path, mechanism: Path, console: Console) -> None:
     """The runs that ``out`` does not have, ``workers`` at a time; each is appended when it has ended."""
     done = _keys(out)
-    todo = [run for run in runs if run.key not in done]
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context) as pool:
-        pending: dict[Future[_Rows], Run] = {pool.submit(train, folder, run): run for run in todo}
+    todo = [planned for planned in runs if planned.key not in done]
+    for ended, (rows, seen) in _ended(todo, workers, folder):
+        _append(out, ended, rows)
+        _append(mechanism, ended, seen)
+        last, seconds = rows["accuracy"].iloc[-1], rows["train_seconds"].iloc[-1]
+        console.print(f"{ended.cell.name} {ended.method} {ended.lr:g}, seed {ended.seed}: {last:.3f}, {seconds:.0f} s")
+
+
+def _ended(runs: list[Run], workers: int, folder: Path) -> Iterator[tuple[Run, _Rows]]:
+    if workers == 1:
+        yield from ((planned, train(folder, planned)) for planned in runs)
+        return
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        futures = {pool.submit(train, folder, planned): planned for planned in runs}
         try:
-            while pending:
-                ended, _ = wait(pending, return_when=FIRST_COMPLETED)
-                for future in ended:
-                    run = pending.pop(future)
-                    rows, seen = future.result()
-                    _append(out, run, rows)
-                    _append(mechanism, run, seen)
-                    last, seconds = rows[-1]["accuracy"], rows[-1]["train_seconds"]
-                    console.print(
-                        f"{run.cell.name} {run.method} {run.lr:g} seed {run.seed}: {last:.3f}, {seconds:.0f} s"
-                    )
+            yield from ((futures[future], future.result()) for future in as_completed(futures))
         except BaseException:
             pool.shutdown(cancel_futures=True, wait=False)
             raise
 
 
-def train(folder: Path, run_: Run) -> _Rows:
+def train(folder: Path, planned: Run) -> _Rows:
     """One run: what its evaluations have seen, and what the probe of the mechanism has."""
     torch.set_num_threads(1)
-    cell, probe = run_.cell, Probe(run_.cell.family, run_.seed)
-    assert run_.lr is not None
-    recipe = replace(RECIPE, lr=run_.lr)
-    probed = {"watch": probe} if cell.family.startswith("chain") and run_.seed < PROBED_SEEDS else {}
+    cell, probe = planned.cell, Probe(planned.cell.family, planned.seed)
+    assert planned.lr is not None
+    recipe = replace(RECIPE, lr=planned.lr)
+    probed = {"watch": probe} if cell.family.startswith("chain") and planned.seed < PROBED_SEEDS else {}
     base = load_base(_model(folder, cell.family, cell.start))
-    rows = list(run(base, run_.method, run_.seed, (cell.family,), recipe, **probed))
+    rows = list(run(base, planned.method, planned.seed, (cell.family,), recipe, **probed))
     return pd.DataFrame(rows).drop(columns=f"accuracy_{cell.family}"), pd.DataFrame(probe.rows)
 
 
@@ -148,13 +148,13 @@ def _keys(path: Path) -> set[tuple[Any, ...]]:
     return set(pd.read_csv(path)[list(KEY)].drop_duplicates().itertuples(index=False, name=None))
 
 
-def _append(path: Path, run_: Run, rows: pd.DataFrame) -> None:
-    """Add a run's lines to the file; what it was run on stands in the first of them."""
+def _append(path: Path, planned: Run, rows: pd.DataFrame) -> None:
+    """Add a run's lines to the file, in place of those it may have; what it was run on stands in the first."""
     if rows.empty:
         return
-    key = pd.DataFrame([run_.key] * len(rows), columns=list(KEY))
+    key = pd.DataFrame([planned.key] * len(rows), columns=list(KEY))
     place = pd.DataFrame([environment(torch.device("cpu"), 1)])
     table = pd.concat([key, rows, place], axis=1)
-    before = [pd.read_csv(path)] if path.exists() else []
+    before = [old[~(old[list(KEY)] == planned.key).all(axis=1)] for old in [pd.read_csv(path)]] if path.exists() else []
     path.parent.mkdir(parents=True, exist_ok=True)
     pd.concat([*before, table], ignore_index=True).to_csv(path, index=False, float_format="%.4g")

@@ -1,0 +1,219 @@
+"""Tables and pictures of the cells and of the mechanism, from their CSV files."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pandas as pd
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+
+from benchmarks.pictures import STYLE
+from benchmarks.results import describe_environment
+from studies.learning.analysis import COLOURS, band_line, interval
+from studies.learning.comparison import PRIMARY, Difference, difference, holm, is_choice, outcomes
+from tools.documents import markdown_table
+
+_PLACES = ("before", "at", "after")
+_WHERE = {"before": "before the first wrong token", "at": "at it", "after": "after it"}
+_HELD = {
+    "student_consistent": ("student, consistent total", "#8d99ae", "-"),
+    "student_shown": ("student, shown total", "#8d99ae", "--"),
+    "teacher_consistent": ("teacher, consistent total", "#d1495b", "-"),
+    "teacher_shown": ("teacher, shown total", "#d1495b", "--"),
+}
+_COSINES = {
+    "cosine_grpo": ("GRPO, all replies", "#30638e"),
+    "cosine_distillation": ("distillation, all tokens", "#d1495b"),
+    "cosine_distillation_before": ("... before the first wrong token", "#8d99ae"),
+    "cosine_distillation_at": ("... at it", "#4f772d"),
+    "cosine_distillation_after": ("... after it", "#edae49"),
+}
+
+
+def cell_table(rows: pd.DataFrame) -> str:
+    """Every compared method of every cell at its own learning rate, as Markdown."""
+    scores = outcomes(rows)
+    compared, lines = scores[~is_choice(scores)], []
+    for (cell, method), own in compared.groupby(["cell", "method"], sort=False):
+        line = {
+            "cell": f"`{cell}`",
+            "method": f"`{method}`",
+            "learning rate": f"{own['lr'].iloc[0]:g}",
+            "runs": len(own),
+        }
+        for outcome in ("early", "end", "best"):
+            mean, half = interval(own[outcome])
+            line[outcome] = f"{100 * mean:.1f} ± {100 * half:.1f}"
+        lines.append(line | {"collapsed": int(own["collapsed"].sum())})
+    starts = ", ".join(f"{cell} from {100 * start:.0f}" for cell, start in _starts(scores).items())
+    return markdown_table(
+        pd.DataFrame(lines),
+        f"Held-out accuracy in percent, mean and 95 % interval over runs ({rows['step'].max():.0f} steps; early: mean "
+        f"of the first fifth, end: of the last; collapsed: runs). {starts}. "
+        f"{describe_environment(_first_lines(rows))}.",
+    )
+
+
+def _starts(scores: pd.DataFrame) -> pd.Series:
+    return scores.groupby("cell", sort=False)["start"].mean()
+
+
+def _first_lines(rows: pd.DataFrame) -> pd.DataFrame:
+    """The lines that have what a run was run on."""
+    return rows.dropna(subset="commit")
+
+
+def primary_differences(rows: pd.DataFrame) -> list[tuple[str, str, str, str, Difference, float]]:
+    """Cell, outcome, method, the other, their difference and its p after Holm over all that there are.
+
+    A comparison needs two pairs.
+    """
+    scores = outcomes(rows)
+    compared, found = scores[~is_choice(scores)], []
+    for cell, own in compared.groupby("cell", sort=False):
+        for outcome, method, other in PRIMARY:
+            seeds = [set(own.loc[own["method"] == name, "seed"]) for name in (method, other)]
+            if len(set.intersection(*seeds)) > 1:
+                found.append((str(cell), outcome, method, other, difference(own, outcome, method, other)))
+    corrected = holm([entry[-1].p for entry in found])
+    return [(*entry, p) for entry, p in zip(found, corrected, strict=True)]
+
+
+def difference_table(rows: pd.DataFrame) -> str:
+    """The primary comparisons, as Markdown."""
+    found = primary_differences(rows)
+    lines = [
+        {
+            "cell": f"`{cell}`",
+            "outcome": outcome,
+            "difference": f"`{method}` less `{other}`",
+            "points": f"{100 * d.mean:+.1f} ({100 * d.low:+.1f} to {100 * d.high:+.1f})",
+            "pairs": d.pairs,
+            "p": f"{d.p:.2g}",
+            "p, Holm": f"{p:.2g}",
+        }
+        for cell, outcome, method, other, d, p in found
+    ]
+    return markdown_table(
+        pd.DataFrame(lines),
+        "Differences in points over pairs of the same seed, mean with its 95 % interval (Student's t), p of a paired "
+        f"t-test and the same after Holm's correction for all {len(found)} comparisons of the table.",
+    )
+
+
+def choice_table(rows: pd.DataFrame) -> str:
+    """Area under the accuracy curve by learning rate, on the seeds of the choice, as Markdown."""
+    scores = outcomes(rows)
+    chosen = scores[is_choice(scores)]
+    lines = []
+    for (cell, method), own in chosen.groupby(["cell", "method"], sort=False):
+        mean = own.groupby("lr")["area"].mean()
+        fallen = own.groupby("lr")["collapsed"].any()
+        line = {"cell": f"`{cell}`", "method": f"`{method}`"}
+        for place, (lr, area) in enumerate(mean.items(), 1):
+            mark = "**" if lr == mean.idxmax() else ""
+            line[f"rate {place}"] = f"{lr:g}: {mark}{100 * area:.1f}{mark}{' ↓' if fallen[lr] else ''}"
+        lines.append(line)
+    return markdown_table(
+        pd.DataFrame(lines),
+        "Mean accuracy over a run in percent, by learning rate, on the seed of the choice. Bold: chosen; ↓: collapsed.",
+    )
+
+
+def cell_curves(rows: pd.DataFrame) -> Any:
+    """A line of panels per cell: accuracy against steps at the chosen rates, and area against the learning rate."""
+    scores = outcomes(rows)
+    cells = list(dict.fromkeys(rows["cell"]))
+    with plt.rc_context(STYLE):
+        size = (9, 2.8 * len(cells))
+        figure, panels = plt.subplots(len(cells), 2, figsize=size, squeeze=False, layout="constrained")
+        for line, cell in zip(panels, cells, strict=True):
+            own = rows[(rows["cell"] == cell) & ~is_choice(rows)]
+            for method, runs in own.groupby("method", sort=False):
+                band = runs.groupby("step")["accuracy"].apply(interval)
+                band_line(line[0], band.index.to_numpy(), band, str(method))
+            line[0].set(xlabel="step", title=f"{cell}: held-out accuracy, each at its own rate")
+            _rates(line[1], scores[(scores["cell"] == cell) & is_choice(scores)])
+            line[1].set(xlabel="learning rate", title=f"{cell}: mean accuracy over the run", xscale="log")
+            for panel in line:
+                panel.grid(alpha=0.25)
+                panel.set_ylim(0, 1)
+        panels[0][1].legend(frameon=False)
+    return figure
+
+
+def _rates(panel: Axes, scores: pd.DataFrame) -> None:
+    for method, own in scores.groupby("method", sort=False):
+        mean = own.groupby("lr")["area"].mean()
+        panel.plot(mean.index, mean, "o-", color=COLOURS[method], label=method, markersize=3)  # type: ignore[index]
+
+
+def mechanism_figure(rows: pd.DataFrame) -> Any:
+    """Of SRPO's runs in the cell of the longest replies: what both models hold around the first error, gradients by
+    place, and their cosines."""
+    cell = max(rows["cell"], key=lambda name: int(name.partition("@")[0].rpartition("-")[2]))
+    own = rows[(rows["cell"] == cell) & (rows["method"] == "srpo")]
+    steps = sorted(own["step"].unique())
+    with plt.rc_context(STYLE):
+        figure, panels = plt.subplots(1, 3, figsize=(12, 3.4), layout="constrained")
+        early = own[own["step"] == steps[0]]
+        for name, (label, colour, style) in _HELD.items():
+            panels[0].plot(_PLACES, _by_place(early, name), style, marker="o", color=colour, label=label)
+        panels[0].set(title=f"{cell}: probability of a total, first model", ylim=(0, 1))
+        for name, method in (("gradient_srpo", "srpo"), ("gradient_grpo", "grpo")):
+            for step, style in zip((steps[0], steps[-1]), ("-", "--"), strict=True):
+                at = _by_place(own[own["step"] == step], name)
+                panels[1].plot(_PLACES, at, style, marker="o", color=COLOURS[method], label=f"{method}, step {step}")  # type: ignore[index]
+        panels[1].set(title="gradient norm at a failed reply's logits", ylim=(0, None))
+        whole = own[own["place"] == "reply"].groupby("step")
+        for name, (label, colour) in _COSINES.items():
+            mean = whole[name].mean()
+            panels[2].plot(mean.index, mean, "o-", color=colour, label=label, markersize=3)
+        panels[2].axhline(0, color="black", linewidth=0.6)
+        panels[2].set(xlabel="step", title="cosine with the supervised gradient")
+        for panel in panels:
+            panel.grid(alpha=0.25)
+            panel.legend(frameon=False, fontsize=7)
+    return figure
+
+
+def _by_place(rows: pd.DataFrame, name: str) -> list[float]:
+    """Means over runs, weighted by their tokens."""
+    values = []
+    for place in _PLACES:
+        own = rows[rows["place"] == place]
+        values.append(float((own[name] * own["tokens"]).sum() / own["tokens"].sum()) if len(own) else float("nan"))
+    return values
+
+
+def mechanism_table(rows: pd.DataFrame) -> str:
+    """Of every cell's SRPO runs at every probed step, as Markdown."""
+    lines = []
+    for (cell, step), own in rows[rows["method"] == "srpo"].groupby(["cell", "step"], sort=False):
+        held = {name: _by_place(own, name) for name in (*_HELD, "divergence", "teacher_entropy", "gradient_srpo")}
+        whole = own[own["place"] == "reply"]
+        tokens = own.groupby("place")["tokens"].sum().reindex(_PLACES)
+        lines.append(
+            {
+                "cell": f"`{cell}`",
+                "step": step,
+                "student right": f"{100 * whole['student_accuracy'].mean():.0f}",
+                "teacher right": f"{100 * whole['teacher_accuracy'].mean():.0f}",
+                "distilled totals": _three(100 * tokens / tokens.sum(), ".0f"),
+                "teacher: shown total": _three([100 * value for value in held["teacher_shown"]], ".0f"),
+                "teacher: consistent total": _three([100 * value for value in held["teacher_consistent"]], ".0f"),
+                "divergence": _three(held["divergence"], ".3f"),
+                "cosine of distillation": _three([whole[f"cosine_distillation_{p}"].mean() for p in _PLACES], ".2f"),
+                "of GRPO": f"{whole['cosine_grpo'].mean():.2f}",
+            }
+        )
+    return markdown_table(
+        pd.DataFrame(lines),
+        f"SRPO's runs, means. Three numbers: {', '.join(_WHERE.values())}. Divergence in nats, cosines with the gradient of "
+        "the supervised loss on the right replies, everything else in percent.",
+    )
+
+
+def _three(values: Any, form: str) -> str:
+    return " / ".join("-" if pd.isna(value) else f"{value:{form}}" for value in values)
