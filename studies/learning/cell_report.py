@@ -14,6 +14,7 @@ from studies.learning.analysis import COLOURS, band_line, interval
 from studies.learning.comparison import PRIMARY, Difference, difference, holm, is_choice, outcomes
 from tools.documents import markdown_table
 
+_NOTHING = "No comparison has been run yet."
 _PLACES = ("before", "at", "after")
 _WHERE = {"before": "before the first wrong token", "at": "at it", "after": "after it"}
 _HELD = {
@@ -23,11 +24,11 @@ _HELD = {
     "teacher_shown": ("teacher, shown total", "#d1495b", "--"),
 }
 _COSINES = {
-    "cosine_grpo": ("GRPO, all replies", "#30638e"),
-    "cosine_distillation": ("distillation, all tokens", "#d1495b"),
-    "cosine_distillation_before": ("... before the first wrong token", "#8d99ae"),
-    "cosine_distillation_at": ("... at it", "#4f772d"),
-    "cosine_distillation_after": ("... after it", "#edae49"),
+    "cosine_grpo": "GRPO,\nall replies",
+    "cosine_distillation": "distilled,\nall tokens",
+    "cosine_distillation_before": "before",
+    "cosine_distillation_at": "at",
+    "cosine_distillation_after": "after",
 }
 
 
@@ -35,6 +36,8 @@ def cell_table(rows: pd.DataFrame) -> str:
     """Every compared method of every cell at its own learning rate, as Markdown."""
     scores = outcomes(rows)
     compared, lines = scores[~is_choice(scores)], []
+    if compared.empty:
+        return _NOTHING
     for (cell, method), own in compared.groupby(["cell", "method"], sort=False):
         line = {
             "cell": f"`{cell}`",
@@ -83,6 +86,8 @@ def primary_differences(rows: pd.DataFrame) -> list[tuple[str, str, str, str, Di
 def difference_table(rows: pd.DataFrame) -> str:
     """The primary comparisons, as Markdown."""
     found = primary_differences(rows)
+    if not found:
+        return _NOTHING
     lines = [
         {
             "cell": f"`{cell}`",
@@ -150,32 +155,45 @@ def _rates(panel: Axes, scores: pd.DataFrame) -> None:
 
 
 def mechanism_figure(rows: pd.DataFrame) -> Any:
-    """Of SRPO's runs in the cell of the longest replies: what both models hold around the first error, gradients by
-    place, and their cosines."""
-    cell = max(rows["cell"], key=lambda name: int(name.partition("@")[0].rpartition("-")[2]))
-    own = rows[(rows["cell"] == cell) & (rows["method"] == "srpo")]
-    steps = sorted(own["step"].unique())
+    """A line of panels per start: what both models hold around the first error, gradients by place, and their cosines.
+
+    Dashed and faint: later steps of SRPO's runs, where there are some.
+    """
+    rows = _probed(rows)
+    cells = list(dict.fromkeys(rows["cell"]))
     with plt.rc_context(STYLE):
-        figure, panels = plt.subplots(1, 3, figsize=(12, 3.4), layout="constrained")
-        early = own[own["step"] == steps[0]]
-        for name, (label, colour, style) in _HELD.items():
-            panels[0].plot(_PLACES, _by_place(early, name), style, marker="o", color=colour, label=label)
-        panels[0].set(title=f"{cell}: probability of a total, first model", ylim=(0, 1))
-        for name, method in (("gradient_srpo", "srpo"), ("gradient_grpo", "grpo")):
-            for step, style in zip((steps[0], steps[-1]), ("-", "--"), strict=True):
-                at = _by_place(own[own["step"] == step], name)
-                panels[1].plot(_PLACES, at, style, marker="o", color=COLOURS[method], label=f"{method}, step {step}")  # type: ignore[index]
-        panels[1].set(title="gradient norm at a failed reply's logits", ylim=(0, None))
-        whole = own[own["place"] == "reply"].groupby("step")
-        for name, (label, colour) in _COSINES.items():
-            mean = whole[name].mean()
-            panels[2].plot(mean.index, mean, "o-", color=colour, label=label, markersize=3)
-        panels[2].axhline(0, color="black", linewidth=0.6)
-        panels[2].set(xlabel="step", title="cosine with the supervised gradient")
-        for panel in panels:
-            panel.grid(alpha=0.25)
-            panel.legend(frameon=False, fontsize=7)
+        figure, panels = plt.subplots(
+            len(cells), 3, figsize=(12, 3.2 * len(cells)), squeeze=False, layout="constrained"
+        )
+        for (held, gradients, cosines), cell in zip(panels, cells, strict=True):
+            own = rows[rows["cell"] == cell]
+            for name, (label, colour, style) in _HELD.items():
+                at = _by_place(own[own["step"] == 0], name)
+                held.plot(_PLACES, at, style, marker="o", color=colour, label=label)
+            held.set(title=f"{cell}: probability of a total, first model", ylim=(0, 1.02))
+            for step, probed in own.groupby("step"):
+                look: Any = {"marker": "o", "markersize": 3, "linestyle": "--" if step else "-"}
+                look["alpha"] = 0.4 if step else 1.0
+                for method in ("srpo", "grpo"):
+                    label = f"{method}'s" if step == 0 else ""
+                    at = _by_place(probed, f"gradient_{method}")
+                    gradients.plot(_PLACES, at, color=COLOURS[method], label=label, **look)
+                whole = probed[probed["place"] == "reply"]
+                mean = [whole[name].mean() for name in _COSINES]
+                cosines.plot(list(_COSINES.values()), mean, color="black", **look)
+            gradients.set(title=f"{cell}: gradient norm at a total's logits", ylim=(0, None))
+            cosines.axhline(0, color="black", linewidth=0.6)
+            cosines.set(title=f"{cell}: cosine with the supervised gradient")
+            for panel in (held, gradients, cosines):
+                panel.grid(alpha=0.25)
+        panels[0][0].legend(frameon=False, fontsize=7)
+        panels[0][1].legend(frameon=False, fontsize=7)
     return figure
+
+
+def _probed(rows: pd.DataFrame) -> pd.DataFrame:
+    """The first models, and the later steps of SRPO's runs."""
+    return rows[(rows["method"] == "start") | ((rows["method"] == "srpo") & (rows["step"] > 0))]
 
 
 def _by_place(rows: pd.DataFrame, name: str) -> list[float]:
@@ -190,7 +208,7 @@ def _by_place(rows: pd.DataFrame, name: str) -> list[float]:
 def mechanism_table(rows: pd.DataFrame) -> str:
     """Of every cell's SRPO runs at every probed step, as Markdown."""
     lines = []
-    for (cell, step), own in rows[rows["method"] == "srpo"].groupby(["cell", "step"], sort=False):
+    for (cell, step), own in _probed(rows).groupby(["cell", "step"], sort=False):
         held = {name: _by_place(own, name) for name in (*_HELD, "divergence", "teacher_entropy", "gradient_srpo")}
         whole = own[own["place"] == "reply"]
         tokens = own.groupby("place")["tokens"].sum().reindex(_PLACES)
@@ -210,8 +228,8 @@ def mechanism_table(rows: pd.DataFrame) -> str:
         )
     return markdown_table(
         pd.DataFrame(lines),
-        f"SRPO's runs, means. Three numbers: {', '.join(_WHERE.values())}. Divergence in nats, cosines with the gradient of "
-        "the supervised loss on the right replies, everything else in percent.",
+        f"First models (step 0) and SRPO's runs, means. Three numbers: {', '.join(_WHERE.values())}. Divergence in "
+        "nats, cosines with the gradient of the supervised loss on the right replies, everything else in percent.",
     )
 
 

@@ -31,6 +31,7 @@ class Cell:
 
 
 KEY = ("cell", "method", "seed", "lr")
+Key = tuple[str, str, int, float | None]
 
 
 class Stage(NamedTuple):
@@ -49,7 +50,7 @@ class Run(NamedTuple):
     lr: float | None
 
     @property
-    def key(self) -> tuple[str, str, int, float | None]:
+    def key(self) -> Key:
         """What tells it from all others in the CSV file."""
         return self.cell.name, self.method, self.seed, self.lr
 
@@ -60,7 +61,7 @@ _ABLATIONS: tuple[Method, ...] = ("srpo-unweighted", "mixing")
 
 def _cell(family: Family, start: float) -> Cell:
     """Short replies bear a higher rate."""
-    least = 1e-4 if family in ("chain-6", "sort-4") else 5e-5
+    least = 2e-4 if family in ("chain-6", "sort-4") else 1e-4
     return Cell(family, start, tuple(least * factor for factor in (1, 2, 4, 8, 16)))
 
 

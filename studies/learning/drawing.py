@@ -31,26 +31,30 @@ def draw(
         document: takes the tables, between its markers.
         figures: folder for the pictures.
     """
-    for path, command in ((cells, "sweep"), (mechanism, "sweep"), (study, "study")):
-        if not path.exists():
-            raise SystemExit(f"{path} is not there: run `python -m studies.learning {command}` first")
-    swept, probed = pd.read_csv(cells), pd.read_csv(mechanism)
+    if not study.exists():
+        raise SystemExit(f"{study} is not there: run `python -m studies.learning study` first")
     runs = analysis.complete(pd.read_csv(study))
     scores = analysis.stage_scores(runs)
     tables = {
-        "cells": cell_report.cell_table(swept),
-        "cell-differences": cell_report.difference_table(swept),
-        "rates": cell_report.choice_table(swept),
-        "mechanism": cell_report.mechanism_table(probed),
         "stages": analysis.stage_table(scores, runs),
         "differences": analysis.difference_table(scores),
         "pretrained": "Not measured yet: `python -m studies.learning pretrained`.",
     }
+    not_swept = "Not run yet: `python -m studies.learning sweep`."
+    tables |= dict.fromkeys(("cells", "cell-differences", "rates", "mechanism"), not_swept)
+    if cells.exists():
+        swept = pd.read_csv(cells)
+        tables["cells"] = cell_report.cell_table(swept)
+        tables["cell-differences"] = cell_report.difference_table(swept)
+        tables["rates"] = cell_report.choice_table(swept)
+        save(cell_report.cell_curves(swept), figures, "learning_cells")
+    if mechanism.exists():
+        probed = pd.read_csv(mechanism)
+        tables["mechanism"] = cell_report.mechanism_table(probed)
+        save(cell_report.mechanism_figure(probed), figures, "learning_mechanism")
     if pretrained.exists():
         steps = pretrained_analysis.read(pretrained)
         tables["pretrained"] = pretrained_analysis.table(steps)
         save(pretrained_analysis.curves(steps), figures, "learning_pretrained")
     replace_marked(document, tables)
     save(analysis.curves(runs), figures, "learning")
-    save(cell_report.cell_curves(swept), figures, "learning_cells")
-    save(cell_report.mechanism_figure(probed), figures, "learning_mechanism")

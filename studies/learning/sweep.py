@@ -16,13 +16,13 @@ from rich.console import Console
 from benchmarks.results import environment
 from studies.learning import RESULTS
 from studies.learning.base import held_out_accuracies, load_base, make_model, teach
-from studies.learning.cells import KEY, PLAN, RECIPE, STARTS, Cell, Run, Stage, choice_runs, comparison_runs
+from studies.learning.cells import KEY, PLAN, RECIPE, STARTS, Cell, Key, Run, Stage, choice_runs, comparison_runs
 from studies.learning.comparison import chosen_lr, outcomes
 from studies.learning.mechanism import PROBED_SEEDS, Probe
 from studies.learning.policy_optimization import run
 from studies.learning.tasks import Family
 
-_HIDDEN_SIZE, _LAYERS = 128, 2
+_HIDDEN_SIZE, _LAYERS = 64, 2
 _TEACH_STEPS, _TEACH_LR = 20_000, 1e-3
 # The held-out accuracy at which a length is left for the next one, a start like the others.
 _TAUGHT = 0.8
@@ -38,7 +38,7 @@ def sweep(
     out: Path = RESULTS / "cells.csv",
     mechanism: Path = RESULTS / "mechanism.csv",
 ) -> None:
-    """Run the cells of `cells.py` in their order, first each method's learning rates, then the comparison.
+    """Train the first models, then run the cells of `cells.py` in their order: learning rates, then the comparison.
 
     Stopped and called again, it goes on with the first run that `out` does not have.
 
@@ -54,11 +54,15 @@ def sweep(
         raise SystemExit(f"--only {only}: no such cell, there are {', '.join(names)}")
     torch.set_num_threads(1)
     console = Console(soft_wrap=True)
-    for stage in PLAN:
-        if only in (None, stage.cell.name):
+    stages = [stage for stage in PLAN if only in (None, stage.cell.name)]
+    for stage in stages:
+        if _is_probed(stage.cell):
             _start(folder, stage.cell, console)
-            _all(choice_runs(stage), workers, folder, out, mechanism, console)
-            _all(list(_with_lr(stage, out)), workers, folder, out, mechanism, console)
+            _probe_start(folder, stage.cell, mechanism)
+    for stage in stages:
+        _start(folder, stage.cell, console)
+        _all(choice_runs(stage), workers, folder, out, mechanism, console)
+        _all(list(_with_lr(stage, out)), workers, folder, out, mechanism, console)
 
 
 def _with_lr(stage: Stage, out: Path) -> Iterator[Run]:
@@ -72,8 +76,8 @@ def _all(runs: list[Run], workers: int, folder: Path, out: Path, mechanism: Path
     done = _keys(out)
     todo = [planned for planned in runs if planned.key not in done]
     for ended, (rows, seen) in _ended(todo, workers, folder):
-        _append(out, ended, rows)
-        _append(mechanism, ended, seen)
+        _append(out, ended.key, rows)
+        _append(mechanism, ended.key, seen)
         last, seconds = rows["accuracy"].iloc[-1], rows["train_seconds"].iloc[-1]
         console.print(f"{ended.cell.name} {ended.method} {ended.lr:g}, seed {ended.seed}: {last:.3f}, {seconds:.0f} s")
 
@@ -97,7 +101,7 @@ def train(folder: Path, planned: Run) -> _Rows:
     cell, probe = planned.cell, Probe(planned.cell.family, planned.seed)
     assert planned.lr is not None
     recipe = replace(RECIPE, lr=planned.lr)
-    probed = {"watch": probe} if cell.family.startswith("chain") and planned.seed < PROBED_SEEDS else {}
+    probed = {"watch": probe} if _is_probed(cell) and planned.seed < PROBED_SEEDS else {}
     base = load_base(_model(folder, cell.family, cell.start))
     rows = list(run(base, planned.method, planned.seed, (cell.family,), recipe, **probed))
     return pd.DataFrame(rows).drop(columns=f"accuracy_{cell.family}"), pd.DataFrame(probe.rows)
@@ -138,6 +142,21 @@ def _start(folder: Path, cell: Cell, console: Console) -> None:
         )
 
 
+def _probe_start(folder: Path, cell: Cell, mechanism: Path) -> None:
+    """What the first model does, with itself as the teacher: lines of a method ``start``, without a learning rate."""
+    for seed in range(PROBED_SEEDS):
+        key = cell.name, "start", seed, 0.0
+        if key not in _keys(mechanism):
+            base, probe = load_base(_model(folder, cell.family, cell.start)).eval(), Probe(cell.family, seed)
+            probe(0, base, base)
+            _append(mechanism, key, pd.DataFrame(probe.rows))
+
+
+def _is_probed(cell: Cell) -> bool:
+    """Where replies go wrong is known of chains: they have one correct reply."""
+    return cell.family.startswith("chain")
+
+
 def _model(folder: Path, family: Family, start: float) -> Path:
     return folder / f"{family}@{100 * start:.0f}"
 
@@ -148,13 +167,13 @@ def _keys(path: Path) -> set[tuple[Any, ...]]:
     return set(pd.read_csv(path)[list(KEY)].drop_duplicates().itertuples(index=False, name=None))
 
 
-def _append(path: Path, planned: Run, rows: pd.DataFrame) -> None:
+def _append(path: Path, own: Key, rows: pd.DataFrame) -> None:
     """Add a run's lines to the file, in place of those it may have; what it was run on stands in the first."""
     if rows.empty:
         return
-    key = pd.DataFrame([planned.key] * len(rows), columns=list(KEY))
+    key = pd.DataFrame([own] * len(rows), columns=list(KEY))
     place = pd.DataFrame([environment(torch.device("cpu"), 1)])
     table = pd.concat([key, rows, place], axis=1)
-    before = [old[~(old[list(KEY)] == planned.key).all(axis=1)] for old in [pd.read_csv(path)]] if path.exists() else []
+    before = [old[~(old[list(KEY)] == own).all(axis=1)] for old in [pd.read_csv(path)]] if path.exists() else []
     path.parent.mkdir(parents=True, exist_ok=True)
     pd.concat([*before, table], ignore_index=True).to_csv(path, index=False, float_format="%.4g")

@@ -18,7 +18,15 @@ pytest.importorskip("scipy", reason="the study's intervals and tests are scipy's
 from examples.rollouts import response_mask
 from studies.learning import mechanism, sampling, sweep, tasks
 from studies.learning.base import make_model, make_tokenizer
-from studies.learning.cell_report import cell_table, choice_table, difference_table, primary_differences
+from studies.learning.cell_report import (
+    cell_curves,
+    cell_table,
+    choice_table,
+    difference_table,
+    mechanism_figure,
+    mechanism_table,
+    primary_differences,
+)
 from studies.learning.cells import CHOICE_SEEDS, Cell, Stage, comparison_runs
 from studies.learning.comparison import chosen_lr, holm, outcomes
 from studies.learning.mechanism import consistent_ids, first_error
@@ -163,7 +171,7 @@ def test_cells_are_resumed_probed_and_drawn(tmp_path, monkeypatch):
     rows, probed = pd.read_csv(files["out"]), pd.read_csv(files["mechanism"])
     keys = list(rows[["method", "seed"]].drop_duplicates().itertuples(index=False, name=None))
     assert keys == [("grpo", 100), ("srpo", 100), ("grpo", 0), ("srpo", 0), ("grpo", 1), ("srpo", 1)]
-    assert set(probed["seed"]) == {0, 1} and set(probed["step"]) == {0, 2}
+    assert set(probed.loc[probed["method"] != "start", "seed"]) == {0, 1} and set(probed["step"]) == {0, 2}
     whole = probed[probed["place"] == "reply"]
     assert (whole["distilled"] > 0).all() and whole["cosine_distillation"].between(-1, 1).all()
     cut = rows[~((rows["method"] == "srpo") & (rows["seed"] == 1))]
@@ -174,5 +182,12 @@ def test_cells_are_resumed_probed_and_drawn(tmp_path, monkeypatch):
     pd.testing.assert_frame_equal(again[same], rows[same])
     for table in (cell_table, difference_table, choice_table):
         assert "`srpo`" in table(again)
+    probed = pd.read_csv(files["mechanism"])
+    assert (
+        list(probed.loc[probed["place"] == "reply", "method"]) == ["start"] * 5 + ["grpo", "grpo", "srpo", "srpo"] * 2
+    )
+    assert "`chain-6@10`" in mechanism_table(probed)
+    mechanism_figure(probed).savefig(tmp_path / "mechanism.png")
+    cell_curves(again).savefig(tmp_path / "cells.png")
     with pytest.raises(SystemExit, match="no such cell"):
         sweep.sweep(only="chain-7@10", **files)

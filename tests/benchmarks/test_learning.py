@@ -94,11 +94,13 @@ def test_a_study_is_resumed_and_drawn(tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match="other settings"):
         study_module.study(seeds=2, **settings | {"recipe": Recipe(steps=3)})
     document = tmp_path / "learning.md"
-    document.write_text("".join(f"<!-- {m} -->\n<!-- /{m} -->\n" for m in ("stages", "differences", "pretrained")))
-    draw(out, tmp_path / "none.csv", document, tmp_path)
-    assert "learning pretrained`" in document.read_text()
+    markers = ("cells", "cell-differences", "rates", "mechanism", "stages", "differences", "pretrained")
+    document.write_text("".join(f"<!-- {m} -->\n<!-- /{m} -->\n" for m in markers))
+    files = {"cells": tmp_path / "none.csv", "mechanism": tmp_path / "none.csv", "study": out}
+    draw(**files, pretrained=tmp_path / "none.csv", document=document, figures=tmp_path)
+    assert "learning pretrained`" in document.read_text() and "learning sweep`" in document.read_text()
     pretrained_steps().to_csv(tmp_path / "pretrained.csv", index=False)
-    draw(out, tmp_path / "pretrained.csv", document, tmp_path)
+    draw(**files, pretrained=tmp_path / "pretrained.csv", document=document, figures=tmp_path)
     text = document.read_text()
     assert "`srpo`" in text and "p = " in text and "9 steps, one run a method" in text
     assert (tmp_path / "learning.png").exists() and (tmp_path / "learning_pretrained.svg").exists()
