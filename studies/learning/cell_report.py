@@ -17,11 +17,13 @@ from tools.documents import markdown_table
 _NOTHING = "No comparison has been run yet."
 _PLACES = ("before", "at", "after")
 _WHERE = {"before": "before the first wrong token", "at": "at it", "after": "after it"}
+# What is held, of which kind of token, and how it is drawn.
 _HELD = {
-    "student_consistent": ("student, consistent total", "#8d99ae", "-"),
-    "student_shown": ("student, shown total", "#8d99ae", "--"),
-    "teacher_consistent": ("teacher, consistent total", "#d1495b", "-"),
-    "teacher_shown": ("teacher, shown total", "#d1495b", "--"),
+    ("student_shown", "copied"): ("student: the shown digit, copied", "#8d99ae", "-"),
+    ("teacher_shown", "copied"): ("teacher: the shown digit, copied", "#d1495b", "-"),
+    ("student_consistent", "total"): ("student: the consistent total", "#8d99ae", "--"),
+    ("teacher_consistent", "total"): ("teacher: the consistent total", "#d1495b", "--"),
+    ("teacher_shown", "total"): ("teacher: the shown total", "#edae49", "--"),
 }
 _COSINES = {
     "cosine_grpo": "GRPO,\nall replies",
@@ -167,10 +169,10 @@ def mechanism_figure(rows: pd.DataFrame) -> Any:
         )
         for (held, gradients, cosines), cell in zip(panels, cells, strict=True):
             own = rows[rows["cell"] == cell]
-            for name, (label, colour, style) in _HELD.items():
-                at = _by_place(own[own["step"] == 0], name)
+            for (name, kind), (label, colour, style) in _HELD.items():
+                at = _by_place(own[(own["step"] == 0) & (own["kind"] == kind)], name)
                 held.plot(_PLACES, at, style, marker="o", color=colour, label=label)
-            held.set(title=f"{cell}: probability of a total, first model", ylim=(0, 1.02))
+            held.set(title=f"{cell}: probability, first model", ylim=(0, 1.02))
             for step, probed in own.groupby("step"):
                 look: Any = {"marker": "o", "markersize": 3, "linestyle": "--" if step else "-"}
                 look["alpha"] = 0.4 if step else 1.0
@@ -181,7 +183,7 @@ def mechanism_figure(rows: pd.DataFrame) -> Any:
                 whole = probed[probed["place"] == "reply"]
                 mean = [whole[name].mean() for name in _COSINES]
                 cosines.plot(list(_COSINES.values()), mean, color="black", **look)
-            gradients.set(title=f"{cell}: gradient norm at a total's logits", ylim=(0, None))
+            gradients.set(title=f"{cell}: gradient norm at a digit's logits", ylim=(0, None))
             cosines.axhline(0, color="black", linewidth=0.6)
             cosines.set(title=f"{cell}: cosine with the supervised gradient")
             for panel in (held, gradients, cosines):
@@ -209,29 +211,36 @@ def mechanism_table(rows: pd.DataFrame) -> str:
     """Of every cell's SRPO runs at every probed step, as Markdown."""
     lines = []
     for (cell, step), own in _probed(rows).groupby(["cell", "step"], sort=False):
-        held = {name: _by_place(own, name) for name in (*_HELD, "divergence", "teacher_entropy", "gradient_srpo")}
-        whole = own[own["place"] == "reply"]
-        tokens = own.groupby("place")["tokens"].sum().reindex(_PLACES)
+        whole, digits = own[own["place"] == "reply"], own[own["place"] != "reply"]
+        mass = (digits["gradient_srpo"] * digits["tokens"]).groupby(digits["place"]).sum().reindex(_PLACES)
+        copied, totals = (digits[digits["kind"] == kind] for kind in ("copied", "total"))
+        first = digits.loc[digits["place"] == "at"].groupby("kind")["tokens"].sum()
         lines.append(
             {
                 "cell": f"`{cell}`",
                 "step": step,
-                "student right": f"{100 * whole['student_accuracy'].mean():.0f}",
-                "teacher right": f"{100 * whole['teacher_accuracy'].mean():.0f}",
-                "distilled totals": _three(100 * tokens / tokens.sum(), ".0f"),
-                "teacher: shown total": _three([100 * value for value in held["teacher_shown"]], ".0f"),
-                "teacher: consistent total": _three([100 * value for value in held["teacher_consistent"]], ".0f"),
-                "divergence": _three(held["divergence"], ".3f"),
-                "cosine of distillation": _three([whole[f"cosine_distillation_{p}"].mean() for p in _PLACES], ".2f"),
-                "of GRPO": f"{whole['cosine_grpo'].mean():.2f}",
+                "right alone, shown": f"{100 * whole['student_accuracy'].mean():.0f}, "
+                f"{100 * whole['teacher_accuracy'].mean():.0f}",
+                "first error is copied": f"{100 * first.get('copied', 0) / first.sum():.0f}",
+                "teacher: shown digit": _three(_by_place(copied, "teacher_shown")),
+                "teacher: consistent total": _three(_by_place(totals, "teacher_consistent")),
+                "teacher: shown total": _three(_by_place(totals, "teacher_shown")),
+                "share of the gradient": _three(mass / mass.sum()),
+                "cosine": _three([whole[f"cosine_distillation_{place}"].mean() for place in _PLACES]),
+                "whole": _percent(whole["cosine_distillation"].mean()),
+                "GRPO's": _percent(whole["cosine_grpo"].mean()),
             }
         )
     return markdown_table(
         pd.DataFrame(lines),
-        f"First models (step 0) and SRPO's runs, means. Three numbers: {', '.join(_WHERE.values())}. Divergence in "
-        "nats, cosines with the gradient of the supervised loss on the right replies, everything else in percent.",
+        f"First models (step 0) and SRPO's runs, means in percent. Three numbers: {', '.join(_WHERE.values())}. "
+        "Cosines are those with the gradient of the supervised loss on the right replies.",
     )
 
 
-def _three(values: Any, form: str) -> str:
-    return " / ".join("-" if pd.isna(value) else f"{value:{form}}" for value in values)
+def _three(values: Any) -> str:
+    return " / ".join(map(_percent, values))
+
+
+def _percent(value: float) -> str:
+    return "-" if pd.isna(value) else f"{100 * value:.0f}"

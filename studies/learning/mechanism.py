@@ -20,16 +20,17 @@ from studies.learning.tasks import Family, Problem, draw, with_solution
 STEPS = (0, 24, 72, 120)
 PROBED_SEEDS = 5
 _PROBLEMS, _GROUP_SIZE = 12, 8
-# Every fourth character of a chain's reply is a running total, what has to be computed; the others are copied.
-_PERIOD = 4
+# Every fourth character of a chain's reply is a running total; two before it is the digit that it adds.
+_PERIOD, _ADDED = 4, 2
 
 
 class Probe:
-    """What ``run`` calls with both models; ``rows`` has a line per step and place in the failed replies.
+    """What ``run`` calls with both models; ``rows`` has a line per step, place in the failed replies and kind of token.
 
-    Places: ``before`` the first wrong token, ``at`` it and ``after`` it, of running totals alone, and ``reply`` for
-    what is one number for all. A chain has one correct reply, so the shown sibling's token is the right one of the
-    question; the consistent one adds the next digit to the total that the student has written.
+    Places: ``before`` the first wrong token, ``at`` it and ``after`` it, and ``reply`` for what is one number for all.
+    Kinds: the digits of the question, ``copied``, and the running ``total``. A chain has one correct reply, so the
+    shown sibling's token is the right one of the question; the consistent total adds the digit before it, as the
+    student has written it, to the student's last total.
     """
 
     def __init__(self, family: Family, seed: int) -> None:
@@ -100,7 +101,7 @@ def consistent_ids(response_ids: Tensor, tokenizer: Any) -> Tensor:
     written = digits[response_ids]
     result = torch.full_like(response_ids, -1)
     totals = torch.arange(_PERIOD, response_ids.shape[1], _PERIOD)
-    before, added = written[:, totals - _PERIOD], written[:, totals - 2]
+    before, added = written[:, totals - _PERIOD], written[:, totals - _ADDED]
     ids = torch.tensor(tokenizer.convert_tokens_to_ids(list("0123456789")))
     result[:, totals] = torch.where((before >= 0) & (added >= 0), ids[(before + added) % 10], -1)
     return result
@@ -113,7 +114,8 @@ def _tokens(batch: Batch, places: dict[str, Tensor], model: Any, teacher: Any) -
         teacher_logits = teacher.lm_head(batch.teacher_hidden)
     shown = rollouts.response_ids[batch.teacher_index.clamp(min=0)]
     consistent = consistent_ids(rollouts.response_ids, tokenizer)
-    total = torch.arange(rollouts.response_ids.shape[1]) % _PERIOD == 0
+    column = torch.arange(rollouts.response_ids.shape[1]) % _PERIOD
+    kinds = {"copied": (column == _ADDED).expand_as(consistent), "total": consistent >= 0}
     stats = sk.token_stats(
         student_logits,
         torch.eye(student_logits.shape[-1]),
@@ -138,10 +140,11 @@ def _tokens(batch: Batch, places: dict[str, Tensor], model: Any, teacher: Any) -
     }
     rows = []
     for place, mask in places.items():
-        chosen = mask & total & (consistent >= 0)
-        if chosen.any():
-            means = {name: values[chosen].mean().item() for name, values in columns.items()}
-            rows.append({"place": place, "tokens": int(chosen.sum()), **means})
+        for kind, of_kind in kinds.items():
+            chosen = mask & of_kind
+            if chosen.any():
+                means = {name: values[chosen].mean().item() for name, values in columns.items()}
+                rows.append({"place": place, "kind": kind, "tokens": int(chosen.sum()), **means})
     return rows
 
 

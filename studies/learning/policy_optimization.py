@@ -76,7 +76,7 @@ def run(
 ) -> Iterator[dict[str, float]]:
     """Train a copy of ``base``; after every ``evaluate_every`` steps, and before the first, what was seen.
 
-    ``watch`` gets the step and both models at the same times.
+    ``watch`` gets the step and both models at the same times, but for the first.
 
     A row has ``step``, ``train_seconds`` (of the processor, since the start and without evaluations), ``accuracy``
     (avg@k on held-out problems, also of each family), and means over the steps since the last row.
@@ -87,7 +87,6 @@ def run(
     optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.lr, weight_decay=0.0)
     problems = held_out_problems(families, recipe.evaluation_problems)
     seconds, seen = 0.0, []
-    watch(0, model, teacher)
     yield {"step": 0, "train_seconds": 0.0, **_evaluate(model, tokenizer, problems, families, recipe, seed)}
     for step in range(1, recipe.steps + 1):
         start = time.process_time()

@@ -38,7 +38,7 @@ def sweep(
     out: Path = RESULTS / "cells.csv",
     mechanism: Path = RESULTS / "mechanism.csv",
 ) -> None:
-    """Train the first models, then run the cells of `cells.py` in their order: learning rates, then the comparison.
+    """Run the cells of `cells.py` in their order: the first model, the learning rates, then the comparison.
 
     Stopped and called again, it goes on with the first run that `out` does not have.
 
@@ -54,15 +54,13 @@ def sweep(
         raise SystemExit(f"--only {only}: no such cell, there are {', '.join(names)}")
     torch.set_num_threads(1)
     console = Console(soft_wrap=True)
-    stages = [stage for stage in PLAN if only in (None, stage.cell.name)]
-    for stage in stages:
-        if _is_probed(stage.cell):
+    for stage in PLAN:
+        if only in (None, stage.cell.name):
             _start(folder, stage.cell, console)
-            _probe_start(folder, stage.cell, mechanism)
-    for stage in stages:
-        _start(folder, stage.cell, console)
-        _all(choice_runs(stage), workers, folder, out, mechanism, console)
-        _all(list(_with_lr(stage, out)), workers, folder, out, mechanism, console)
+            if _is_probed(stage.cell):
+                _probe_start(folder, stage.cell, mechanism)
+            _all(choice_runs(stage), workers, folder, out, mechanism, console)
+            _all(list(_with_lr(stage, out)), workers, folder, out, mechanism, console)
 
 
 def _with_lr(stage: Stage, out: Path) -> Iterator[Run]:

@@ -159,9 +159,9 @@ def test_cells_are_resumed_probed_and_drawn(tmp_path, monkeypatch):
         return chain(family, source, length)._replace(correct=lambda reply: zlib.crc32(reply.encode()) % 3 == 0)
 
     monkeypatch.setattr(tasks, "_chain", coin)
-    small = {"steps": 2, "prompts": 4, "evaluate_every": 1, "evaluation_problems": 8}
+    small = {"steps": 5, "prompts": 4, "evaluate_every": 1, "evaluation_problems": 8}
     monkeypatch.setattr(sweep, "RECIPE", replace(sweep.RECIPE, **small))
-    monkeypatch.setattr(mechanism, "STEPS", (0, 2))
+    monkeypatch.setattr(mechanism, "STEPS", (0, 5))
     cell = Cell("chain-6", 0.1, (1e-4, 1e-3))
     monkeypatch.setattr(sweep, "PLAN", (Stage(cell, ("grpo", "srpo")),))
     monkeypatch.setattr(sweep, "comparison_runs", lambda stage: comparison_runs(stage)[:4])
@@ -171,7 +171,7 @@ def test_cells_are_resumed_probed_and_drawn(tmp_path, monkeypatch):
     rows, probed = pd.read_csv(files["out"]), pd.read_csv(files["mechanism"])
     keys = list(rows[["method", "seed"]].drop_duplicates().itertuples(index=False, name=None))
     assert keys == [("grpo", 100), ("srpo", 100), ("grpo", 0), ("srpo", 0), ("grpo", 1), ("srpo", 1)]
-    assert set(probed.loc[probed["method"] != "start", "seed"]) == {0, 1} and set(probed["step"]) == {0, 2}
+    assert set(probed.loc[probed["method"] != "start", "seed"]) == {0, 1} and set(probed["step"]) == {0, 5}
     whole = probed[probed["place"] == "reply"]
     assert (whole["distilled"] > 0).all() and whole["cosine_distillation"].between(-1, 1).all()
     cut = rows[~((rows["method"] == "srpo") & (rows["seed"] == 1))]
@@ -183,9 +183,7 @@ def test_cells_are_resumed_probed_and_drawn(tmp_path, monkeypatch):
     for table in (cell_table, difference_table, choice_table):
         assert "`srpo`" in table(again)
     probed = pd.read_csv(files["mechanism"])
-    assert (
-        list(probed.loc[probed["place"] == "reply", "method"]) == ["start"] * 5 + ["grpo", "grpo", "srpo", "srpo"] * 2
-    )
+    assert list(probed.loc[probed["place"] == "reply", "method"]) == ["start"] * 5 + ["grpo", "srpo"] * 2
     assert "`chain-6@10`" in mechanism_table(probed)
     mechanism_figure(probed).savefig(tmp_path / "mechanism.png")
     cell_curves(again).savefig(tmp_path / "cells.png")
