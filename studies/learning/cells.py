@@ -21,13 +21,15 @@ class Cell:
 
     family: Family
     start: float
-    """Held-out accuracy at which supervised training stops: one of ``STARTS``."""
+    """Held-out accuracy of the first model: of ``STARTS`` where supervised training has stopped there."""
     lrs: tuple[float, ...]
+    noise: bool = True
+    """The first model is one that was taught further, and lost the rest to noise on its weights."""
 
     @property
     def name(self) -> str:
-        """``chain-20@10``: the task, and the start in percent."""
-        return f"{self.family}@{100 * self.start:.0f}"
+        """The task and the start in percent: ``chain-20~10`` with noise, ``chain-20@10`` where training stopped."""
+        return f"{self.family}{'~' if self.noise else '@'}{100 * self.start:.0f}"
 
 
 KEY = ("cell", "method", "seed", "lr")
@@ -61,21 +63,22 @@ _ABLATIONS: tuple[Method, ...] = ("srpo-unweighted", "mixing")
 
 def _cell(family: Family, start: float) -> Cell:
     """Short replies bear a higher rate."""
-    least = 2e-4 if family in ("chain-6", "sort-4") else 1e-4
+    least = 1e-4 if family in ("chain-6", "sort-4") else 5e-5
     return Cell(family, start, tuple(least * factor for factor in (1, 2, 4, 8, 16)))
 
 
 PLAN = (
     Stage(_cell("chain-6", 0.1), _MAIN),
     Stage(_cell("chain-20", 0.1), _MAIN),
-    Stage(_cell("chain-6", 0.6), _MAIN),
-    Stage(_cell("chain-20", 0.6), _MAIN),
+    Stage(_cell("chain-6", 0.5), _MAIN),
+    Stage(_cell("chain-20", 0.5), _MAIN),
     Stage(_cell("sort-8", 0.1), _MAIN),
     Stage(_cell("chain-20", 0.1), _ABLATIONS),
     Stage(_cell("chain-12", 0.1), _MAIN),
+    Stage(Cell("chain-6", 0.1, (2e-4, 4e-4, 8e-4, 1.6e-3, 3.2e-3), noise=False), _MAIN),
     Stage(_cell("sort-4", 0.1), _MAIN),
     Stage(_cell("chain-20", 0.3), _MAIN),
-    Stage(_cell("sort-8", 0.6), _MAIN),
+    Stage(_cell("sort-8", 0.5), _MAIN),
 )
 
 

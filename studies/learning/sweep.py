@@ -28,6 +28,8 @@ _TEACH_STEPS, _TEACH_LR = 20_000, 1e-3
 _TAUGHT = 0.8
 # What a start has to reach with a solution shown: a teacher that cannot use one is another study's subject.
 _SHOWN = 0.9
+# Of the interval in which the level of noise is sought.
+_HALVINGS = 8
 _Rows = tuple[pd.DataFrame, pd.DataFrame]
 
 
@@ -43,7 +45,7 @@ def sweep(
     Stopped and called again, it goes on with the first run that `out` does not have.
 
     Args:
-        only: one cell, as in chain-20@10. Default: all.
+        only: one cell, as in chain-20~10. Default: all.
         workers: runs at a time, of one thread each.
         folder: the first models of the cells.
         out: CSV file, a line per evaluation.
@@ -56,7 +58,7 @@ def sweep(
     console = Console(soft_wrap=True)
     for stage in PLAN:
         if only in (None, stage.cell.name):
-            _start(folder, stage.cell, console)
+            _first_model(folder, stage.cell, console)
             if _is_probed(stage.cell):
                 _probe_start(folder, stage.cell, mechanism)
             _all(choice_runs(stage), workers, folder, out, mechanism, console)
@@ -100,32 +102,57 @@ def train(folder: Path, planned: Run) -> _Rows:
     assert planned.lr is not None
     recipe = replace(RECIPE, lr=planned.lr)
     probed = {"watch": probe} if _is_probed(cell) and planned.seed < PROBED_SEEDS else {}
-    base = load_base(_model(folder, cell.family, cell.start))
+    base = load_base(folder / cell.name)
     rows = list(run(base, planned.method, planned.seed, (cell.family,), recipe, **probed))
     return pd.DataFrame(rows).drop(columns=f"accuracy_{cell.family}"), pd.DataFrame(probe.rows)
 
 
-def _start(folder: Path, cell: Cell, console: Console) -> None:
-    """Supervised training of the task from its shortest length to the cell's, kept where it first passes each start."""
-    if _model(folder, cell.family, cell.start).exists():
+def _first_model(folder: Path, cell: Cell, console: Console) -> None:
+    """Keep the cell's first model in the folder, where it is not there."""
+    if (folder / cell.name).exists():
         return
-    kind = cell.family.partition("-")[0]
+    _teach(folder, cell.family, console)
+    if not cell.noise:
+        return
+    taught, levels = folder / _stopped(cell.family, _TAUGHT), [0.0, 1.0]
+    for _ in range(_HALVINGS):
+        level = sum(levels) / 2
+        model = noisy(load_base(taught), level)
+        seen = held_out_accuracies(model, (cell.family,), 256, 1)[cell.family]
+        console.print(f"noise of {level:.4f}: {cell.family} {seen:.2f}")
+        levels[seen < cell.start] = level
+    model.save_pretrained(folder / cell.name)
+
+
+def noisy(model: Any, level: float) -> Any:
+    """Add to every matrix normal noise of ``level`` times its own standard deviation, the same draws for any level."""
+    source = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.dim() == 2:
+                weight += level * weight.std() * torch.randn(weight.shape, generator=source)
+    return model
+
+
+def _teach(folder: Path, longest: Family, console: Console) -> None:
+    """Supervised training of a task from its shortest length on, kept where a length first passes each start."""
+    kind = longest.partition("-")[0]
     lengths: list[Family] = [name for name in get_args(Family) if name.startswith(kind)]
     model = make_model(_HIDDEN_SIZE, _LAYERS, seed=0)
-    for family in lengths[: lengths.index(cell.family) + 1]:
-        taught = _model(folder, family, _TAUGHT)
+    for family in lengths[: lengths.index(longest) + 1]:
+        taught = folder / _stopped(family, _TAUGHT)
         if taught.exists():
             model = load_base(taught)
             continue
 
-        def progress(step: int, model: Any = model, family: Family = family) -> bool:
+        def progress(step: int, model: Any = model, family: Family = family, taught: Path = taught) -> bool:
             seen = held_out_accuracies(model, (family,), 128, 1)
             console.print(f"{step:6d} steps: {', '.join(f'{name} {value:.2f}' for name, value in seen.items())}")
             for start in (*STARTS, _TAUGHT):
-                path = _model(folder, family, start)
+                path = folder / _stopped(family, start)
                 if seen[family] >= start and seen[f"{family} shown"] >= _SHOWN and not path.exists():
                     model.save_pretrained(path)
-            return _model(folder, family, _TAUGHT).exists()
+            return taught.exists()
 
         teach(
             model,
@@ -140,12 +167,16 @@ def _start(folder: Path, cell: Cell, console: Console) -> None:
         )
 
 
+def _stopped(family: Family, start: float) -> str:
+    return Cell(family, start, (), noise=False).name
+
+
 def _probe_start(folder: Path, cell: Cell, mechanism: Path) -> None:
     """What the first model does, with itself as the teacher: lines of a method ``start``, without a learning rate."""
     for seed in range(PROBED_SEEDS):
         key = cell.name, "start", seed, 0.0
         if key not in _keys(mechanism):
-            base, probe = load_base(_model(folder, cell.family, cell.start)).eval(), Probe(cell.family, seed)
+            base, probe = load_base(folder / cell.name).eval(), Probe(cell.family, seed)
             probe(0, base, base)
             _append(mechanism, key, pd.DataFrame(probe.rows))
 
@@ -153,10 +184,6 @@ def _probe_start(folder: Path, cell: Cell, mechanism: Path) -> None:
 def _is_probed(cell: Cell) -> bool:
     """Where replies go wrong is known of chains: they have one correct reply."""
     return cell.family.startswith("chain")
-
-
-def _model(folder: Path, family: Family, start: float) -> Path:
-    return folder / f"{family}@{100 * start:.0f}"
 
 
 def _keys(path: Path) -> set[tuple[Any, ...]]:
