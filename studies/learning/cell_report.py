@@ -153,7 +153,7 @@ def cell_curves(rows: pd.DataFrame) -> Any:
 def _rates(panel: Axes, scores: pd.DataFrame) -> None:
     for method, own in scores.groupby("method", sort=False):
         mean = own.groupby("lr")["area"].mean()
-        panel.plot(mean.index, mean, "o-", color=COLOURS[method], label=method, markersize=3)  # type: ignore[index]
+        panel.plot(mean.index, mean, "o-", color=COLOURS[method], label=method, markersize=3)
 
 
 def mechanism_figure(rows: pd.DataFrame) -> Any:

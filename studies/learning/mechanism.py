@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 import srpo_kernels as sk
-from examples.rollouts import Rollouts, response_hidden, response_mask
+from examples.rollouts import response_hidden
 from studies.learning.base import make_tokenizer
 from studies.learning.policy_optimization import Batch, collect, forwarded
 from studies.learning.sampling import sample
@@ -127,6 +127,7 @@ def _tokens(batch: Batch, places: dict[str, Tensor], model: Any, teacher: Any) -
     student, teach = student_logits.softmax(-1), teacher_logits.softmax(-1)
     distillation = _logit_gradient(student_logits, batch, teacher_logits)
     policy = _logit_gradient(student_logits, batch, None)
+    assert stats.divergence is not None and stats.teacher_entropy is not None
     columns = {
         "student_shown": _at(student, shown),
         "teacher_shown": _at(teach, shown),
@@ -149,7 +150,8 @@ def _tokens(batch: Batch, places: dict[str, Tensor], model: Any, teacher: Any) -
 
 
 def _at(probabilities: Tensor, ids: Tensor) -> Tensor:
-    return probabilities.gather(-1, ids.clamp(min=0)[..., None])[..., 0]
+    """The probability of each row's id, of some id where it is -1."""
+    return probabilities.gather(-1, ids.clamp(min=0)[..., None]).squeeze(-1)
 
 
 def _logit_gradient(logits: Tensor, batch: Batch, teacher_logits: Tensor | None) -> Tensor:
@@ -157,7 +159,8 @@ def _logit_gradient(logits: Tensor, batch: Batch, teacher_logits: Tensor | None)
     hidden, head = logits.clone().requires_grad_(), torch.eye(logits.shape[-1])
     _loss(hidden, head, batch, teacher_logits, head, batch.rollouts.mask).backward()
     assert hidden.grad is not None
-    return hidden.grad.norm(dim=-1) * batch.rollouts.mask.sum()
+    norm: Tensor = hidden.grad.norm(dim=-1)
+    return norm * batch.rollouts.mask.sum()
 
 
 def _loss(
@@ -195,8 +198,9 @@ def _cosines(
     right = right_ids(problems, tokenizer, longest)[batch.sdpo_mask]
 
     def supervised() -> Tensor:
-        own = Rollouts(*(t[batch.sdpo_mask] for t in rollouts[:2]), right, response_mask(right, 0), [])
-        logits = model.lm_head(response_hidden(model, *forwarded(own)[:4]))
+        prompt_ids, prompt_mask = rollouts.prompt_ids[batch.sdpo_mask], rollouts.prompt_mask[batch.sdpo_mask]
+        hidden = response_hidden(model, prompt_ids, prompt_mask, right, torch.ones_like(right, dtype=torch.bool))
+        logits = model.lm_head(hidden)
         return cross_entropy(logits.flatten(0, 1), right.flatten())
 
     def loss(mask: Tensor, *, distils: bool) -> Tensor:

@@ -199,6 +199,7 @@ def _append(path: Path, own: Key, rows: pd.DataFrame) -> None:
     key = pd.DataFrame([own] * len(rows), columns=list(KEY))
     place = pd.DataFrame([environment(torch.device("cpu"), 1)])
     table = pd.concat([key, rows, place], axis=1)
-    before = [old[~(old[list(KEY)] == own).all(axis=1)] for old in [pd.read_csv(path)]] if path.exists() else []
+    before = pd.read_csv(path) if path.exists() else table.iloc[:0]
+    others = before[before[list(KEY)].ne(key.iloc[0]).any(axis=1)]
     path.parent.mkdir(parents=True, exist_ok=True)
-    pd.concat([*before, table], ignore_index=True).to_csv(path, index=False, float_format="%.4g")
+    pd.concat([others, table], ignore_index=True).to_csv(path, index=False, float_format="%.4g")

@@ -86,10 +86,7 @@ def test_outcomes_of_a_run():
     assert risen["early"] == pytest.approx(0.15) and risen["end"] == pytest.approx(0.8)
     assert risen["area"] == pytest.approx((0.15 + 0.25 + 0.4 + 0.55 + 0.7) / 5)
     assert not risen["collapsed"]
-    once, twice = (
-        outcomes(curve([0.1, 0.6, 0.3, 0.6, 0.6])).iloc[0],
-        outcomes(curve([0.1, 0.6, 0.3, 0.39, 0.6])).iloc[0],
-    )
+    once, twice = (outcomes(curve([0.1, 0.6, 0.3, after, 0.6, 0.6])).iloc[0] for after in (0.41, 0.39))
     assert not once["collapsed"] and twice["collapsed"]
 
 
@@ -184,7 +181,7 @@ def test_cells_are_resumed_probed_and_drawn(tmp_path, monkeypatch):
         assert "`srpo`" in table(again)
     probed = pd.read_csv(files["mechanism"])
     assert list(probed.loc[probed["place"] == "reply", "method"]) == ["start"] * 5 + ["grpo", "srpo"] * 2
-    assert "`chain-6@10`" in mechanism_table(probed)
+    assert f"`{cell.name}`" in mechanism_table(probed)
     mechanism_figure(probed).savefig(tmp_path / "mechanism.png")
     cell_curves(again).savefig(tmp_path / "cells.png")
     with pytest.raises(SystemExit, match="no such cell"):
