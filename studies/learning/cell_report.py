@@ -7,6 +7,7 @@ from typing import Any
 import pandas as pd
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.ticker import NullFormatter
 
 from benchmarks.pictures import STYLE
 from benchmarks.results import describe_environment
@@ -65,8 +66,8 @@ def _starts(scores: pd.DataFrame) -> pd.Series:
 
 
 def _first_lines(rows: pd.DataFrame) -> pd.DataFrame:
-    """The lines that have what a run was run on."""
-    return rows.dropna(subset="commit")
+    """What the first and the last run were run on."""
+    return rows.dropna(subset="commit").iloc[[0, -1]]
 
 
 def primary_differences(rows: pd.DataFrame) -> list[tuple[str, str, str, str, Difference, float]]:
@@ -123,7 +124,7 @@ def choice_table(rows: pd.DataFrame) -> str:
             line[f"rate {place}"] = f"{lr:g}: {mark}{100 * area:.1f}{mark}{' ↓' if fallen[lr] else ''}"
         lines.append(line)
     return markdown_table(
-        pd.DataFrame(lines),
+        pd.DataFrame(lines).fillna("-"),
         "Mean accuracy over a run in percent, by learning rate, on the seed of the choice. Bold: chosen; ↓: collapsed.",
     )
 
@@ -141,8 +142,10 @@ def cell_curves(rows: pd.DataFrame) -> Any:
                 band = runs.groupby("step")["accuracy"].apply(interval)
                 band_line(line[0], band.index.to_numpy(), band, str(method))
             line[0].set(xlabel="step", title=f"{cell}: held-out accuracy, each at its own rate")
+            line[0].set_visible(not own.empty)
             _rates(line[1], scores[(scores["cell"] == cell) & is_choice(scores)])
             line[1].set(xlabel="learning rate", title=f"{cell}: mean accuracy over the run", xscale="log")
+            line[1].xaxis.set_minor_formatter(NullFormatter())
             for panel in line:
                 panel.grid(alpha=0.25)
                 panel.set_ylim(0, 1)
@@ -157,45 +160,40 @@ def _rates(panel: Axes, scores: pd.DataFrame) -> None:
 
 
 def mechanism_figure(rows: pd.DataFrame) -> Any:
-    """A line of panels per start: what both models hold around the first error, gradients by place, and their cosines.
+    """A line of panels per first model: what both models hold around the first error, gradients there, and cosines.
 
-    Dashed and faint: later steps of SRPO's runs, where there are some.
+    The cosines are also those of the trained models at the last step, in the colours of their methods.
     """
-    rows = _probed(rows)
     cells = list(dict.fromkeys(rows["cell"]))
     with plt.rc_context(STYLE):
-        figure, panels = plt.subplots(
-            len(cells), 3, figsize=(12, 3.2 * len(cells)), squeeze=False, layout="constrained"
-        )
+        size = (12, 3.2 * len(cells))
+        figure, panels = plt.subplots(len(cells), 3, figsize=size, squeeze=False, layout="constrained")
         for (held, gradients, cosines), cell in zip(panels, cells, strict=True):
             own = rows[rows["cell"] == cell]
+            start, last = own[own["method"] == "start"], own[own["step"] == own["step"].max()]
             for (name, kind), (label, colour, style) in _HELD.items():
-                at = _by_place(own[(own["step"] == 0) & (own["kind"] == kind)], name)
+                at = _by_place(start[start["kind"] == kind], name)
                 held.plot(_PLACES, at, style, marker="o", color=colour, label=label)
-            held.set(title=f"{cell}: probability, first model", ylim=(0, 1.02))
-            for step, probed in own.groupby("step"):
-                look: Any = {"marker": "o", "markersize": 3, "linestyle": "--" if step else "-"}
-                look["alpha"] = 0.4 if step else 1.0
-                for method in ("srpo", "grpo"):
-                    label = f"{method}'s" if step == 0 else ""
-                    at = _by_place(probed, f"gradient_{method}")
-                    gradients.plot(_PLACES, at, color=COLOURS[method], label=label, **look)
-                whole = probed[probed["place"] == "reply"]
-                mean = [whole[name].mean() for name in _COSINES]
-                cosines.plot(list(_COSINES.values()), mean, color="black", **look)
-            gradients.set(title=f"{cell}: gradient norm at a digit's logits", ylim=(0, None))
+            for method in ("srpo", "grpo"):
+                at = _by_place(start, f"gradient_{method}")
+                gradients.plot(_PLACES, at, "o-", color=COLOURS[method], label=method)  # type: ignore[index]
+            for name, trained in last[last["method"] != "start"].groupby("method", sort=False):
+                _cosines(cosines, trained, COLOURS[name], f"trained with {name}")  # type: ignore[index]
+            _cosines(cosines, start, "black", "first model")
+            held.set(ylabel=cell, title="probability, first model", ylim=(0, 1.02))
+            gradients.set(title="gradient norm at a digit's logits, first model", ylim=(0, None))
             cosines.axhline(0, color="black", linewidth=0.6)
-            cosines.set(title=f"{cell}: cosine with the supervised gradient")
+            cosines.set(title="cosine with the supervised gradient")
             for panel in (held, gradients, cosines):
                 panel.grid(alpha=0.25)
-        panels[0][0].legend(frameon=False, fontsize=7)
-        panels[0][1].legend(frameon=False, fontsize=7)
+        for panel in panels[-1]:
+            panel.legend(frameon=False, fontsize=7, handlelength=3)
     return figure
 
 
-def _probed(rows: pd.DataFrame) -> pd.DataFrame:
-    """The first models, and the later steps of SRPO's runs."""
-    return rows[(rows["method"] == "start") | ((rows["method"] == "srpo") & (rows["step"] > 0))]
+def _cosines(panel: Axes, rows: pd.DataFrame, colour: str, label: str) -> None:
+    whole = rows[rows["place"] == "reply"]
+    panel.plot(list(_COSINES.values()), [whole[name].mean() for name in _COSINES], "o-", color=colour, label=label)
 
 
 def _by_place(rows: pd.DataFrame, name: str) -> list[float]:
@@ -208,9 +206,9 @@ def _by_place(rows: pd.DataFrame, name: str) -> list[float]:
 
 
 def mechanism_table(rows: pd.DataFrame) -> str:
-    """Of every cell's SRPO runs at every probed step, as Markdown."""
+    """Of the first models, and of every method's runs at every probed step, as Markdown."""
     lines = []
-    for (cell, step), own in _probed(rows).groupby(["cell", "step"], sort=False):
+    for (cell, method, step), own in rows.groupby(["cell", "method", "step"], sort=False):
         whole, digits = own[own["place"] == "reply"], own[own["place"] != "reply"]
         mass = (digits["gradient_srpo"] * digits["tokens"]).groupby(digits["place"]).sum().reindex(_PLACES)
         copied, totals = (digits[digits["kind"] == kind] for kind in ("copied", "total"))
@@ -218,7 +216,7 @@ def mechanism_table(rows: pd.DataFrame) -> str:
         lines.append(
             {
                 "cell": f"`{cell}`",
-                "step": step,
+                "trained with": f"`{method}`, {step} steps" if step else "-",
                 "right alone, shown": f"{100 * whole['student_accuracy'].mean():.0f}, "
                 f"{100 * whole['teacher_accuracy'].mean():.0f}",
                 "first error is copied": f"{100 * first.get('copied', 0) / first.sum():.0f}",
@@ -229,12 +227,13 @@ def mechanism_table(rows: pd.DataFrame) -> str:
                 "cosine": _three([whole[f"cosine_distillation_{place}"].mean() for place in _PLACES]),
                 "whole": _percent(whole["cosine_distillation"].mean()),
                 "GRPO's": _percent(whole["cosine_grpo"].mean()),
+                "norm": _percent((whole["norm_distillation"] / whole["norm_grpo"]).mean()),
             }
         )
     return markdown_table(
         pd.DataFrame(lines),
-        f"First models (step 0) and SRPO's runs, means in percent. Three numbers: {', '.join(_WHERE.values())}. "
-        "Cosines are those with the gradient of the supervised loss on the right replies.",
+        f"Means over {rows['seed'].nunique()} seeds in percent. Three numbers: {', '.join(_WHERE.values())}. Cosines "
+        "are those with the gradient of the supervised loss on the right replies; norm: distillation's by GRPO's.",
     )
 
 
