@@ -176,9 +176,9 @@ def mechanism_figure(rows: pd.DataFrame) -> Any:
                 held.plot(_PLACES, at, style, marker="o", color=colour, label=label)
             for method in ("srpo", "grpo"):
                 at = _by_place(start, f"gradient_{method}")
-                gradients.plot(_PLACES, at, "o-", color=COLOURS[method], label=method)  # type: ignore[index]
+                gradients.plot(_PLACES, at, "o-", color=COLOURS[method], label=method)
             for name, trained in last[last["method"] != "start"].groupby("method", sort=False):
-                _cosines(cosines, trained, COLOURS[name], f"trained with {name}")  # type: ignore[index]
+                _cosines(cosines, trained, COLOURS[name], f"trained with {name}")
             _cosines(cosines, start, "black", "first model")
             held.set(ylabel=cell, title="probability, first model", ylim=(0, 1.02))
             gradients.set(title="gradient norm at a digit's logits, first model", ylim=(0, None))
