@@ -7,6 +7,7 @@ if __name__ == "__main__":
         "python -m studies.learning",
         "What GRPO, SDPO and SRPO learn, on models that a CPU can train.",
         {
+            "sweep": ("studies.learning.sweep", "the cells that compare methods, each at its own learning rate"),
             "study": ("studies.learning.study", "every method and seed on a small model"),
             "pretrained": ("studies.learning.pretrained", "the same on a pretrained model"),
             "draw": ("studies.learning.drawing", "curves of the results that are there"),

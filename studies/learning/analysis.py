@@ -119,7 +119,7 @@ def curves(cells: pd.DataFrame) -> Any:
             shown = cells.dropna(subset=name) if name in cells else cells.iloc[:0]
             for method, own in shown.groupby("method", sort=False):
                 band = own.groupby("step")[name].apply(interval)
-                _line(panel, band.index.to_numpy(), band, str(method))
+                band_line(panel, band.index.to_numpy(), band, str(method))
             panel.set(xlabel="step", title=label)
             panel.grid(alpha=0.25)
             if name == "accuracy":
@@ -132,12 +132,13 @@ def _by_time(panel: Axes, cells: pd.DataFrame) -> None:
     grid = np.linspace(0, cells.groupby(["method", "seed"])["train_seconds"].max().min(), 30)
     for method, own in cells.groupby("method", sort=False):
         runs = [np.interp(grid, run["train_seconds"], run["accuracy"]) for _, run in own.groupby("seed")]
-        _line(panel, grid, pd.Series([interval(column) for column in np.transpose(runs)]), str(method))
+        band_line(panel, grid, pd.Series([interval(column) for column in np.transpose(runs)]), str(method))
     panel.set(xlabel="seconds of training, processor time of one thread", title="the same against time")
     panel.grid(alpha=0.25)
 
 
-def _line(panel: Axes, x: Any, band: pd.Series, method: str) -> None:
+def band_line(panel: Axes, x: Any, band: pd.Series, method: str) -> None:
+    """A method's mean with its interval around it."""
     mean, half = np.array(band.tolist()).T
     panel.plot(x, mean, color=COLOURS[method], label=method)  # type: ignore[index]
     panel.fill_between(x, mean - half, mean + half, color=COLOURS[method], alpha=0.15, linewidth=0)  # type: ignore[index]

@@ -13,13 +13,13 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
-from examples.rollouts import encode_chats, sample_rollouts
-from studies.learning.tasks import CHARACTERS, MAX_REPLY, Family, Problem, draw, with_solution
+from examples.rollouts import encode_chats
+from studies.learning.sampling import sample
+from studies.learning.tasks import CHARACTERS, Family, Problem, draw, max_reply, with_solution
 
 _SEQUENCES = 64
-_EVALUATE_EVERY = 100
-# Of the batches, those that show solutions, and of their examples, those that are answered with another one.
-_SHOWN, _OTHER = 0.4, 0.2
+# Of the examples that show a solution, those that are answered with another one.
+_OTHER = 0.2
 
 
 def make_tokenizer() -> Any:
@@ -45,7 +45,7 @@ def make_model(hidden_size: int, layers: int, seed: int) -> Any:
         num_attention_heads=heads,
         num_key_value_heads=max(heads // 4, 1),
         head_dim=32,
-        max_position_embeddings=128,
+        max_position_embeddings=256,
         tie_word_embeddings=False,
         eos_token_id=0,
         pad_token_id=0,
@@ -67,9 +67,8 @@ def accuracy(model: Any, tokenizer: Any, problems: list[Problem], replies: int, 
     questions = [
         with_solution(problem.question, problem.solve(source)) if shown else problem.question for problem in problems
     ]
-    rollouts = sample_rollouts(
-        model, tokenizer, questions, group_size=replies, max_new_tokens=MAX_REPLY, temperature=1.0
-    )
+    longest = max(max_reply(problem.family) for problem in problems)
+    rollouts = sample(model, tokenizer, questions, replies, longest)
     correct = [problems[index // replies].correct(reply) for index, reply in enumerate(rollouts.replies)]
     return torch.tensor(correct, dtype=torch.float32).view(-1, replies).mean(1).tolist()
 
@@ -81,36 +80,40 @@ def teach(
     steps: int,
     lr: float,
     seed: int,
-    progress: Callable[[int, dict[str, float]], None],
+    shown: float,
+    evaluate_every: int,
+    progress: Callable[[int], bool],
 ) -> None:
-    """Supervised training; ``progress`` gets the step, and held-out accuracies by family, alone and with a solution."""
+    """Supervised training, a share ``shown`` of whose batches shows solutions; true of ``progress`` ends it."""
     tokenizer, source = make_tokenizer(), random.Random(seed)
-    problems = {family: held_out_problems((family,), 64) for family in families}
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01)
     for step in range(1, steps + 1):
         for group in optimizer.param_groups:
             group["lr"] = lr * min(1.0, step / 100)
         optimizer.zero_grad()
-        _supervised_loss(model, tokenizer, families, source).backward()
+        _supervised_loss(model, tokenizer, families, source, shown).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        if step % _EVALUATE_EVERY == 0:
-            alone = {family: _mean(accuracy(model, tokenizer, own, 4)) for family, own in problems.items()}
-            shown = {
-                f"{family} shown": _mean(accuracy(model, tokenizer, own, 4, shown=True))
-                for family, own in problems.items()
-            }
-            progress(step, alone | shown)
+        if step % evaluate_every == 0 and progress(step):
+            return
 
 
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values)
+def held_out_accuracies(model: Any, families: tuple[Family, ...], problems: int, replies: int) -> dict[str, float]:
+    """By family, alone and with a solution shown."""
+    tokenizer, seen = make_tokenizer(), {}
+    for shown in (False, True):
+        for family in families:
+            own = accuracy(model, tokenizer, held_out_problems((family,), problems), replies, shown=shown)
+            seen[f"{family} shown" if shown else family] = sum(own) / len(own)
+    return seen
 
 
-def _supervised_loss(model: Any, tokenizer: Any, families: tuple[Family, ...], source: random.Random) -> Any:
+def _supervised_loss(
+    model: Any, tokenizer: Any, families: tuple[Family, ...], source: random.Random, share: float
+) -> Any:
     """Of a batch in which every question shows a solution, or none does: their lengths differ much."""
     questions, replies = [], []
-    shown = source.random() < _SHOWN
+    shown = source.random() < share
     for index in range(_SEQUENCES):
         problem = draw(families[index % len(families)], source, held_out=False)
         reply = problem.solve(source)
@@ -123,11 +126,13 @@ def _supervised_loss(model: Any, tokenizer: Any, families: tuple[Family, ...], s
     prompt_ids, prompt_mask = encode_chats(tokenizer, questions)
     encoded = tokenizer(replies, return_tensors="pt", padding=True, padding_side="right", add_special_tokens=False)
     mask = torch.cat([prompt_mask, encoded.attention_mask.bool()], 1)
-    logits = model(
+    hidden = model.model(
         input_ids=torch.cat([prompt_ids, encoded.input_ids], 1),
         attention_mask=mask.long(),
         position_ids=(mask.long().cumsum(1) - 1).clamp(min=0),
-    ).logits[:, prompt_ids.shape[1] - 1 : -1]
+        use_cache=False,
+    ).last_hidden_state
+    logits = model.lm_head(hidden[:, prompt_ids.shape[1] - 1 : -1])
     targets = encoded.input_ids.masked_fill(~encoded.attention_mask.bool(), -100)
     return cross_entropy(logits.flatten(0, 1), targets.flatten())
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 import srpo_kernels as sk
-from examples.rollouts import Rollouts, reprompted_hidden, response_hidden, sample_rollouts
+from examples.rollouts import Rollouts, reprompted_hidden, response_hidden
 from studies.learning.base import accuracy, held_out_problems, make_tokenizer
-from studies.learning.tasks import MAX_REPLY, Family, Problem, draw, with_solution
+from studies.learning.sampling import sample
+from studies.learning.tasks import Family, Problem, draw, max_reply, with_solution
 
 Method = Literal["grpo", "sdpo", "srpo", "srpo-unweighted", "mixing"]
 
@@ -53,19 +54,29 @@ class Recipe:
 
 
 @dataclass(frozen=True)
-class _Batch:
+class Batch:
     """The rollouts of a step with their routing: arguments of ``srpo_loss``, ``[B, ...]`` each."""
 
     rollouts: Rollouts
+    rewards: Tensor
     advantages: Tensor
     sdpo_mask: Tensor
+    teacher_index: Tensor
+    """The correct sibling whose reply the teacher sees, -1 for none."""
     teacher_hidden: Tensor
 
 
 def run(
-    base: Any, method: Method, seed: int, families: tuple[Family, ...], recipe: Recipe
+    base: Any,
+    method: Method,
+    seed: int,
+    families: tuple[Family, ...],
+    recipe: Recipe,
+    watch: Callable[[int, Any, Any], None] = lambda step, model, teacher: None,
 ) -> Iterator[dict[str, float]]:
     """Train a copy of ``base``; after every ``evaluate_every`` steps, and before the first, what was seen.
+
+    ``watch`` gets the step and both models at the same times, but for the first.
 
     A row has ``step``, ``train_seconds`` (of the processor, since the start and without evaluations), ``accuracy``
     (avg@k on held-out problems, also of each family), and means over the steps since the last row.
@@ -85,6 +96,7 @@ def run(
         seconds += time.process_time() - start
         if step % recipe.evaluate_every == 0 or step == recipe.steps:
             evaluation = _evaluate(model, tokenizer, problems, families, recipe, seed + step)
+            watch(step, model, teacher)
             yield {"step": step, "train_seconds": seconds, **evaluation, **_means(seen)}
             seen = []
 
@@ -114,15 +126,23 @@ def _step(
     recipe: Recipe,
 ) -> dict[str, float]:
     problems = [draw(families[i % len(families)], source, held_out=False) for i in range(recipe.prompts)]
-    rollouts = sample_rollouts(
-        model,
-        tokenizer,
-        [problem.question for problem in problems],
-        group_size=recipe.group_size,
-        max_new_tokens=MAX_REPLY,
-        temperature=1.0,
-    )
-    group_ids = torch.arange(recipe.prompts).repeat_interleave(recipe.group_size)
+    batch = collect(model, teacher, tokenizer, method, problems, recipe.group_size)
+    return {
+        "reward": batch.rewards.mean().item(),
+        "reply_length": batch.rollouts.mask.sum(1).float().mean().item(),
+        "sdpo_rollouts": batch.sdpo_mask.float().mean().item(),
+        "mixed_groups": (batch.rewards.view(recipe.prompts, -1).std(1) > 0).float().mean().item(),
+        **_update(model, teacher, optimizer, method, batch, recipe),
+    }
+
+
+def collect(
+    model: Any, teacher: Any, tokenizer: Any, method: Method, problems: list[Problem], group_size: int
+) -> Batch:
+    """``group_size`` replies to each problem, with the method's routing and the teacher's hidden states."""
+    longest = max(max_reply(problem.family) for problem in problems)
+    rollouts = sample(model, tokenizer, [problem.question for problem in problems], group_size, longest)
+    group_ids = torch.arange(len(problems)).repeat_interleave(group_size)
     asked = [problems[group] for group in group_ids.tolist()]
     rewards = torch.tensor(
         [float(problem.correct(reply)) for problem, reply in zip(asked, rollouts.replies, strict=True)]
@@ -131,21 +151,24 @@ def _step(
     distilled = {"grpo": torch.zeros_like(routing.sdpo_mask), "sdpo": routing.teacher_index >= 0}
     distilled["mixing"] = distilled["sdpo"]
     sdpo_mask = distilled.get(method, routing.sdpo_mask)
-    group_advantages = sk.group_advantages(rewards, group_ids)
-    advantages = torch.zeros_like(group_advantages) if method == "sdpo" else group_advantages
+    advantages = sk.group_advantages(rewards, group_ids)
     shown = {
         row: with_solution(asked[row].question, rollouts.replies[routing.teacher_index[row]])
         for row in sdpo_mask.nonzero().squeeze(1).tolist()
     }
-    guided = reprompted_hidden(teacher, tokenizer, shown, rollouts)
-    metrics = _update(model, teacher, optimizer, method, _Batch(rollouts, advantages, sdpo_mask, guided), recipe)
-    return {
-        "reward": rewards.mean().item(),
-        "reply_length": rollouts.mask.sum(1).float().mean().item(),
-        "sdpo_rollouts": sdpo_mask.float().mean().item(),
-        "mixed_groups": (group_advantages.view(recipe.prompts, -1) != 0).any(1).float().mean().item(),
-        **metrics,
-    }
+    return Batch(
+        rollouts,
+        rewards,
+        torch.zeros_like(advantages) if method == "sdpo" else advantages,
+        sdpo_mask,
+        routing.teacher_index,
+        reprompted_hidden(teacher, tokenizer, shown, forwarded(rollouts)),
+    )
+
+
+def forwarded(rollouts: Rollouts) -> Rollouts:
+    """The rollouts with all tokens attended: none attends to those behind it, and without padding no mask is needed."""
+    return rollouts._replace(mask=torch.ones_like(rollouts.mask))
 
 
 def _update(
@@ -153,7 +176,7 @@ def _update(
     teacher: Any,
     optimizer: torch.optim.Optimizer,
     method: Method,
-    batch: _Batch,
+    batch: Batch,
     recipe: Recipe,
 ) -> dict[str, float]:
     config = sk.SRPOConfig(dw_beta=0.0 if method == "srpo-unweighted" else 1.0)
@@ -166,7 +189,7 @@ def _update(
         batch.teacher_hidden, teacher.lm_head.weight, mask=rollouts.mask & batch.sdpo_mask[:, None], config=config
     ).entropy
     normalizers = sk.Normalizers.from_batch(rollouts.mask, batch.sdpo_mask, entropy, config=config)
-    hidden = response_hidden(model, *(tensor[rows] for tensor in rollouts[:4]))
+    hidden = response_hidden(model, *(tensor[rows] for tensor in forwarded(rollouts)[:4]))
 
     def loss(advantages: Tensor, *, distills: bool = True) -> sk.SRPOOutput:
         return sk.srpo_loss(

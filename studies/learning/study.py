@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from benchmarks.results import environment
 from studies.learning import RESULTS
-from studies.learning.base import load_base, make_model, teach
+from studies.learning.base import held_out_accuracies, load_base, make_model, teach
 from studies.learning.policy_optimization import Method, Recipe, run
 from studies.learning.tasks import Family
 
@@ -38,12 +38,14 @@ class Base:
     """Steps of supervised training: so few that much is left to learn."""
     lr: float = 1e-3
     """Its learning rate."""
+    shown: float = 0.4
+    """Share of its batches that show a solution."""
 
 
 def study(
     methods: tuple[Method, ...] = METHODS,
     seeds: int = 5,
-    families: tuple[Family, ...] = get_args(Family),
+    families: tuple[Family, ...] = ("sum", "split"),
     base: Base = Base(),
     recipe: Recipe = _RECIPE,
     workers: int = 2,
@@ -74,10 +76,21 @@ def study(
         count = sum(parameter.numel() for parameter in model.parameters())
         console.print(f"supervised training of {count / 1e6:.1f} M parameters")
 
-        def show(step: int, accuracy: dict[str, float]) -> None:
+        def show(step: int) -> bool:
+            accuracy = held_out_accuracies(model, families, 64, 4)
             console.print(f"{step:6d} steps: {', '.join(f'{name} {value:.2f}' for name, value in accuracy.items())}")
+            return False
 
-        teach(model, families, steps=base.steps, lr=base.lr, seed=0, progress=show)
+        teach(
+            model,
+            families,
+            steps=base.steps,
+            lr=base.lr,
+            seed=0,
+            shown=base.shown,
+            evaluate_every=100,
+            progress=show,
+        )
         model.save_pretrained(folder / _BASE)
     runs = [(method, seed) for seed in range(seeds) for method in methods]
     todo = [key for key in runs if not _finished(_file(folder, *key), recipe.steps)]

@@ -1,4 +1,4 @@
-"""Two families of arithmetic problems that check themselves, as text of few characters."""
+"""Families of problems that check themselves, as text of few characters."""
 
 from __future__ import annotations
 
@@ -8,12 +8,10 @@ from collections.abc import Callable
 from random import Random
 from typing import Literal, NamedTuple
 
-Family = Literal["sum", "split"]
+Family = Literal["sum", "split", "chain-3", "chain-6", "chain-12", "chain-20", "sort-3", "sort-4", "sort-6", "sort-8"]
 
 # Every character that a prompt or a reply can have.
 CHARACTERS = "0123456789+=~[]"
-# The longest reply, its end included: 20+20=40+20=60.
-MAX_REPLY = 15
 
 _STEPS = re.compile(r"(\d+)\+(\d+)=(\d+)\+(\d+)=(\d+)")
 _LEAST, _MOST = 2, 20
@@ -21,7 +19,7 @@ _HELD_OUT = 5
 
 
 class Problem(NamedTuple):
-    """A question with many correct replies: one is drawn by ``solve``, any is known by ``correct``."""
+    """A question: one correct reply is drawn by ``solve``, any is known by ``correct``."""
 
     family: Family
     question: str
@@ -37,9 +35,29 @@ class Problem(NamedTuple):
 def draw(family: Family, source: Random, *, held_out: bool) -> Problem:
     """A problem of the family, from those that are held out or from the others."""
     while True:
-        problem = _sum(source) if family == "sum" else _split(source)
+        problem = _draw(family, source)
         if problem.held_out == held_out:
             return problem
+
+
+def max_reply(family: Family) -> int:
+    """Characters of the longest correct reply, its end included."""
+    if family in ("sum", "split"):
+        return len("20+20=40+20=60") + 1
+    return len(_draw(family, Random(0)).solve(Random(0))) + 1
+
+
+def _draw(family: Family, source: Random) -> Problem:
+    kind, _, length = family.partition("-")
+    match kind:
+        case "sum":
+            return _sum(source)
+        case "split":
+            return _split(source)
+        case "chain":
+            return _chain(family, source, int(length))
+        case _:
+            return _sort(family, source, int(length))
 
 
 def with_solution(question: str, solution: str) -> str:
@@ -86,3 +104,38 @@ def _split(source: Random) -> Problem:
 def _steps(numbers: list[int]) -> str:
     a, b, c = numbers
     return f"{a}+{b}={a + b}+{c}={a + b + c}"
+
+
+def _chain(family: Family, source: Random, length: int) -> Problem:
+    """Digits to add modulo 10, one after the other: ``759`` is solved by ``7+5=2+9=1``. One reply is right."""
+    digits = [source.randint(0, 9) for _ in range(length)]
+    right, total = str(digits[0]), digits[0]
+    for digit in digits[1:]:
+        total = (total + digit) % 10
+        right += f"+{digit}={total}"
+    return Problem(family, "".join(map(str, digits)), lambda _: right, lambda reply: reply == right)
+
+
+def _sort(family: Family, source: Random, length: int) -> Problem:
+    """Different digits: each step takes out the least or the greatest, ``759`` as in ``5~79=9~7=7``."""
+    digits = "".join(map(str, source.sample(range(10), length)))
+
+    def solve(source: Random) -> str:
+        rest, steps = digits, []
+        while len(rest) > 1:
+            taken = source.choice((min(rest), max(rest)))
+            rest = rest.replace(taken, "")
+            steps.append(f"{taken}~{rest}")
+        return "=".join([*steps, rest])
+
+    def correct(reply: str) -> bool:
+        *steps, last = reply.split("=")
+        rest = digits
+        for step in steps:
+            taken, _, left = step.partition("~")
+            if len(rest) < 2 or taken not in (min(rest), max(rest)) or left != rest.replace(taken, ""):
+                return False
+            rest = left
+        return len(rest) == 1 and last == rest
+
+    return Problem(family, digits, solve, correct)

@@ -24,23 +24,24 @@ from studies.learning.analysis import differences, stage_scores
 from studies.learning.base import make_model, make_tokenizer
 from studies.learning.drawing import draw
 from studies.learning.policy_optimization import Recipe
-from studies.learning.tasks import CHARACTERS, MAX_REPLY, with_solution
+from studies.learning.tasks import CHARACTERS, max_reply, with_solution
 from studies.learning.tasks import draw as draw_problem
 from tests.processes import fork_server
 
 FAMILIES = ("sum", "split")
+EVERY = (*FAMILIES, "chain-6", "chain-20", "sort-4", "sort-8")
 METHODS = study_module.METHODS
 TINY = Recipe(steps=2, prompts=2, group_size=4, evaluate_every=1, evaluation_problems=4, evaluation_replies=2)
 
 
-@given(st.sampled_from(FAMILIES), st.integers(0, 2**32), st.booleans())
+@given(st.sampled_from(EVERY), st.integers(0, 2**32), st.booleans())
 def test_solutions_are_correct_and_other_numbers_are_not(family, seed, held_out):
     source = random.Random(seed)
     problem = draw_problem(family, source, held_out=held_out)
     reply = problem.solve(source)
     assert problem.held_out == held_out
     assert problem.correct(reply)
-    assert len(reply) < MAX_REPLY
+    assert len(reply) < max_reply(family)
     assert set(with_solution(problem.question, reply)) <= set(CHARACTERS)
     last = int(reply[-1])
     assert not problem.correct(f"{reply[:-1]}{(last + 1) % 10}")
@@ -97,11 +98,13 @@ def test_a_study_is_resumed_and_drawn(tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match="other settings"):
         study_module.study(seeds=2, **settings | {"recipe": Recipe(steps=3)})
     document = tmp_path / "learning.md"
-    document.write_text("".join(f"<!-- {m} -->\n<!-- /{m} -->\n" for m in ("stages", "differences", "pretrained")))
-    draw(out, tmp_path / "none.csv", document, tmp_path)
-    assert "learning pretrained`" in document.read_text()
+    markers = ("cells", "cell-differences", "rates", "mechanism", "stages", "differences", "pretrained")
+    document.write_text("".join(f"<!-- {m} -->\n<!-- /{m} -->\n" for m in markers))
+    files = {"cells": tmp_path / "none.csv", "mechanism": tmp_path / "none.csv", "study": out}
+    draw(**files, pretrained=tmp_path / "none.csv", document=document, figures=tmp_path)
+    assert "learning pretrained`" in document.read_text() and "learning sweep`" in document.read_text()
     pretrained_steps().to_csv(tmp_path / "pretrained.csv", index=False)
-    draw(out, tmp_path / "pretrained.csv", document, tmp_path)
+    draw(**files, pretrained=tmp_path / "pretrained.csv", document=document, figures=tmp_path)
     text = document.read_text()
     assert "`srpo`" in text and "p = " in text and "9 steps, one run a method" in text
     assert (tmp_path / "learning.png").exists() and (tmp_path / "learning_pretrained.svg").exists()

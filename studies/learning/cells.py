@@ -1,0 +1,94 @@
+"""The cells of "When does SRPO pay?", in the order in which they are run: `questions.md` says why these."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from studies.learning.policy_optimization import Method, Recipe
+from studies.learning.tasks import Family
+
+# Of the choice of learning rates; a comparison has the seeds from 0 on.
+CHOICE_SEEDS = (100,)
+_SEEDS = 10
+RECIPE = Recipe(steps=120, prompts=8, evaluate_every=6, evaluation_problems=128, evaluation_replies=1)
+STARTS = (0.1, 0.3, 0.6)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What methods are compared in: a task, the first model, and the learning rates to choose from."""
+
+    family: Family
+    start: float
+    """Held-out accuracy of the first model: of ``STARTS`` where supervised training has stopped there."""
+    lrs: tuple[float, ...]
+    noise: bool = True
+    """The first model is one that was taught further, and lost the rest to noise on its weights."""
+
+    @property
+    def name(self) -> str:
+        """The task and the start in percent: ``chain-20~10`` with noise, ``chain-20@10`` where training stopped."""
+        return f"{self.family}{'~' if self.noise else '@'}{100 * self.start:.0f}"
+
+
+KEY = ("cell", "method", "seed", "lr")
+Key = tuple[str, str, int, float | None]
+
+
+class Stage(NamedTuple):
+    """Methods to compare in a cell."""
+
+    cell: Cell
+    methods: tuple[Method, ...]
+
+
+class Run(NamedTuple):
+    """One run; ``lr`` None is the one that the method's choice has shown to be best in this cell."""
+
+    cell: Cell
+    method: Method
+    seed: int
+    lr: float | None
+
+    @property
+    def key(self) -> Key:
+        """What tells it from all others in the CSV file."""
+        return self.cell.name, self.method, self.seed, self.lr
+
+
+_MAIN: tuple[Method, ...] = ("grpo", "srpo", "sdpo")
+_ABLATIONS: tuple[Method, ...] = ("srpo-unweighted", "mixing")
+
+
+def _cell(family: Family, start: float) -> Cell:
+    """Short replies bear a higher rate."""
+    least = 1e-4 if family in ("chain-6", "sort-4") else 5e-5
+    return Cell(family, start, tuple(least * factor for factor in (1, 2, 4, 8, 16)))
+
+
+PLAN = (
+    Stage(_cell("chain-6", 0.1), _MAIN),
+    Stage(_cell("chain-20", 0.1), _MAIN),
+    Stage(_cell("chain-6", 0.5), _MAIN),
+    Stage(_cell("chain-20", 0.5), _MAIN),
+    Stage(_cell("sort-8", 0.1), _MAIN),
+    Stage(_cell("chain-20", 0.1), _ABLATIONS),
+    Stage(_cell("chain-12", 0.1), _MAIN),
+    Stage(Cell("chain-6", 0.1, (2e-4, 4e-4, 8e-4, 1.6e-3, 3.2e-3), noise=False), _MAIN),
+    Stage(_cell("sort-4", 0.1), _MAIN),
+    Stage(_cell("chain-20", 0.3), _MAIN),
+    Stage(_cell("sort-8", 0.5), _MAIN),
+)
+
+
+def choice_runs(stage: Stage) -> list[Run]:
+    """Every learning rate on the seeds of the choice."""
+    return [
+        Run(stage.cell, method, seed, lr) for seed in CHOICE_SEEDS for lr in stage.cell.lrs for method in stage.methods
+    ]
+
+
+def comparison_runs(stage: Stage) -> list[Run]:
+    """The paired seeds, each for every method before the next."""
+    return [Run(stage.cell, method, seed, None) for seed in range(_SEEDS) for method in stage.methods]

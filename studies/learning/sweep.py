@@ -1,0 +1,205 @@
+"""Runs the cells in their order; what the CSV file has is not run again."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, get_args
+
+import pandas as pd
+import torch
+from rich.console import Console
+
+from benchmarks.results import environment
+from studies.learning import RESULTS
+from studies.learning.base import held_out_accuracies, load_base, make_model, teach
+from studies.learning.cells import KEY, PLAN, RECIPE, STARTS, Cell, Key, Run, Stage, choice_runs, comparison_runs
+from studies.learning.comparison import chosen_lr, outcomes
+from studies.learning.mechanism import PROBED_SEEDS, Probe
+from studies.learning.policy_optimization import run
+from studies.learning.tasks import Family
+
+_HIDDEN_SIZE, _LAYERS = 64, 2
+_TEACH_STEPS, _TEACH_LR = 20_000, 1e-3
+# The held-out accuracy at which a length is left for the next one, a start like the others.
+_TAUGHT = 0.8
+# What a start has to reach with a solution shown: a teacher that cannot use one is another study's subject.
+_SHOWN = 0.9
+# Of the interval in which the level of noise is sought.
+_HALVINGS = 8
+_Rows = tuple[pd.DataFrame, pd.DataFrame]
+
+
+def sweep(
+    only: str | None = None,
+    workers: int = 1,
+    folder: Path = Path("runs/cells"),
+    out: Path = RESULTS / "cells.csv",
+    mechanism: Path = RESULTS / "mechanism.csv",
+) -> None:
+    """Run the cells of `cells.py` in their order: the first model, the learning rates, then the comparison.
+
+    Stopped and called again, it goes on with the first run that `out` does not have.
+
+    Args:
+        only: one cell, as in chain-20~10. Default: all.
+        workers: runs at a time, of one thread each.
+        folder: the first models of the cells.
+        out: CSV file, a line per evaluation.
+        mechanism: CSV file of what teacher and student do where a failed reply goes wrong.
+    """
+    names = [stage.cell.name for stage in PLAN]
+    if only is not None and only not in names:
+        raise SystemExit(f"--only {only}: no such cell, there are {', '.join(names)}")
+    torch.set_num_threads(1)
+    console = Console(soft_wrap=True)
+    for stage in PLAN:
+        if only in (None, stage.cell.name):
+            _first_model(folder, stage.cell, console)
+            if _is_probed(stage.cell):
+                _probe_start(folder, stage.cell, mechanism)
+            _all(choice_runs(stage), workers, folder, out, mechanism, console)
+            _all(list(_with_lr(stage, out)), workers, folder, out, mechanism, console)
+
+
+def _with_lr(stage: Stage, out: Path) -> Iterator[Run]:
+    scores = outcomes(pd.read_csv(out))
+    for planned in comparison_runs(stage):
+        yield planned._replace(lr=chosen_lr(scores, stage.cell.name, planned.method))
+
+
+def _all(runs: list[Run], workers: int, folder: Path, out: Path, mechanism: Path, console: Console) -> None:
+    """The runs that ``out`` does not have, ``workers`` at a time; each is appended when it has ended."""
+    done = _keys(out)
+    todo = [planned for planned in runs if planned.key not in done]
+    for ended, (rows, seen) in _ended(todo, workers, folder):
+        _append(out, ended.key, rows)
+        _append(mechanism, ended.key, seen)
+        last, seconds = rows["accuracy"].iloc[-1], rows["train_seconds"].iloc[-1]
+        console.print(f"{ended.cell.name} {ended.method} {ended.lr:g}, seed {ended.seed}: {last:.3f}, {seconds:.0f} s")
+
+
+def _ended(runs: list[Run], workers: int, folder: Path) -> Iterator[tuple[Run, _Rows]]:
+    if workers == 1:
+        yield from ((planned, train(folder, planned)) for planned in runs)
+        return
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        futures = {pool.submit(train, folder, planned): planned for planned in runs}
+        try:
+            yield from ((futures[future], future.result()) for future in as_completed(futures))
+        except BaseException:
+            pool.shutdown(cancel_futures=True, wait=False)
+            raise
+
+
+def train(folder: Path, planned: Run) -> _Rows:
+    """One run: what its evaluations have seen, and what the probe of the mechanism has."""
+    torch.set_num_threads(1)
+    cell, probe = planned.cell, Probe(planned.cell.family, planned.seed)
+    assert planned.lr is not None
+    recipe = replace(RECIPE, lr=planned.lr)
+    probed = {"watch": probe} if _is_probed(cell) and planned.seed < PROBED_SEEDS else {}
+    base = load_base(folder / cell.name)
+    rows = list(run(base, planned.method, planned.seed, (cell.family,), recipe, **probed))
+    return pd.DataFrame(rows).drop(columns=f"accuracy_{cell.family}"), pd.DataFrame(probe.rows)
+
+
+def _first_model(folder: Path, cell: Cell, console: Console) -> None:
+    """Keep the cell's first model in the folder, where it is not there."""
+    if (folder / cell.name).exists():
+        return
+    _teach(folder, cell.family, console)
+    if not cell.noise:
+        return
+    taught, levels = folder / _stopped(cell.family, _TAUGHT), [0.0, 1.0]
+    for _ in range(_HALVINGS):
+        level = sum(levels) / 2
+        model = noisy(load_base(taught), level)
+        seen = held_out_accuracies(model, (cell.family,), 256, 1)[cell.family]
+        console.print(f"noise of {level:.4f}: {cell.family} {seen:.2f}")
+        levels[seen < cell.start] = level
+    model.save_pretrained(folder / cell.name)
+
+
+def noisy(model: Any, level: float) -> Any:
+    """Add to every matrix normal noise of ``level`` times its own standard deviation, the same draws for any level."""
+    source = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.dim() == 2:
+                weight += level * weight.std() * torch.randn(weight.shape, generator=source)
+    return model
+
+
+def _teach(folder: Path, longest: Family, console: Console) -> None:
+    """Supervised training of a task from its shortest length on, kept where a length first passes each start."""
+    kind = longest.partition("-")[0]
+    lengths: list[Family] = [name for name in get_args(Family) if name.startswith(kind)]
+    model = make_model(_HIDDEN_SIZE, _LAYERS, seed=0)
+    for family in lengths[: lengths.index(longest) + 1]:
+        taught = folder / _stopped(family, _TAUGHT)
+        if taught.exists():
+            model = load_base(taught)
+            continue
+
+        def progress(step: int, model: Any = model, family: Family = family, taught: Path = taught) -> bool:
+            seen = held_out_accuracies(model, (family,), 128, 1)
+            console.print(f"{step:6d} steps: {', '.join(f'{name} {value:.2f}' for name, value in seen.items())}")
+            for start in (*STARTS, _TAUGHT):
+                path = folder / _stopped(family, start)
+                if seen[family] >= start and seen[f"{family} shown"] >= _SHOWN and not path.exists():
+                    model.save_pretrained(path)
+            return taught.exists()
+
+        teach(
+            model,
+            (family,),
+            steps=_TEACH_STEPS,
+            lr=_TEACH_LR,
+            seed=0,
+            shown=0.5,
+            # No cell starts from the shortest.
+            evaluate_every=50 if family.endswith("-3") else 10,
+            progress=progress,
+        )
+
+
+def _stopped(family: Family, start: float) -> str:
+    return Cell(family, start, (), noise=False).name
+
+
+def _probe_start(folder: Path, cell: Cell, mechanism: Path) -> None:
+    """What the first model does, with itself as the teacher: lines of a method ``start``, without a learning rate."""
+    for seed in range(PROBED_SEEDS):
+        key = cell.name, "start", seed, 0.0
+        if key not in _keys(mechanism):
+            base, probe = load_base(folder / cell.name).eval(), Probe(cell.family, seed)
+            probe(0, base, base)
+            _append(mechanism, key, pd.DataFrame(probe.rows))
+
+
+def _is_probed(cell: Cell) -> bool:
+    """Where replies go wrong is known of chains: they have one correct reply."""
+    return cell.family.startswith("chain")
+
+
+def _keys(path: Path) -> set[tuple[Any, ...]]:
+    if not path.exists():
+        return set()
+    return set(pd.read_csv(path)[list(KEY)].drop_duplicates().itertuples(index=False, name=None))
+
+
+def _append(path: Path, own: Key, rows: pd.DataFrame) -> None:
+    """Add a run's lines to the file, in place of those it may have; what it was run on stands in the first."""
+    if rows.empty:
+        return
+    key = pd.DataFrame([own] * len(rows), columns=list(KEY))
+    place = pd.DataFrame([environment(torch.device("cpu"), 1)])
+    table = pd.concat([key, rows, place], axis=1)
+    before = pd.read_csv(path) if path.exists() else table.iloc[:0]
+    others = before[before[list(KEY)].ne(key.iloc[0]).any(axis=1)]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pd.concat([others, table], ignore_index=True).to_csv(path, index=False, float_format="%.4g")
