@@ -149,7 +149,14 @@ def fused_loss(
             teacher_hidden, teacher_weight, teacher_bias, teacher_head_ids, weight, bias, target_ids, teacher_mask,
             "teacher_mask",
         )  # fmt: skip
-        teacher.check_own_divergences(divergence_alpha, divergence_clip, target_ids, config, teacher_mask)
+        teacher.check_own_divergences(
+            divergence_alpha,
+            divergence_clip,
+            target_ids,
+            config.divergence,
+            config.distillation_mode,
+            has_teacher=teacher_mask is not None,
+        )
         dtype = accumulation_dtype(hidden, weight)
         backend = backends.resolve_backend(backend, hidden.device, dtype)
         validation.check_workspace(workspace_bytes)

@@ -155,7 +155,14 @@ def srpo_loss(
         teacher.check_teacher_topk(
             teacher_topk_ids, teacher_topk_log_probs, teacher_hidden, target_ids, sdpo_mask, config
         )
-        teacher.check_own_divergences(divergence_alpha, divergence_clip, target_ids, config, sdpo_mask)
+        teacher.check_own_divergences(
+            divergence_alpha,
+            divergence_clip,
+            target_ids,
+            config.divergence,
+            config.distillation_mode,
+            has_teacher=sdpo_mask is not None,
+        )
         dtype = accumulation_dtype(hidden, weight)
         backend = backends.resolve_backend(backend, hidden.device, dtype)
         validation.check_workspace(workspace_bytes)

@@ -136,8 +136,14 @@ def token_stats(
         teacher.check_teacher_topk(
             teacher_topk_ids, teacher_topk_log_probs, teacher_hidden, target_ids, target_ids, config
         )
-        known = teacher_topk_ids if teacher_hidden is None else teacher_hidden
-        teacher.check_own_divergences(divergence_alpha, divergence_clip, target_ids, SRPOConfig(**described), known)
+        teacher.check_own_divergences(
+            divergence_alpha,
+            divergence_clip,
+            target_ids,
+            described["divergence"],
+            described.get("distillation_mode", "full"),
+            has_teacher=teacher_hidden is not None or teacher_topk_ids is not None,
+        )
         if teacher_topk_ids is not None:
             width = teacher_topk_ids.shape[-1:]
             require_shape("teacher_topk_ids", teacher_topk_ids, [target_ids.shape + width], "the rows of hidden, and K")

@@ -69,7 +69,13 @@ def check_teacher_mask(teacher_mask: object, teacher: object, target_ids: Tensor
 
 
 def check_own_divergences(
-    divergence_alpha: object, divergence_clip: object, target_ids: Tensor, config: SRPOConfig, mask: Tensor | None
+    divergence_alpha: object,
+    divergence_clip: object,
+    target_ids: Tensor,
+    divergence: str,
+    distillation_mode: str,
+    *,
+    has_teacher: bool,
 ) -> None:
     """Numbers of the divergence by row, which the config's divergence must read."""
     rows = target_ids.shape
@@ -79,14 +85,14 @@ def check_own_divergences(
         value = require_tensor(name, value, FLOATING, target_ids.device)
         shapes = [rows[:1], rows] if target_ids.ndim == 1 else [rows[:1], rows, (rows[0], 1)]
         require_shape(name, value, shapes, "[B], or the shape of target_ids")
-        if mask is None:
+        if not has_teacher:
             raise ValueError(f"{name} needs a teacher, of whose divergence it is a number")
-        if config.distillation_mode == "sampled":
+        if distillation_mode == "sampled":
             raise ValueError(f"{name} must be None with distillation_mode='sampled', which has one token alone")
-    if divergence_alpha is not None and not has_mixture(config.divergence):
+    if divergence_alpha is not None and not has_mixture(divergence):
         raise ValueError(
             "divergence_alpha needs a config.divergence from a mixture: 'jsd' is forward_kl where it is 0 and "
-            f"reverse_kl where it is 1; got {config.divergence!r}"
+            f"reverse_kl where it is 1; got {divergence!r}"
         )
 
 
