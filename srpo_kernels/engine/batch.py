@@ -52,7 +52,8 @@ class Needs(NamedTuple):
 class FusedResult(NamedTuple):
     """Loss, each row's share of it and log-prob ``[N]``, how many rows went wrong, and the loss's gradients.
 
-    ``nonfinite_rows`` counts those whose loss or gradient is not finite. Gradients are in the accumulation dtype.
+    ``nonfinite_rows`` counts those whose loss or gradient is not finite. Gradients are in the accumulation dtype, and
+    still to be multiplied by ``grad_scale`` ``[]``, None for 1.
     """
 
     loss: Tensor
@@ -62,3 +63,4 @@ class FusedResult(NamedTuple):
     grad_hidden: Tensor | None
     grad_weight: Tensor | None
     grad_bias: Tensor | None
+    grad_scale: Tensor | None

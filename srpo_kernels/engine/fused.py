@@ -61,28 +61,28 @@ class FusedPass:
         """
         if self.objective.teacher_first:
             self.objective.begin(self._teacher_entropies())
-        loss = self.log_probs.new_zeros(())
         for segment in self.plan.segments:
             rows, evaluation = self._run(segment, gradient=any(self.needs))
-            self.losses[rows] = evaluation.losses
             if evaluation.rescale is not None:
-                loss = loss * evaluation.rescale
-            loss = loss + evaluation.losses.sum()
+                self.losses.mul_(evaluation.rescale)
+            self.losses[rows] = evaluation.losses
         if self.plan.inactive:
             self._run(self.plan.inactive, gradient=False, active=False)
         self.gradients.finish()
         finite, of_rows = self.losses.isfinite(), self.gradients.rows
         if of_rows is not None:
             self.passes.vocabulary.add_up_(of_rows, self.plan.rows)
-            finite &= of_rows.isfinite().all(1)
+            # One pass: a sum that is finite has finite terms.
+            finite &= of_rows.sum(1).isfinite()
         return FusedResult(
-            loss,
+            self.losses.sum(),
             self.losses,
             self.log_probs,
             (~finite).sum(),
             of_rows if self.needs.hidden else None,
             self.gradients.head.weight,
             self.gradients.head.bias,
+            self.gradients.scale,
         )
 
     def _run(self, segment: Segment, *, gradient: bool, active: bool = True) -> tuple[Tensor, Evaluation]:
@@ -198,6 +198,7 @@ class FusedPass:
         """Add the gradients of all chunks; the last one's logits are still in the buffer, the others' come again."""
         if evaluation.rescale is not None:
             self.gradients.rescale(evaluation.rescale)
+        gradients = evaluation.gradients.divided_by(self.gradients.scale)
         taught, alone = sum(len(chunk.taught) for chunk in segment), sum(len(chunk.alone) for chunk in segment)
         ends = {True: taught, False: taught + alone}
         for i, chunk in reversed(list(enumerate(segment))):
@@ -205,7 +206,7 @@ class FusedPass:
             if computed.columns is not None:
                 (part,) = computed.parts
                 own = slice(ends[part.taught] - len(part.rows), ends[part.taught])
-                self._accumulate_columns(computed.columns, part.rows, evaluation.gradients.select(own))
+                self._accumulate_columns(computed.columns, part.rows, gradients.select(own))
                 ends[part.taught] = own.start
                 continue
             if i < len(segment) - 1:
@@ -216,7 +217,7 @@ class FusedPass:
             places = out.split([len(part.rows) for part in computed.parts])
             for part, place in zip(computed.parts, places, strict=True):
                 own = slice(ends[part.taught] - len(part.rows), ends[part.taught])
-                dlogits.append(self._dlogits_(part, evaluation.gradients.select(own), place))
+                dlogits.append(self._dlogits_(part, gradients.select(own), place))
                 ends[part.taught] = own.start
             self.gradients.add(chunk.rows, join(out, dlogits), computed.operand)
 

@@ -14,7 +14,8 @@ class Gradients:
     """Gradients of hidden states and head, in the accumulation dtype.
 
     dlogits that take their logits' place go into the products at once. Others wait in ``waiting`` ``[m, V]`` until
-    it is full: every product of dW after the first reads and writes all of it in fp32.
+    it is full: every product of dW after the first reads and writes all of it in fp32. For the same reason nothing that
+    waits is rescaled: ``scale``, None for 1, is what all gradients are still to be multiplied by.
 
     Args:
         of_rows: ``[n, H]`` for dX, ``[n, 1]`` for the sums of dlogits where hidden states are frozen, None for neither.
@@ -27,6 +28,7 @@ class Gradients:
     def __init__(self, of_rows: Tensor | None, head: Head, needs: Needs, dtype: torch.dtype, waiting: Tensor) -> None:
         self.rows, self.of_hidden = of_rows, needs.hidden
         self.head = gemm.HeadGradient(head.weight if needs.weight else None, head.bias if needs.bias else None, dtype)
+        self.scale: Tensor | None = None
         self._weight, self._waiting = head.weight, waiting
         self._chunks: list[tuple[Tensor, Tensor]] = []
         self._count = 0
@@ -48,8 +50,10 @@ class Gradients:
         self._count += len(operand)
 
     def rescale(self, factor: Tensor) -> None:
-        """Multiply all that was added before."""
-        self._multiply_waiting()
+        """Multiply all that was added before; what is added from now on is to be divided by a ``scale``."""
+        if len(self._waiting):
+            self.scale = factor if self.scale is None else self.scale * factor
+            return
         if self.rows is not None:
             self.rows.mul_(factor)
         self.head.rescale(factor)

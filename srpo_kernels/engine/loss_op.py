@@ -44,7 +44,7 @@ def fused_loss(call: LossArguments, options: LossOptions) -> tuple[Tensor, Tenso
 
 
 def _forward(*arguments: Any) -> tuple[Tensor, ...]:
-    """Loss, log-probs, what an objective has beside them, and the gradients in the accumulation dtype."""
+    """Loss, log-probs, what an objective has beside them, and the gradients over their scale, which comes last."""
     call, options, needs = parse(arguments, LossArguments, LossOptions, Needs)
     config = SRPOConfig.decode(options.config)
     with torch.autocast(call.hidden.device.type, enabled=False):
@@ -68,6 +68,7 @@ def _forward(*arguments: Any) -> tuple[Tensor, ...]:
         result.log_probs.view(call.target_ids.shape),
         more,
         *ops.dense((grad_hidden, result.grad_weight, result.grad_bias), result.loss),
+        torch.ones_like(result.loss) if result.grad_scale is None else result.grad_scale,
     )
 
 
@@ -104,11 +105,11 @@ def _fake(*arguments: Any) -> tuple[Tensor, ...]:
     )
     rows = loss.new_empty(call.target_ids.shape)
     more = loss.new_empty(len(METRICS)) if options.objective == "srpo" else torch.empty_like(rows)
-    return loss, rows, more, *ops.dense(gradients, loss)
+    return loss, rows, more, *ops.dense(gradients, loss), torch.empty_like(loss)
 
 
-def _backward(scale: Callable[[Tensor, Tensor], Tensor], *, is_operator: bool) -> ops.Backward:
-    """The backward in which ``scale`` multiplies a gradient by the upstream one."""
+def _backward(scale: Callable[[Tensor, Tensor, torch.dtype], Tensor], *, is_operator: bool) -> ops.Backward:
+    """The backward in which ``scale`` multiplies a gradient by the upstream one, and hands it over in a dtype."""
 
     def backward(ctx: Any, saved: tuple[Tensor, ...], grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         gradients: list[Any] = [None] * ctx.num_arguments
@@ -120,24 +121,29 @@ def _backward(scale: Callable[[Tensor, Tensor], Tensor], *, is_operator: bool) -
             return tuple(gradients)
         if grad_loss.numel() != 1:
             raise RuntimeError(f"the loss takes a scalar upstream gradient, got {list(grad_loss.shape)}")
-        for i, (gradient, dtype) in enumerate(zip(saved[1:], ctx.dtypes, strict=True)):
+        _, *own, grad_scale = saved
+        factor = grad_loss * grad_scale
+        for i, (gradient, dtype) in enumerate(zip(own, ctx.dtypes, strict=True)):
             if dtype is not None:
-                gradients[i] = scale(gradient, grad_loss).to(dtype)
+                gradients[i] = scale(gradient, factor, dtype)
         return tuple(gradients)
 
     return ops.once_differentiable(backward, source=0)
 
 
-def _scale(gradient: Tensor, factor: Tensor) -> Tensor:
-    return gradient * factor
+def _scale(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    return (gradient * factor).to(dtype)
 
 
-def _scale_(gradient: Tensor, factor: Tensor) -> Tensor:
-    """``gradient * factor`` without a host sync; in place when nobody can ask for the gradient a second time."""
+def _scale_(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """``_scale`` without a host sync; in place when nobody can ask for the gradient a second time."""
     if torch._C._autograd._get_current_graph_task_keep_graph():
-        return gradient * factor
-    if factor.device.type == "cpu" and factor.item() == 1.0:
-        return gradient
+        return _scale(gradient, factor, dtype)
+    if factor.device.type == "cpu":
+        return (gradient if factor.item() == 1.0 else gradient.mul_(factor)).to(dtype)
+    if dtype != gradient.dtype:
+        # One pass; a CPU would make a copy in between.
+        return torch.mul(gradient, factor, out=torch.empty_like(gradient, dtype=dtype))
     return gradient.mul_(factor)
 
 
@@ -175,7 +181,7 @@ _operator = torch.library.custom_op(
         "str objective, str[] input_names, str config, bool whole_sequences, str backend, SymInt? workspace_bytes, "
         "str? vocab_parallel_group, str? sequence_parallel_group, "
         f"{ops.NEEDS}) "
-        f"-> (Tensor loss, Tensor log_probs, Tensor more, {ops.GRADIENTS})"
+        f"-> (Tensor loss, Tensor log_probs, Tensor more, {ops.GRADIENTS}, Tensor grad_scale)"
     ),
 )
 _operator.register_fake(_fake)

@@ -85,7 +85,7 @@ class Plan:
 
     @property
     def head_products(self) -> int:
-        """Products whose sum is dW, but for one more where what was added is rescaled."""
+        """Products whose sum is dW."""
         products, room = 0, 0
         for rows in map(sum, self._rows_of_chunks([])):
             if rows > room:

@@ -119,6 +119,10 @@ class RowGradients(NamedTuple):
         """The gradients of some rows."""
         return type(self)._make(None if x is None else x[rows] for x in self)
 
+    def divided_by(self, scale: Tensor | None) -> RowGradients:
+        """These over ``scale`` ``[]``, None for 1."""
+        return self if scale is None else type(self)._make(None if x is None else x / scale for x in self)
+
     @property
     def names(self) -> frozenset[str]:
         """The statistics that have a gradient."""
