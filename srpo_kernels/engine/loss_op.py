@@ -52,11 +52,10 @@ def _forward(*arguments: Any) -> tuple[Tensor, ...]:
         if options.objective == "srpo":
             batch, plan, objective, is_whole = prepare_srpo(call, config, options, needs, passes)
             result = _run(call, batch, plan, objective, config, needs, passes)
-            numbers = objective.metrics | {"nonfinite_rows": result.nonfinite_rows}
-            metrics = {name: x if isinstance(x, Tensor) else result.loss.new_full((), x) for name, x in numbers.items()}
+            metrics = objective.metrics | {"nonfinite_rows": result.nonfinite_rows}
             if is_whole and config.dw_beta > 0.0:
                 warn_of_weights(float(metrics["dw_weight_sum"]), len(plan.order.taught), config)
-            more = torch.stack([metrics[name].to(result.loss) for name in METRICS])
+            more = _vector([metrics[name] for name in METRICS], result.loss)
         else:
             batch, plan, custom = prepare_custom(call, config, options, needs, passes)
             result = _run(call, batch, plan, custom, config, needs, passes)
@@ -70,6 +69,12 @@ def _forward(*arguments: Any) -> tuple[Tensor, ...]:
         *ops.dense((grad_hidden, result.grad_weight, result.grad_bias), result.loss),
         torch.ones_like(result.loss) if result.grad_scale is None else result.grad_scale,
     )
+
+
+def _vector(numbers: list[Tensor | float], like: Tensor) -> Tensor:
+    """Of numbers of the device and of the host, without a copy from one to the other."""
+    same = {x: like.new_full((), x) for x in numbers if not isinstance(x, Tensor)}
+    return torch.stack([x.to(like) if isinstance(x, Tensor) else same[x] for x in numbers])
 
 
 def _run(
@@ -121,9 +126,8 @@ def _backward(scale: Callable[[Tensor, Tensor, torch.dtype], Tensor], *, is_oper
             return tuple(gradients)
         if grad_loss.numel() != 1:
             raise RuntimeError(f"the loss takes a scalar upstream gradient, got {list(grad_loss.shape)}")
-        _, *own, grad_scale = saved
-        factor = grad_loss * grad_scale
-        for i, (gradient, dtype) in enumerate(zip(own, ctx.dtypes, strict=True)):
+        factor = grad_loss * saved[-1]
+        for i, (gradient, dtype) in enumerate(zip(saved[1:-1], ctx.dtypes, strict=True)):
             if dtype is not None:
                 gradients[i] = scale(gradient, factor, dtype)
         return tuple(gradients)

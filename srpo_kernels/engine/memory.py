@@ -14,9 +14,12 @@ from srpo_kernels.engine.workspace import row_stride
 from srpo_kernels.rows.contract import Scratch
 from srpo_kernels.rows.passes import RowPasses
 
-# Where none is given: enough rows for the products to run near their best at vocabularies up to 262k.
+# Where none is given: enough rows for the products to run near their best at vocabularies up to 262k, and on an
+# accelerator for a chunk's small kernels to be few: of one model's logits, or of both models' together.
 _DEFAULT_WORKSPACE_CPU = 640 << 20
-_ROWS_ACCELERATOR = 1024
+_ROWS_ACCELERATOR = 2048
+# Products have rows in multiples of that.
+_ROUND_ROWS = 1024
 # Of dX and dW, where dlogits wait: dW in fp32 is read and written once for so many rows (docs/gpu.md).
 _ROWS_OF_PRODUCT = 4096
 
@@ -62,19 +65,19 @@ class RowMemory:
         if workspace_bytes is None:
             if self.device.type != "cpu":
                 # A shard's rows are short: as much memory as for the whole vocabulary takes fewer exchanges.
-                return _ROWS_ACCELERATOR * self.shards
+                return _ROWS_ACCELERATOR * self.shards // models
             workspace_bytes = max(_DEFAULT_WORKSPACE_CPU, self.floor(models))
         # Scratch is for a block of rows at most, and for no more rows than the chunk has.
         block = self.scratch.blocks * self.scratch.rows * self._logits(1, copy=False)
         beside_a_block = (workspace_bytes - block) // self._logits(models)
         capacity = max(beside_a_block, min(self.scratch.rows, workspace_bytes // self.floor(models)), 1)
-        if self.device.type != "cpu" and capacity > _ROWS_ACCELERATOR:
-            capacity -= capacity % _ROWS_ACCELERATOR
+        if self.device.type != "cpu" and capacity > _ROUND_ROWS:
+            capacity -= capacity % _ROUND_ROWS
         return capacity
 
     @property
     def most_rows(self) -> int:
-        """Rows of a chunk for which more memory is of use: where dlogits wait for a product, it is better for them."""
+        """Rows of logits beyond which memory is of no use: where dlogits wait for a product, it is better for them."""
         return _ROWS_ACCELERATOR * self.shards if self.copy_itemsize else sys.maxsize
 
     def chunk_rows(self, workspace_bytes: int | None, *, whole: bool) -> ChunkRows:
@@ -87,7 +90,7 @@ class RowMemory:
         if whole:
             return ChunkRows(alone, taught, logits)
         most = self.most_rows
-        return ChunkRows(min(alone, most), min(taught, most), min(logits, 2 * most))
+        return ChunkRows(min(alone, most), min(taught, most // 2), min(logits, most))
 
     def waiting_rows(self, num_rows: int, longest: int, logits: int, workspace_bytes: int | None) -> int:
         """Rows whose dlogits wait for one product of dX and one of dW; 0 where these take the place of logits.

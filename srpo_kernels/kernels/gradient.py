@@ -60,7 +60,6 @@ def gradient_numbers(stats: Statistics, coefficients: Coefficients, spec: RowSpe
         entries=by_divergence is not None and mixture is None,
     )
     dtype, transform = outside.dtype, Transform.of(spec.transform)
-    by_p_at_ids = torch.zeros_like(outside)[:, None]
     if by_log is not None:
         assert stats.entropy is not None
         outside = outside + by_log * stats.entropy
@@ -70,8 +69,11 @@ def gradient_numbers(stats: Statistics, coefficients: Coefficients, spec: RowSpe
     student = Base2.of(log_sum, dtype)
     teacher = student if stats.teacher_logsumexp is None else Base2.of(stats.teacher_logsumexp, dtype)
     # What the log-sum-exps lack in fp32 scales a row's probabilities and shifts its log-ratios.
-    by_log2 = torch.zeros_like(by_p_at_ids) if by_log is None else by_log[:, None] * math.log(2.0)
-    missing, scale = torch.zeros_like(by_p_at_ids), spec.transform.scale * student.correction
+    by_p, scale = outside[:, None], spec.transform.scale * student.correction
+    by_log2 = by_p_at_ids = missing = zero = torch.zeros_like(by_p)
+    if by_log is not None:
+        by_log2 = by_log[:, None] * math.log(2.0)
+        by_p = by_p - by_log2 * student.low
     own: list[Tensor] = []
     if by_forward is not None:
         by = by_forward[:, None]
@@ -100,7 +102,8 @@ def gradient_numbers(stats: Statistics, coefficients: Coefficients, spec: RowSpe
             own.append(mixture_shares(student, teacher, mixture).to(dtype))
             own += [by_kl * scale] if terms["STUDENT_KL"] else []
             own += [by_overlap * scale] if terms["OVERLAP"] else []
-    by_p_at_ids = by_p_at_ids - missing
-    by_p = outside[:, None] - by_log2 * student.low + by_p_at_ids
-    common = [student.high, teacher.high, by_p * scale, by_log2 * scale, by_p_at_ids * scale]
-    return terms, torch.cat([*common, *own], dim=1)
+    if missing is not zero or by_p_at_ids is not zero:
+        by_p_at_ids = by_p_at_ids - missing
+        by_p = by_p + by_p_at_ids
+    factors = (x if x is zero else x * scale for x in (by_p, by_log2, by_p_at_ids))
+    return terms, torch.cat([student.high, teacher.high, *factors, *own], dim=1)

@@ -90,8 +90,15 @@ class SRPOObjective:
         self._moving_names = self._policy_names if has_bonus else ("log_probs",)
         self._reference: Tensor | float = -0.5 * spread
         self._entropies: list[Tensor] = []
-        self.metrics: dict[str, Tensor | float] = dict.fromkeys(METRICS, 0.0)
-        self.metrics |= {"policy_tokens": num_policy, "sdpo_tokens": num_taught}
+        self._counts = {"policy_tokens": num_policy, "sdpo_tokens": num_taught}
+        # Of rows, which are summed at the end: a sum of each chunk would be two small kernels for each number.
+        self._summands: dict[str, list[Tensor]] = {}
+
+    @property
+    def metrics(self) -> dict[str, Tensor | float]:
+        """Those of ``METRICS`` that are its own."""
+        sums = {name: _joined(values).sum() for name, values in self._summands.items()}
+        return dict.fromkeys(METRICS, 0.0) | self._counts | sums
 
     def reads(self, taught: bool) -> tuple[frozenset[str], frozenset[str]]:
         """The statistics that rows with a teacher, or without one, need, and those that carry gradient."""
@@ -149,18 +156,18 @@ class SRPOObjective:
             entropy=entropy if config.entropy_coef != 0.0 else None,
             sequences=sequences,
         )
-        self._add("scored_policy_tokens", len(log_probs))
-        self._add("clip_low_count", terms.clip_low.sum())
-        self._add("clip_high_count", terms.clip_high.sum())
-        self._add("dual_clip_count", terms.dual_clip.sum())
-        self._add("approx_kl_sum", terms.approx_kl.sum())
-        self._add("ref_kl_sum", terms.ref_kl.sum())
+        self._count("scored_policy_tokens", len(log_probs))
+        self._add("clip_low_count", terms.clip_low)
+        self._add("clip_high_count", terms.clip_high)
+        self._add("dual_clip_count", terms.dual_clip)
+        self._add("approx_kl_sum", terms.approx_kl)
+        self._add("ref_kl_sum", terms.ref_kl)
         if entropy is not None:
-            self._add("entropy_sum", entropy.detach().sum())
-            self._add("entropy_tokens", len(entropy))
+            self._add("entropy_sum", entropy)
+            self._count("entropy_tokens", len(entropy))
         if rows.active:
-            self._add("active_rows", len(log_probs))
-            self._add("policy_loss_sum", terms.loss.detach().sum())
+            self._count("active_rows", len(log_probs))
+            self._add("policy_loss_sum", terms.loss)
         return inputs["factors"] * terms.loss
 
     def _distillation(self, rows: ObjectiveRows, taught: int) -> tuple[Tensor, Tensor | None]:
@@ -172,12 +179,12 @@ class SRPOObjective:
         is_weights = self._is_weights(log_probs, inputs)
         correction = distillation_weights(log_probs, inputs.get("old_log_probs"), is_weights, config)
         loss = weights * correction * token_loss
-        self._add("active_rows", taught)
-        self._add("sdpo_loss_sum", loss.detach().sum())
-        self._add("teacher_entropy_sum", entropy.sum())
-        self._add("dw_weight_sum", weights.sum())
-        self._add("dw_weight_sq_sum", weights.square().sum())
-        self._add("divergence_sum", divergence.detach().sum())
+        self._count("active_rows", taught)
+        self._add("sdpo_loss_sum", loss)
+        self._add("teacher_entropy_sum", entropy)
+        self._add("dw_weight_sum", weights)
+        self._add("dw_weight_sq_sum", weights.square())
+        self._add("divergence_sum", divergence)
         return inputs["factors"] * loss, rescale
 
     def _is_weights(
@@ -198,10 +205,10 @@ class SRPOObjective:
         if policy_sequences is not None:
             rollout = without_off_policy_rows(rollout, log_ratio, inputs["advantages"], policy_sequences, correction)
         weights, clipped = rollout
-        self._add("rollout_tokens", len(weights))
-        self._add("rollout_weight_sum", weights.sum())
-        self._add("rollout_clipped_count", clipped.sum())
-        self._add("rollout_dropped_count", (weights == 0).sum())
+        self._count("rollout_tokens", len(weights))
+        self._add("rollout_weight_sum", weights)
+        self._add("rollout_clipped_count", clipped)
+        self._add("rollout_dropped_count", weights == 0)
         return weights if given is None else weights * given
 
     def _divergence(self, rows: ObjectiveRows, taught: int, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -224,8 +231,15 @@ class SRPOObjective:
             return None
         rescale = torch.exp(self._reference - self.log_mean)
         for name, factor in (("sdpo_loss_sum", rescale), ("dw_weight_sum", rescale), ("dw_weight_sq_sum", rescale**2)):
-            self.metrics[name] = self.metrics[name] * factor
+            self._summands[name] = [_joined(self._summands[name]) * factor]
         return rescale
 
-    def _add(self, name: str, value: Tensor | int) -> None:
-        self.metrics[name] = self.metrics[name] + value
+    def _add(self, name: str, values: Tensor) -> None:
+        self._summands.setdefault(name, []).append(values.detach())
+
+    def _count(self, name: str, rows: int) -> None:
+        self._counts[name] = self._counts.get(name, 0) + rows
+
+
+def _joined(vectors: list[Tensor]) -> Tensor:
+    return vectors[0] if len(vectors) == 1 else torch.cat(vectors)

@@ -104,7 +104,7 @@ class RowPasses:
         if request.sampled_ids is None:
             return None
         logits, sampled = request.logits, torch.cat([request.sampled_ids, request.target_ids[:, None]], dim=1)
-        ids = sampled - self.vocabulary.first_id
+        ids = self._local(sampled)
         here = (sampled >= 0) & (ids >= 0) & (ids < logits.shape[1])
         units = self.rows.units(logits.gather(1, ids.masked_fill(~here, 0)), request.spec.transform)
         units = units.masked_fill(~here, LOWEST)
@@ -166,9 +166,12 @@ class RowPasses:
         self, logits: Tensor, teacher_logits: Tensor | None, spec: RowSpec, target_ids: Tensor
     ) -> Generator[Tensor, Tensor, list[ModelSums]]:
         """Those of whole rows."""
-        targets = target_ids - self.vocabulary.first_id
         own = self.rows.sums(
-            logits, teacher_logits, spec.transform, target_ids=targets, teacher_transform=spec.teacher_transform
+            logits,
+            teacher_logits,
+            spec.transform,
+            target_ids=self._local(target_ids),
+            teacher_transform=spec.teacher_transform,
         )
         if self.vocabulary.group is None:
             return own
@@ -179,7 +182,7 @@ class RowPasses:
         own = _likeliest(logits, min(spec.topk, logits.shape[1]))
         if self.vocabulary.group is None:
             return (yield from self._at(logits, spec, target_ids, own, entropy=entropy))
-        slope, targets = self.rows.slope(spec.transform), target_ids - self.vocabulary.first_id
+        slope, targets = self.rows.slope(spec.transform), self._local(target_ids)
         complement, units = self.rows.support_sums(logits, spec.transform, target_ids=targets, support_ids=own)
         missing = spec.topk - own.shape[1]
         # Ids travel as the bits of a number of the units' size.
@@ -198,21 +201,23 @@ class RowPasses:
 
     def _at(self, logits: Tensor, spec: RowSpec, target_ids: Tensor, support_ids: Tensor, *, entropy: bool) -> _Rounds:
         """At a support that is given."""
-        slope, first = self.rows.slope(spec.transform), self.vocabulary.first_id
-        complement, units = self.rows.support_sums(
-            logits, spec.transform, target_ids=target_ids - first, support_ids=support_ids - first
-        )
+        slope, (targets, local) = self.rows.slope(spec.transform), map(self._local, (target_ids, support_ids))
+        complement, units = self.rows.support_sums(logits, spec.transform, target_ids=targets, support_ids=local)
         if self.vocabulary.group is not None:
             gathered = yield torch.cat([pack([complement]), units], dim=1)
             (complement,) = merge(unpack(gathered[..., :5]), slope)
             units = gathered[..., 5:].amax(0)
         return support_statistics(complement, units, support_ids, spec, slope, entropy=entropy)
 
+    def _local(self, ids: Tensor) -> Tensor:
+        """Relative to this process's first id."""
+        return ids - self.vocabulary.first_id if self.vocabulary.first_id else ids
+
     def dlogits_(self, request: Request, stats: Statistics, gradients: RowGradients, *, out: Tensor) -> Dlogits:
         """Turn what ``statistics`` left in both buffers into dlogits in ``out``, all terms at once."""
         z, y, spec = request[:3]
         local = coefficients(stats, gradients, spec, request.target_ids)
-        local = local._replace(ids=local.ids - self.vocabulary.first_id)
+        local = local._replace(ids=self._local(local.ids))
         if local.by_log is not None and gradients.log_tail is not None:
             # What is beside the logarithm of a softmax that is the tail's.
             assert stats.entropy is not None and stats.log_tail is not None
@@ -243,7 +248,7 @@ def coefficients(stats: Statistics, gradients: RowGradients, spec: RowSpec, targ
     if gradients.log_tail is None:
         outside, at_ids = -total, grads - total[:, None] * p
     else:
-        assert stats.tail_logsumexp is not None and stats.log_tail is not None
+        assert stats.tail_logsumexp is not None and stats.log_tail is not None and in_support is not None
         log_sum = stats.tail_logsumexp
         total = total + gradients.log_tail
         outside = gradients.log_tail - total * stats.log_tail.exp()
@@ -265,10 +270,13 @@ def coefficients(stats: Statistics, gradients: RowGradients, spec: RowSpec, targ
     return Coefficients(ids, at_ids, outside, log_sum, by_log, kls["forward_kl"], kls["reverse_kl"], by_divergence)
 
 
-def _tokens(stats: Statistics, gradients: RowGradients, target_ids: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _tokens(
+    stats: Statistics, gradients: RowGradients, target_ids: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Tokens whose log-probs have gradients: ids, log-probs, gradients, whether in the support; ``[n, K]`` each.
 
-    A token that is in several lists is one: its gradients add up, and it has a negative id everywhere else.
+    The last is None where the tail has no gradient. A token that is in several lists is one: its gradients add up, and
+    it has a negative id everywhere else.
     """
     support, target = gradients.support_log_probs, gradients.log_probs
     if support is None and gradients.log_tail is not None and stats.support_log_probs is not None:
@@ -282,14 +290,17 @@ def _tokens(stats: Statistics, gradients: RowGradients, target_ids: Tensor) -> t
     present = [(i, x, g) for i, x, g in lists if i is not None and x is not None and g is not None]
     if not present:
         nothing = stats.log_probs[:, None][:, :0]
-        return target_ids[:, None][:, :0], nothing, nothing, nothing.bool()
-    ids, log_probs, grads = (torch.cat(x, dim=1) for x in zip(*present, strict=True))
-    of_support = 0 if support is None else support.shape[1]
-    in_support = (torch.arange(ids.shape[1], device=ids.device) < of_support).expand(ids.shape)
+        return target_ids[:, None][:, :0], nothing, nothing, None
+    ids, log_probs, grads = present[0] if len(present) == 1 else (torch.cat(x, 1) for x in zip(*present, strict=True))
+    in_support = None
+    if gradients.log_tail is not None:
+        of_support = 0 if support is None else support.shape[1]
+        in_support = (torch.arange(ids.shape[1], device=ids.device) < of_support).expand(ids.shape)
     if len(present) > 1:
         # The first list that has a token keeps it. A list has it once at most.
         ids, order = ids.sort(dim=1, stable=True)
-        log_probs, grads, in_support = (x.gather(1, order) for x in (log_probs, grads, in_support))
+        log_probs, grads = (x.gather(1, order) for x in (log_probs, grads))
+        in_support = None if in_support is None else in_support.gather(1, order)
         total = grads.clone()
         for by in range(1, len(present)):
             total[:, :-by] += grads[:, by:] * (ids[:, by:] == ids[:, :-by])

@@ -262,10 +262,10 @@ def test_an_accelerator_takes_the_dlogits_of_several_chunks_to_a_product() -> No
     default = plan(None)
     assert (default.buffer_rows, default.waiting_rows, default.head_products) == (2 * 1024, 4096, 3)
     # dlogits that take the place of their logits wait for nothing.
-    assert (plan(None, itemsize=0).waiting_rows, plan(None, itemsize=0).head_products) == (0, 10)
+    assert (plan(None, itemsize=0).waiting_rows, plan(None, itemsize=0).head_products) == (0, 6)
     row = row_stride(1000)
-    large = plan(row * (4 * 2048 + 2 * 6000))
-    assert (large.buffer_rows, large.waiting_rows, large.head_products) == (2 * 1024, 6000, 2)
+    large = plan(row * (4 * 2048 + 2 * 6144))
+    assert (large.buffer_rows, large.waiting_rows, large.head_products) == (2 * 1024, 6144, 2)
     # Where sequences should not be cut, a larger workspace is for their logits.
     assert plan(row * 6 * 8192, lengths=[4096, 4096]).student_products == plan(None).student_products
     assert plan(row * 6 * 8192, lengths=[4096, 4096]).buffer_rows == 8192

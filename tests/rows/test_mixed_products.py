@@ -88,7 +88,7 @@ def operators(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(gemm, "mixed_products", lambda device, dtype: answers[dtype])
     monkeypatch.setattr(gemm, "_SLAB_ELEMENTS", 100)
     # Of a larger workspace, the dlogits of several chunks wait for a product.
-    monkeypatch.setattr(memory, "_ROWS_ACCELERATOR", 3)
+    monkeypatch.setattr(memory, "_ROWS_ACCELERATOR", 6)
     if answers[torch.bfloat16] != "none":
         monkeypatch.setattr("reference.logits.transform", with_rounded_gradient)
     operators.calls.clear()
@@ -198,7 +198,10 @@ def test_an_objective_of_the_caller_s(operators: Operators, backend: str) -> Non
 
 @each_backend
 @pytest.mark.parametrize("path", ["fused_loss", "token_stats"])
-def test_dlogits_of_several_chunks_share_a_product(operators: Operators, path: str, backend: str) -> None:
+def test_dlogits_of_several_chunks_share_a_product(
+    operators: Operators, path: str, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "_ROWS_ACCELERATOR", 3)
     hidden, weight = torch.randn(9, 8, dtype=torch.bfloat16), torch.randn(33, 8, dtype=torch.bfloat16)
     leaves = {"hidden": hidden.requires_grad_(), "weight": weight.requires_grad_()}
 

@@ -20,8 +20,8 @@ MARKER = "chunks"
 ROWS = 8_192
 # Rows that one product of dW takes.
 PRODUCT_ROWS = (1_024, 2_048, 4_096, 8_192)
-# Rows of fp32 logits that are alive, of each model.
-LOGITS_ROWS = 1_024
+# Rows of fp32 logits that are alive, of one model or of both together.
+LOGITS_ROWS = 2_048
 # Of the peak: 8,192 x 4,096 x 151,936 in bf16, whose three products took an H100 42 ms.
 _ACHIEVED = 6.0 * ROWS * 4_096 * 151_936 / 42e-3 / (1e12 * DATA_SHEETS["H100"].teraflops)
 _DLOGITS = torch.bfloat16
@@ -56,7 +56,7 @@ def seconds(made: Work, sheet: DataSheet) -> float:
 
 def workspace_bytes(step: Step, product_rows: int) -> int:
     """Logits of both models that are alive, and the dlogits that wait."""
-    logits = 4 * (1 + step.taught) * min(LOGITS_ROWS, product_rows)
+    logits = 4 * min(LOGITS_ROWS, (1 + step.taught) * product_rows)
     return step.head[0] * (logits + _DLOGITS.itemsize * product_rows)
 
 
