@@ -15,12 +15,17 @@ from srpo_kernels.rows.mixture import Mixture
 from srpo_kernels.rows.spec import LOWEST, RowSpec
 
 
-def mixture_shares(student: Base2, teacher: Base2, mixture: Mixture) -> Tensor:
+def mixture_shares(models: Base2, mixture: Mixture) -> Tensor:
     """The models' shares in the mixture, ``[n, 2]`` and wide, for probabilities as the kernels see them."""
+    return by_model(torch.exp2(-models.low.to(wide_dtype(models.low.device))), mixture)
+
+
+def by_model(values: Tensor, mixture: Mixture) -> Tensor:
+    """``values`` ``[n, 2]`` of student and teacher times their shares in the mixture, in place."""
     # A tensor of Python's numbers would be copied to the GPU, for which the host waits.
-    pairs = (student.low, mixture.student_share), (teacher.low, mixture.teacher_share)
-    wide = wide_dtype(student.low.device)
-    return torch.cat([torch.exp2(-missing.to(wide)) * share for missing, share in pairs], dim=1)
+    values[:, 0] *= mixture.student_share
+    values[:, 1] *= mixture.teacher_share
+    return values
 
 
 def entry_numbers(stats: Statistics, spec: RowSpec, dtype: torch.dtype, by: Tensor | float = 1.0) -> Tensor:
@@ -66,19 +71,19 @@ def gradient_numbers(stats: Statistics, coefficients: Coefficients, spec: RowSpe
     if log_sum is stats.tail_logsumexp:
         # If the tail is excluded tokens, it has no probability, and a log-sum-exp that fp32 is too coarse for.
         log_sum = log_sum.where(log_sum >= 0.5 * LOWEST * transform.slope, stats.logsumexp)
-    student = Base2.of(log_sum, dtype)
-    teacher = student if stats.teacher_logsumexp is None else Base2.of(stats.teacher_logsumexp, dtype)
+    models = Base2.of([log_sum] if stats.teacher_logsumexp is None else [log_sum, stats.teacher_logsumexp], dtype)
     # What the log-sum-exps lack in fp32 scales a row's probabilities and shifts its log-ratios.
-    by_p, scale = outside[:, None], spec.transform.scale * student.correction
+    (student_low, *_), (correction, *_) = models.low.split(1, 1), models.correction.split(1, 1)
+    by_p, scale = outside[:, None], spec.transform.scale * correction
     by_log2 = by_p_at_ids = missing = zero = torch.zeros_like(by_p)
     if by_log is not None:
         by_log2 = by_log[:, None] * math.log(2.0)
-        by_p = by_p - by_log2 * student.low
+        by_p = by_p - by_log2 * student_low
     own: list[Tensor] = []
     if by_forward is not None:
         by = by_forward[:, None]
         by_p_at_ids = by
-        own.append(by * (teacher.correction / student.correction) * scale)
+        own.append(by * (models.correction[:, 1:] / correction) * scale)
     if by_reverse is not None:
         assert stats.teacher_logsumexp is not None and stats.mean_log_ratio is not None
         # Each model's units less their log-sum-exp, the teacher's less the mean of the log-ratio as well: of a row that
@@ -97,13 +102,14 @@ def gradient_numbers(stats: Statistics, coefficients: Coefficients, spec: RowSpe
             own.append(entry_numbers(stats, spec, dtype, by * spec.transform.scale))
         else:
             by_kl = by * (math.log(2.0) if terms["STUDENT_KL"] else 0.0)
-            missing = missing + by_kl * student.low
-            by_overlap = by * mixture.ratio * teacher.correction
-            own.append(mixture_shares(student, teacher, mixture).to(dtype))
+            missing = missing + by_kl * student_low
+            own.append(mixture_shares(models, mixture).to(dtype))
             own += [by_kl * scale] if terms["STUDENT_KL"] else []
-            own += [by_overlap * scale] if terms["OVERLAP"] else []
+            own += [by * mixture.ratio * models.correction[:, 1:] * scale] if terms["OVERLAP"] else []
     if missing is not zero or by_p_at_ids is not zero:
         by_p_at_ids = by_p_at_ids - missing
         by_p = by_p + by_p_at_ids
     factors = (x if x is zero else x * scale for x in (by_p, by_log2, by_p_at_ids))
-    return terms, torch.cat([student.high, teacher.high, *factors, *own], dim=1)
+    # Of a student alone, both are its own.
+    high = models.high.expand(-1, 2)
+    return terms, torch.cat([high, *factors, *own], dim=1)

@@ -13,7 +13,7 @@ import torch
 import triton
 from torch import Tensor
 
-from srpo_kernels.kernels.gradient import entry_numbers, gradient_numbers, mixture_shares
+from srpo_kernels.kernels.gradient import by_model, entry_numbers, gradient_numbers, mixture_shares
 from srpo_kernels.kernels.launch import mixture_terms, on_device, row_launch, units_launch, vendor_of
 from srpo_kernels.kernels.row_entries import row_entries_kernel
 from srpo_kernels.kernels.row_grad import row_grad_kernel
@@ -118,26 +118,24 @@ def divergence_sums(logits: Tensor, teacher_logits: Tensor, stats: Statistics, s
     if mixture is None:
         numbers = entry_numbers(stats, spec, logits.dtype)
         return _compare(row_entries_kernel, logits, teacher_logits, numbers, logits.new_empty(len(logits), 2), spec)
-    student, teacher = (Base2.of(x, logits.dtype) for x in (stats.logsumexp, stats.teacher_logsumexp))
-    shares, wanted = mixture_shares(student, teacher, mixture), mixture_terms(mixture)
-    numbers = torch.cat([student.high, teacher.high, shares.to(logits.dtype)], dim=1)
+    models, wanted = Base2.of([stats.logsumexp, stats.teacher_logsumexp], logits.dtype), mixture_terms(mixture)
+    shares = mixture_shares(models, mixture)
+    rounded, correction = shares.to(logits.dtype), models.correction
     out = logits.new_empty(len(logits), sum(wanted.values()))
-    _compare(row_mixture_kernel, logits, teacher_logits, numbers, out, spec, **wanted)
-    columns = dict(zip((name for name in wanted if wanted[name]), out.split(1, dim=1), strict=True))
-    # The kernel's mixture is off by the rounding of the shares: their mean, where the models are nearly equal.
-    rounding = shares.to(out.dtype) / shares - 1.0
-    rounding = mixture.student_share * rounding[:, :1] + mixture.teacher_share * rounding[:, 1:]
-    kls: list[Tensor | None] = []
-    for name, model in (("STUDENT_KL", student), ("TEACHER_KL", teacher)):
-        kl = columns.get(name)
-        if kl is not None:
-            # The kernel's p and log p are off by what its log-sum-exp lacks; p sums to 1.
-            kl = (kl * model.correction - first * model.low) * math.log(2.0) + first * rounding.to(out.dtype)
-        kls.append(kl)
-    center = torch.zeros_like(student.low) if kls[0] is None else kls[0]
+    _compare(row_mixture_kernel, logits, teacher_logits, torch.cat([models.high, rounded], dim=1), out, spec, **wanted)
+    names = [name for name in ("STUDENT_KL", "TEACHER_KL") if wanted[name]]
+    of_kls = slice(int(not wanted["STUDENT_KL"]), 1 + int(wanted["TEACHER_KL"]))
+    # The kernel's p and log p are off by what its log-sum-exp lacks; p sums to 1.
+    kls = out[:, : len(names)] * correction[:, of_kls]
+    if first:
+        # The kernel's mixture is off by the rounding of the shares: their mean, where the models are nearly equal.
+        rounding = by_model(rounded / shares - 1.0, mixture).sum(1, keepdim=True)
+        kls = kls - models.low[:, of_kls] + (rounding / math.log(2.0)).to(out.dtype)
+    columns = dict(zip(names, (kls * math.log(2.0)).split(1, dim=1), strict=True))
+    center = columns["STUDENT_KL"] if wanted["STUDENT_KL"] else torch.zeros_like(kls[:, :1])
     if wanted["OVERLAP"]:
-        center = center + mixture.ratio * (columns["OVERLAP"] * student.correction * teacher.correction)
-    return torch.cat([center, mixture.divergence(*kls)], dim=1)
+        center = center + mixture.ratio * (out[:, -1:] * correction.prod(1, keepdim=True))
+    return torch.cat([center, mixture.divergence(*map(columns.get, ("STUDENT_KL", "TEACHER_KL")))], dim=1)
 
 
 def _compare(

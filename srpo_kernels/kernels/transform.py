@@ -41,19 +41,19 @@ def _fp32(x: float) -> float:
 
 
 class Base2(NamedTuple):
-    """A log-sum-exp in base 2, ``[n, 1]``: ``high`` is what a kernel takes, ``low`` what that lacks."""
+    """Log-sum-exps in base 2, ``[n, models]``: ``high`` is what a kernel takes, ``low`` what that lacks."""
 
     high: Tensor
     low: Tensor
 
     @classmethod
-    def of(cls, logsumexp: Tensor, dtype: torch.dtype) -> Base2:
-        """From nats in a wider dtype."""
-        whole = logsumexp / math.log(2.0)
+    def of(cls, logsumexps: list[Tensor], dtype: torch.dtype) -> Base2:
+        """From nats in a wider dtype, ``[n, 1]`` of each model."""
+        whole = (logsumexps[0] if len(logsumexps) == 1 else torch.cat(logsumexps, dim=1)) / math.log(2.0)
         high = whole.to(dtype)
         return cls(high, (whole - high).to(dtype))
 
     @property
     def correction(self) -> Tensor:
-        """What turns a kernel's probability into the true one."""
+        """What turns a kernel's probabilities into the true ones."""
         return torch.exp2(-self.low)

@@ -240,7 +240,8 @@ def coefficients(stats: Statistics, gradients: RowGradients, spec: RowSpec, targ
     has underflown. An id that is no part of the support is one of the tail, and has that beside its g.
     """
     ids, log_probs, grads, in_support = _tokens(stats, gradients, target_ids)
-    total, p, log_sum = grads.sum(1), log_probs.exp(), stats.logsumexp
+    total = grads.sum(1) if ids.shape[1] else torch.zeros_like(stats.log_probs)
+    p, log_sum = log_probs.exp(), stats.logsumexp
     if gradients.logsumexp is not None:
         # p_v is the log-sum-exp's gradient, and what a log-prob's takes away everywhere.
         total = total - gradients.logsumexp
