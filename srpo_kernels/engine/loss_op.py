@@ -113,7 +113,7 @@ def _fake(*arguments: Any) -> tuple[Tensor, ...]:
     return loss, rows, more, *ops.dense(gradients, loss), torch.empty_like(loss)
 
 
-def _backward(scale: Callable[[Tensor, Tensor, torch.dtype], Tensor], *, is_operator: bool) -> ops.Backward:
+def _backward(scale: Callable[[Any, Tensor, Tensor, torch.dtype], Tensor], *, is_operator: bool) -> ops.Backward:
     """The backward in which ``scale`` multiplies a gradient by the upstream one, and hands it over in a dtype."""
 
     def backward(ctx: Any, saved: tuple[Tensor, ...], grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
@@ -129,26 +129,21 @@ def _backward(scale: Callable[[Tensor, Tensor, torch.dtype], Tensor], *, is_oper
         factor = grad_loss * saved[-1]
         for i, (gradient, dtype) in enumerate(zip(saved[1:-1], ctx.dtypes, strict=True)):
             if dtype is not None:
-                gradients[i] = scale(gradient, factor, dtype)
+                gradients[i] = scale(ctx, gradient, factor, dtype)
         return tuple(gradients)
 
     return ops.once_differentiable(backward, source=0)
 
 
-def _scale(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+def _scale(_: Any, gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     return (gradient * factor).to(dtype)
 
 
-def _scale_(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """``_scale`` without a host sync; in place when nobody can ask for the gradient a second time."""
+def _scale_(ctx: Any, gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """In place when nobody can ask for the gradient a second time."""
     if torch._C._autograd._get_current_graph_task_keep_graph():
-        return _scale(gradient, factor, dtype)
-    if factor.device.type == "cpu":
-        return (gradient if factor.item() == 1.0 else gradient.mul_(factor)).to(dtype)
-    if dtype != gradient.dtype:
-        # One pass; a CPU would make a copy in between.
-        return torch.mul(gradient, factor, out=torch.empty_like(gradient, dtype=dtype))
-    return gradient.mul_(factor)
+        return _scale(ctx, gradient, factor, dtype)
+    return rows_of(ctx.backend).scaled(gradient, factor, dtype)
 
 
 class _FusedLoss(torch.autograd.Function):
@@ -160,7 +155,8 @@ class _FusedLoss(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        call, _, needs = parse(inputs, LossArguments, LossOptions, Needs)
+        call, options, needs = parse(inputs, LossArguments, LossOptions, Needs)
+        ctx.backend = options.backend
         ctx.num_arguments = len(inputs)
         ctx.lists = {index: len(x) for index, x in enumerate(call) if isinstance(x, list)}
         ctx.dtypes = [x.dtype if needed else None for x, needed in zip(call[:3], needs, strict=True)]

@@ -23,8 +23,8 @@ def mixture_shares(models: Base2, mixture: Mixture) -> Tensor:
 def by_model(values: Tensor, mixture: Mixture) -> Tensor:
     """``values`` ``[n, 2]`` of student and teacher times their shares in the mixture, in place."""
     # A tensor of Python's numbers would be copied to the GPU, for which the host waits.
-    values[:, 0] *= mixture.student_share
-    values[:, 1] *= mixture.teacher_share
+    values[:, 0].mul_(mixture.student_share)
+    values[:, 1].mul_(mixture.teacher_share)
     return values
 
 

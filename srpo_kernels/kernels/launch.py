@@ -97,8 +97,8 @@ def merge_launch(vendor: Vendor) -> RowLaunch:
     return RowLaunch(MERGE_TILES, _row_warps(vendor))
 
 
-def units_launch() -> RowLaunch:
-    """Logits at a few ids of each row, which are side by side."""
+def elements_launch() -> RowLaunch:
+    """What is computed element by element, side by side in memory."""
     return RowLaunch(_ROW_LANES, 4)
 
 

@@ -14,12 +14,13 @@ import triton
 from torch import Tensor
 
 from srpo_kernels.kernels.gradient import by_model, entry_numbers, gradient_numbers, mixture_shares
-from srpo_kernels.kernels.launch import mixture_terms, on_device, row_launch, units_launch, vendor_of
+from srpo_kernels.kernels.launch import elements_launch, mixture_terms, on_device, row_launch, vendor_of
 from srpo_kernels.kernels.row_entries import row_entries_kernel
 from srpo_kernels.kernels.row_grad import row_grad_kernel
 from srpo_kernels.kernels.row_mixture import row_mixture_kernel
 from srpo_kernels.kernels.row_stats import row_stats_kernel
 from srpo_kernels.kernels.row_units import units_kernel
+from srpo_kernels.kernels.scale import scale_kernel
 from srpo_kernels.kernels.transform import Base2, Transform
 from srpo_kernels.rows.contract import Coefficients, Dlogits, ModelSums, Scratch, Statistics
 from srpo_kernels.rows.spec import LOWEST, LogitTransform, RowSpec
@@ -75,7 +76,7 @@ def sums(
 
 def units(logits: Tensor, transform: LogitTransform) -> Tensor:
     """As the passes round them: a log-prob is the difference of a unit and what a pass makes of all of them."""
-    launched, vendor, launch = Transform.of(transform), vendor_of(logits.device), units_launch()
+    launched, vendor, launch = Transform.of(transform), vendor_of(logits.device), elements_launch()
     if not launched.softcap:
         return logits.clamp_min(LOWEST)
     raw = logits.contiguous()
@@ -84,6 +85,18 @@ def units(logits: Tensor, transform: LogitTransform) -> Tensor:
         with on_device(raw):
             units_kernel[(triton.cdiv(raw.numel(), launch.lanes),)](
                 raw, out, raw.numel(), launched.inner, VENDOR=vendor, BLOCK=launch.lanes, **launch.options
+            )
+    return out
+
+
+def scaled(values: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """One pass, whatever the dtype."""
+    values, launch = values.contiguous(), elements_launch()
+    out = values if dtype == values.dtype else torch.empty_like(values, dtype=dtype)
+    if values.numel():
+        with on_device(values):
+            scale_kernel[(triton.cdiv(values.numel(), launch.lanes),)](
+                values, factor, out, values.numel(), BLOCK=launch.lanes, **launch.options
             )
     return out
 

@@ -13,13 +13,13 @@ from triton.backends.compiler import GPUTarget
 from srpo_kernels.kernels.launch import (
     RowLaunch,
     Vendor,
+    elements_launch,
     gradient_terms,
     launch_options,
     merge_launch,
     mixture_terms,
     row_launch,
     tile_launch,
-    units_launch,
 )
 from srpo_kernels.kernels.primitives import VECTOR
 from srpo_kernels.kernels.row_entries import row_entries_kernel
@@ -27,6 +27,7 @@ from srpo_kernels.kernels.row_grad import row_grad_kernel
 from srpo_kernels.kernels.row_mixture import row_mixture_kernel
 from srpo_kernels.kernels.row_stats import row_stats_kernel
 from srpo_kernels.kernels.row_units import units_kernel
+from srpo_kernels.kernels.scale import scale_kernel
 from srpo_kernels.kernels.tile_stats import merge_tiles_kernel, tile_stats_kernel
 from srpo_kernels.rows.mixture import MIXTURE_DIVERGENCES, MixtureDivergence, mixture_of
 
@@ -88,6 +89,7 @@ def variants(target: GPUTarget) -> Iterator[Variant]:
     for models in (1, 2):
         yield _merge_tiles(models, vendor)
     yield _units(vendor)
+    yield _scale()
     # Triton compiles in what is a multiple of 16, as most vocabularies are.
     gradients = dict(_gradients())
     for variant in (
@@ -251,7 +253,7 @@ def _merge_tiles(models: int, vendor: Vendor) -> Variant:
 
 
 def _units(vendor: Vendor) -> Variant:
-    launch = units_launch()
+    launch = elements_launch()
     own = {"raw_ptr": "*fp32", "units_ptr": "*fp32", "count": "i32", "inner": "fp32"}
     constexprs: dict[str, object] = {"VENDOR": vendor, "BLOCK": launch.lanes}
     return Variant(
@@ -261,6 +263,22 @@ def _units(vendor: Vendor) -> Variant:
         own | dict.fromkeys(constexprs, "constexpr"),
         constexprs,
         ("raw_ptr", "units_ptr"),
+        launch.num_warps,
+        launch.num_stages,
+        0,
+        0,
+    )
+
+
+def _scale() -> Variant:
+    launch = elements_launch()
+    return Variant(
+        "scale",
+        "into bf16",
+        scale_kernel,
+        {"values_ptr": "*fp32", "factor_ptr": "*fp32", "out_ptr": "*bf16", "count": "i32", "BLOCK": "constexpr"},
+        {"BLOCK": launch.lanes},
+        ("values_ptr", "factor_ptr", "out_ptr"),
         launch.num_warps,
         launch.num_stages,
         0,

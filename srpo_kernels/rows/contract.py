@@ -225,6 +225,9 @@ class Rows(Protocol):
     def units(self, logits: Tensor, transform: LogitTransform) -> Tensor:
         """Raw logits of any shape in units, as a new tensor."""
 
+    def scaled(self, values: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+        """Gradients of any shape times ``factor`` ``[]``, in ``dtype``; ``values`` are of no use afterwards."""
+
     def support_sums(
         self, logits: Tensor, transform: LogitTransform, *, target_ids: Tensor, support_ids: Tensor
     ) -> tuple[ModelSums, Tensor]:

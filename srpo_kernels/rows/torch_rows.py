@@ -33,7 +33,7 @@ from srpo_kernels.rows.torch_gradients import divergence_gradients
 from srpo_kernels.rows.torch_mixture import mixture_block
 from srpo_kernels.rows.torch_sums import divergence_sums, sums, support_sums, units
 
-__all__ = ["divergence_sums", "dlogits_", "scratch", "slope", "sums", "support_sums", "units", "whole_rows"]
+__all__ = ["divergence_sums", "dlogits_", "scaled", "scratch", "slope", "sums", "support_sums", "units", "whole_rows"]
 
 
 def slope(transform: LogitTransform) -> float:
@@ -159,6 +159,12 @@ def _two_models(
             )
         )
     return Statistics.concatenate(parts)
+
+
+def scaled(values: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A CPU reads the factor; a device's queue would stall."""
+    is_one = factor.device.type == "cpu" and factor.item() == 1.0
+    return (values if is_one else values.mul_(factor)).to(dtype)
 
 
 def dlogits_(

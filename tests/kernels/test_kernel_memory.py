@@ -76,6 +76,15 @@ def test_units(shape: tuple[int, int]) -> None:
         kernel_rows.units(torch.randn(shape), LogitTransform(softcap=5.0))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(3, 1), (4, 256), (5, 300)])
+def test_scale(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    values, factor = torch.randn(shape), torch.tensor(1.7)
+    expected = (values * factor).to(dtype)
+    with sanitize(outputs={"scale_kernel": ["out_ptr"]}):
+        assert torch.equal(kernel_rows.scaled(values, factor, dtype), expected)
+
+
 @SOFTCAPS
 @VOCABULARIES
 @LAYOUTS

@@ -10,7 +10,7 @@ import torch
 
 from srpo_kernels.verify.machine import Machine
 
-_MODULES = ("row_stats", "row_mixture", "row_entries", "row_grad", "row_units", "tile_stats")
+_MODULES = ("row_stats", "row_mixture", "row_entries", "row_grad", "row_units", "scale", "tile_stats")
 _LIMITS = (
     "warp_size", "max_threads_per_multi_processor", "regs_per_multiprocessor", "shared_memory_per_multiprocessor",
 )  # fmt: skip
