@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+import srpo_kernels
 from srpo_kernels.engine.backends import BackendName, resolve_backend, rows_of
 from srpo_kernels.engine.gemm import mixed_products
 from srpo_kernels.verify.checks import dtype_name
@@ -125,9 +126,8 @@ def _versions() -> dict[str, str]:
     for runtime in ("cuda", "hip", "xpu"):
         if getattr(torch.version, runtime, None):
             versions[runtime] = str(getattr(torch.version, runtime))
-    for package in ("triton", "srpo_kernels"):
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            versions[package] = "not installed" if importlib.util.find_spec(package) is None else "not packaged"
-    return versions
+    try:
+        versions["triton"] = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        versions["triton"] = "not installed" if importlib.util.find_spec("triton") is None else "not packaged"
+    return versions | {"srpo_kernels": srpo_kernels.__version__}
