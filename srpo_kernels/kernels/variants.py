@@ -278,7 +278,7 @@ def _scale() -> Variant:
         scale_kernel,
         {"values_ptr": "*fp32", "factor_ptr": "*fp32", "out_ptr": "*bf16", "count": "i32", "BLOCK": "constexpr"},
         {"BLOCK": launch.lanes},
-        ("values_ptr", "factor_ptr", "out_ptr"),
+        ("values_ptr", "out_ptr", "count"),
         launch.num_warps,
         launch.num_stages,
         0,

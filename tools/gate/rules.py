@@ -162,13 +162,14 @@ def _broken_rules(
         yield f"{early} transcendentals are read before they are there"
     if code.shared_bytes > target.shared_per_block:
         yield f"{code.shared_bytes} bytes of shared memory, of {target.shared_per_block}"
+    has_dots = "hidden_size" in variant.divisible
     # Narrower loads of tiles are no asynchronous copies: they are not pipelined.
-    if (variant.bytes_per_element or "hidden_size" in variant.divisible) and code.narrowest_loop_load < _LOAD_BYTES:
+    if (variant.bytes_per_element or has_dots) and code.narrowest_loop_load < _LOAD_BYTES:
         yield f"loads of {code.narrowest_loop_load} bytes"
     if variant.bytes_per_element:
         if unrolled is None or not unrolled.is_integer():
             yield f"the main loop is {unrolled} iterations"
-    elif {"*bf16", "*fp16"} & set(variant.signature.values()) and code.tensor_core != target.tensor_core:
+    elif has_dots and {"*bf16", "*fp16"} & set(variant.signature.values()) and code.tensor_core != target.tensor_core:
         yield f"{code.tensor_core} instead of {target.tensor_core}"
     limit = SOFTCAP_ISSUE_RATIO if variant.constexprs.get("SOFTCAP") else ISSUE_RATIO
     if variant.kernel == "row_entries" or variant.constexprs.get("ENTRIES"):
