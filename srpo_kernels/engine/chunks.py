@@ -34,17 +34,17 @@ class Computed(NamedTuple):
     columns: Columns | None = None
 
 
-def statistic(name: str, parts: list[Part], log_probs: Tensor) -> Tensor:
-    """Of all parts, ``[n]`` or ``[n, K]``, as the call's ``log_probs`` are; 0 in those that do not have it.
+def statistic(name: str, parts: list[Part], nothing: Tensor) -> Tensor:
+    """Of all parts, ``[n]`` or ``[n, K]``, in the dtype of ``nothing`` ``[0]``; 0 in those that do not have it.
 
     The passes keep the log-sum-exp as a column, in a wide dtype: an objective sees it as it sees the others.
     """
     values: list[Tensor | None] = [getattr(part.stats, name) for part in parts]
     if name == "logsumexp":
-        values = [None if x is None else x.squeeze(1).to(log_probs.dtype) for x in values]
+        values = [None if x is None else x.squeeze(1).to(nothing.dtype) for x in values]
     like = next((x for x in values if x is not None), None)
     if like is None:
-        like = log_probs[:0, None] if name in PER_TOKEN else log_probs[:0]
+        like = nothing[:, None] if name in PER_TOKEN else nothing
     present = [
         like.new_zeros(len(part.rows), *like.shape[1:]) if x is None else x
         for part, x in zip(parts, values, strict=True)

@@ -47,8 +47,12 @@ class FusedPass:
         self.batch, self.plan, self.objective, self.spec = batch, plan, objective, spec
         self.needs, self.passes, self.buffer = needs, passes, buffer
         self.dtype = accumulation_dtype(batch.hidden, batch.head.weight)
-        self.log_probs = batch.hidden.new_zeros(len(batch.target_ids), dtype=self.dtype)
-        self.losses = torch.zeros_like(self.log_probs)
+        # Rows in the order in which they are evaluated: a segment's are side by side, gathered and spread once for all.
+        self._order = plan.evaluated
+        self._inputs = {name: values[self._order] for name, values in batch.inputs.items()}
+        self._nothing = batch.hidden.new_empty(0, dtype=self.dtype)
+        self._log_probs: list[Tensor] = []
+        self._losses: list[Tensor] = []
         # Where hidden states are frozen, the sums of dlogits: they are finite where all dlogits of a row are.
         probe = batch.hidden if needs.hidden else batch.hidden[:, :1]
         of_rows = torch.zeros_like(probe, dtype=self.dtype) if any(needs) else None
@@ -62,22 +66,23 @@ class FusedPass:
         if self.objective.teacher_first:
             self.objective.begin(self._teacher_entropies())
         for segment in self.plan.segments:
-            rows, evaluation = self._run(segment, gradient=any(self.needs))
-            if evaluation.rescale is not None:
-                self.losses.mul_(evaluation.rescale)
-            self.losses[rows] = evaluation.losses
+            evaluation = self._run(segment, gradient=any(self.needs))
+            if evaluation.rescale is not None and self._losses:
+                self._losses = [torch.cat(self._losses) * evaluation.rescale]
+            self._losses.append(evaluation.losses)
         if self.plan.inactive:
             self._run(self.plan.inactive, gradient=False, active=False)
         self.gradients.finish()
-        finite, of_rows = self.losses.isfinite(), self.gradients.rows
+        losses, log_probs = self._spread(self._losses), self._spread(self._log_probs)
+        finite, of_rows = losses.isfinite(), self.gradients.rows
         if of_rows is not None:
             self.passes.vocabulary.add_up_(of_rows, self.plan.rows)
             # One pass: a sum that is finite has finite terms.
             finite &= of_rows.sum(1).isfinite()
         return FusedResult(
-            self.losses.sum(),
-            self.losses,
-            self.log_probs,
+            losses.sum(),
+            losses,
+            log_probs,
             (~finite).sum(),
             of_rows if self.needs.hidden else None,
             self.gradients.head.weight,
@@ -85,16 +90,25 @@ class FusedPass:
             self.gradients.scale,
         )
 
-    def _run(self, segment: Segment, *, gradient: bool, active: bool = True) -> tuple[Tensor, Evaluation]:
+    def _spread(self, parts: list[Tensor]) -> Tensor:
+        """Values of the first rows of the order, and 0 for all others, ``[N]``."""
+        values = self.batch.hidden.new_zeros(len(self.batch.target_ids), dtype=self.dtype)
+        if parts:
+            joined = torch.cat(parts)
+            values[self._order[: len(joined)]] = joined
+        return values
+
+    def _run(self, segment: Segment, *, gradient: bool, active: bool = True) -> Evaluation:
         """Evaluate a segment, and accumulate its gradients."""
+        start = sum(map(len, self._log_probs))
+        own = slice(start, start + sum(chunk.num_rows for chunk in segment))
         while True:
             for taught, columns_alone in ((True, self.plan.taught_columns), (False, self.plan.columns)):
                 if columns_alone and not self.objective.by_columns(taught):
                     raise NotByColumns
             computed = [self._compute(chunk, gradient) for chunk in segment]
-            rows = torch.cat([chunk.taught for chunk in segment] + [chunk.alone for chunk in segment])
             try:
-                evaluation = self._evaluate(computed, rows, gradient, active)
+                log_probs, evaluation = self._evaluate(computed, own, gradient, active)
             except NotComputed as missing:
                 self.objective.widen(missing.name)
                 continue
@@ -102,9 +116,10 @@ class FusedPass:
             if evaluation.gradients.names <= known:
                 break
             self.objective.expect(evaluation.gradients.names)
+        self._log_probs.append(log_probs)
         if gradient:
             self._accumulate_segment(segment, computed, evaluation)
-        return rows, evaluation
+        return evaluation
 
     def _compute(self, chunk: Chunk, gradient: bool) -> Computed:
         """Logits of a chunk at the front of the buffer, the teacher's behind the student's, and their statistics."""
@@ -166,33 +181,34 @@ class FusedPass:
         at = self.batch.teacher_rows[rows]
         return Support._make(x[at] for x in self.batch.teacher_support)
 
-    def _evaluate(self, computed: list[Computed], rows: Tensor, gradient: bool, active: bool) -> Evaluation:
+    def _evaluate(
+        self, computed: list[Computed], own: slice, gradient: bool, active: bool
+    ) -> tuple[Tensor, Evaluation]:
+        """Log-probs of a segment's rows, which are ``own`` of the order, and what the objective makes of them."""
         # Rows with a teacher before those without, whatever the chunk.
         parts = sorted((part for chunk in computed for part in chunk.parts), key=lambda part: not part.taught)
         num_taught = sum(len(part.rows) for part in parts if part.taught)
         names = self.objective.reads(taught=False)[0]
         if num_taught:
             names |= self.objective.reads(taught=True)[0]
-        statistics = {name: statistic(name, parts, self.log_probs) for name in names}
+        statistics = {name: statistic(name, parts, self._nothing) for name in names}
+        inputs = {name: values[own] for name, values in self._inputs.items()}
+        sequences = None if self.batch.sequences is None else self.batch.sequences.select(self._order[own])
         kinds = (slice(num_taught), True), (slice(num_taught, None), False)
-        self.log_probs[rows] = torch.cat([self._own_log_probs(statistics, rows, *kind) for kind in kinds])
-        return evaluate(
-            self.objective,
-            statistics,
-            {name: values[rows] for name, values in self.batch.inputs.items()},
-            None if self.batch.sequences is None else self.batch.sequences.select(rows),
-            num_taught,
-            gradient=gradient,
-            active=active,
+        log_probs = [self._own_log_probs(statistics, inputs, *kind) for kind in kinds]
+        evaluation = evaluate(
+            self.objective, statistics, inputs, sequences, num_taught, gradient=gradient, active=active
         )
+        return torch.cat(log_probs), evaluation
 
-    def _own_log_probs(self, statistics: dict[str, Tensor], rows: Tensor, kind: slice, taught: bool) -> Tensor:
+    def _own_log_probs(
+        self, statistics: dict[str, Tensor], inputs: dict[str, Tensor], kind: slice, taught: bool
+    ) -> Tensor:
         """Of rows of a kind, over the tokens that they were sampled from where these matter."""
         log_probs = statistics["log_probs"][kind]
         if "sampled_log_probs" not in self.objective.reads(taught)[0]:
             return log_probs
-        position = self.batch.inputs[POSITION][rows[kind]]
-        return over_support(log_probs, statistics["sampled_log_probs"][kind], position)[0]
+        return over_support(log_probs, statistics["sampled_log_probs"][kind], inputs[POSITION][kind])[0]
 
     def _accumulate_segment(self, segment: Segment, known: list[Computed], evaluation: Evaluation) -> None:
         """Add the gradients of all chunks; the last one's logits are still in the buffer, the others' come again."""
@@ -239,7 +255,7 @@ class FusedPass:
         own: dict[str, Tensor | None] = {name: getattr(gradients, name) for name in expected}
         for name in own:
             if own[name] is None:
-                own[name] = torch.zeros_like(statistic(name, [part], self.log_probs))
+                own[name] = torch.zeros_like(statistic(name, [part], self._nothing))
         return self.passes.dlogits_(part.request, part.stats, RowGradients(**own), out=out)
 
     def _teacher_entropies(self) -> Tensor:

@@ -103,6 +103,14 @@ class Plan:
         """The rows that have a gradient."""
         return torch.cat([self.order.taught, self.order.alone])
 
+    @property
+    def evaluated(self) -> Tensor:
+        """All rows that an objective sees, segment by segment; of each, those with a teacher before the others."""
+        parts = [self.order.taught[:0]]
+        for segment in [*self.segments, self.inactive]:
+            parts += [chunk.taught for chunk in segment] + [chunk.alone for chunk in segment]
+        return torch.cat(parts)
+
 
 def make_plan(
     order: RowOrder,
