@@ -53,9 +53,13 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Where kernels are compiled, what is about the interpreter is left to a process of its own."""
+    """Where kernels are compiled, what is about the interpreter is left to a process of its own, if it runs there."""
     if not devices.COMPILED:
         return
+    if reason := devices.lacks_interpreter():
+        for item in items:
+            if item.get_closest_marker("needs_interpreter"):
+                item.add_marker(pytest.mark.skip(reason=reason))
     apart = [item for item in items if item.get_closest_marker("interpreter")]
     config.hook.pytest_deselected(items=apart)
     items[:] = [item for item in items if item not in apart]

@@ -1,9 +1,10 @@
 """The device that tests of the kernels run on: an accelerator that Triton compiles for, or else the CPU.
 
 Tests make their tensors on the CPU, where the oracle runs. On an accelerator's machine the library's functions get
-copies there, and hand back copies on the CPU, in the tests that are about kernels: those with a ``backend`` of
+copies there, and hand back copies on the CPU, in the tests that are about kernels: those with a parameter that is
 ``"triton"``, and those marked ``kernels``. What is about Triton's interpreter is marked ``interpreter`` and runs in a
-process of its own there (``tests/tools/test_interpreter.py``).
+process of its own there (``tests/tools/test_interpreter.py``). Tests whose own processes run kernels on the CPU are
+marked ``needs_interpreter``.
 """
 
 from __future__ import annotations
@@ -48,10 +49,32 @@ def calls_on(device: torch.device) -> Iterator[None]:
         _current = before
 
 
+def current() -> torch.device:
+    """Where the library's functions run now."""
+    return _current
+
+
 def runs_kernels(item: pytest.Item) -> bool:
     """Whether a test is about them."""
-    parameters = item.callspec.params if hasattr(item, "callspec") else {}
-    return parameters.get("backend") == "triton" or item.get_closest_marker("kernels") is not None
+    parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()
+    named = any(isinstance(value, str) and value == "triton" for value in parameters)
+    return named or item.get_closest_marker("kernels") is not None
+
+
+def lacks_interpreter() -> str | None:
+    """Why Triton's interpreter does not run beside an accelerator; without one the kernels have nothing else."""
+    if not COMPILED:
+        return None
+    import numpy
+    import triton
+
+    from srpo_kernels.kernels.launch import check_interpreter
+
+    try:
+        check_interpreter(triton.__version__, numpy.__version__)
+    except ImportError as reason:
+        return str(reason)
+    return None
 
 
 def install() -> None:

@@ -21,6 +21,8 @@ import torch.multiprocessing as mp
 needs_gloo = pytest.mark.skipif(
     not (dist.is_available() and dist.is_gloo_available()), reason="this build of torch has no gloo backend"
 )
+# Ranks that run kernels do so on the CPU. A mark, not a condition: ranks import this before they ask for a device.
+interpreted = pytest.mark.needs_interpreter
 
 # What takes seconds to import, and starts no thread.
 _PRELOADED = [

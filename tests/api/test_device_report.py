@@ -227,6 +227,8 @@ def test_kernels_that_were_compiled_are_counted(monkeypatch: pytest.MonkeyPatch)
     kernel = SimpleNamespace(hash="abc", metadata=metadata, n_regs=64, n_spills=0)
     launched = SimpleNamespace(device_caches={0: ({"key": kernel}, None)})
     monkeypatch.setattr("srpo_kernels.kernels.row_stats.row_stats_kernel", launched)
+    # Other tests may have compiled the others.
+    monkeypatch.setattr(compiled, "_MODULES", ("row_stats",))
     here = SimpleNamespace(backends=("torch", "triton"), interpreted=True, device=torch.device("cuda"))
     assert compiled.compiled_kernels(here) == []
     here.interpreted = False

@@ -209,6 +209,7 @@ def test_a_bad_support_is_named(support_ids: Tensor, message: str) -> None:
         sk.token_stats(**inputs)
 
 
+@pytest.mark.kernels
 def test_an_engine_without_logits_has_no_support() -> None:
     inputs = cast(batch(teacher_size=None), torch.float32)
     with pytest.raises(ValueError, match="engine='tile' does not support the log-probs of more than one token"):

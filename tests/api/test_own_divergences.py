@@ -72,6 +72,7 @@ def test_statistics(divergence: Divergence, mode: str, backend: str) -> None:
                 assert_same(actual, expected, 1e-9)
 
 
+@pytest.mark.kernels
 def test_statistics_refuse_what_the_loss_does() -> None:
     inputs, own = head_inputs(1, ROWS, 8, 33, 5), {"divergence_clip": torch.ones(ROWS)}
     with pytest.raises(ValueError, match=r"divergence_alpha needs a config\.divergence from a mixture"):

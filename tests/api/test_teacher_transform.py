@@ -154,6 +154,7 @@ def test_transforms_too_far_apart_are_refused() -> None:
         sk.SRPOConfig(temperature=1e20, teacher_transform=sk.LogitTransform(temperature=1e-20))
 
 
+@pytest.mark.kernels
 def test_tiles_have_one_transform() -> None:
     inputs: dict[str, Tensor] = cast({name: loss_inputs(1, (5, 6))[name] for name in STATS}, torch.float32)
     with pytest.raises(ValueError, match="engine='tile' takes one logit transform for both models"):

@@ -15,7 +15,7 @@ from srpo_kernels.losses.registry import POLICY_LOSSES
 from tests.comparison import Results, assert_same, run_loss
 from tests.engine.test_any_split import part_of
 from tests.inputs import Inputs, cast, loss_inputs
-from tests.processes import needs_gloo, run_ranks
+from tests.processes import interpreted, needs_gloo, run_ranks
 from tests.wire import Wire
 
 pytestmark = needs_gloo
@@ -52,8 +52,6 @@ def options() -> dict[str, Any]:
 
 
 def call(rank: int) -> tuple[dict[str, tuple[int, int]], list[Results]]:
-    import tests.conftest  # noqa: F401  Triton's interpreter as the other tests have it.
-
     # The second rank has no position.
     counts = {}
     for name, (config, _) in WIRE.items():
@@ -65,7 +63,6 @@ def call(rank: int) -> tuple[dict[str, tuple[int, int]], list[Results]]:
     eager = run_loss(srpo_loss, inputs, config=GSPO, **options())
     compiled = torch.compile(SRPOLoss(GSPO), backend="aot_eager", fullgraph=True)
     assert_same(run_loss(compiled, inputs, **options()), eager, 0.0)
-    assert_same(run_loss(srpo_loss, inputs, config=GSPO, backend="triton", **options()), eager, 2e-5)
     with torch.no_grad():
         assert torch.equal(srpo_loss(**inputs, config=GSPO, **options()).loss, eager["loss"])
 
@@ -89,3 +86,18 @@ def test_collectives_and_ways_to_call() -> None:
     added = {name: first[name] + second[name] for name in ("loss", "grad weight", "grad bias")}
     added["grad hidden"] = torch.cat([first["grad hidden"], second["grad hidden"]], dim=1)
     assert_same(added, {name: whole[name] for name in added}, 1e-5)
+
+
+def call_kernels(rank: int) -> None:
+    import tests.conftest  # noqa: F401  Triton's interpreter as the other tests have it.
+
+    inputs = piece(rank, ends=(2, 7))
+    eager, kernels = (
+        run_loss(srpo_loss, inputs, config=GSPO, backend=backend, **options()) for backend in ("torch", "triton")
+    )
+    assert_same(kernels, eager, 2e-5)
+
+
+@interpreted
+def test_kernels_in_ranks() -> None:
+    run_ranks(call_kernels, 2)

@@ -23,7 +23,7 @@ from tests.api.test_loss_parity import EACH_OPTION
 from tests.comparison import Results, assert_as_accurate, assert_same, condition_of, run_loss, run_stats
 from tests.inputs import SHARED, Inputs, cast, loss_inputs
 from tests.parity import coefficients
-from tests.processes import needs_gloo, run_ranks
+from tests.processes import interpreted, needs_gloo, run_ranks
 from tests.strategies import Case, loss_cases, stats_cases
 
 pytestmark = needs_gloo
@@ -128,7 +128,7 @@ def in_dtype(calls: Calls, dtype: torch.dtype) -> Calls:
     return [(replace(case, inputs=cast(case.inputs, dtype)), sizes) for case, sizes in calls]
 
 
-@pytest.mark.parametrize(("backend", "count"), [("torch", 80), ("triton", 12)])
+@pytest.mark.parametrize(("backend", "count"), [("torch", 80), pytest.param("triton", 12, marks=interpreted)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_any_loss_is_as_accurate_as_plain_torch_with_fp32_logits(dtype: torch.dtype, backend: str, count: int) -> None:
     calls = in_dtype(draw(loss_cases(), count, 2), dtype)
@@ -143,7 +143,7 @@ def check_losses(calls: Calls, results: list[Results]) -> None:
         assert_as_accurate(actual, naive, exact, share=1.0 / len(exact["log_probs"]), condition=condition)
 
 
-@pytest.mark.parametrize(("backend", "count"), [("torch", 40), ("triton", 12)])
+@pytest.mark.parametrize(("backend", "count"), [("torch", 40), pytest.param("triton", 12, marks=interpreted)])
 def test_any_statistics_are_as_accurate_as_plain_torch_with_fp32_logits(backend: str, count: int) -> None:
     calls = in_dtype(draw(stats_cases(), count, 2), torch.float32)
     for (case, _), actual in zip(calls, assembled(run_ranks(run_statistics, 2, calls, backend)), strict=True):
@@ -172,6 +172,7 @@ def test_each_option_in_fp64() -> None:
         assert_same(actual, run_loss(reference.srpo_loss, case.inputs, **case.options), 1e-9)
 
 
+@interpreted
 def test_each_option_in_triton() -> None:
     calls = [(case, [sizes[0], 33 - sizes[0]]) for case, sizes in in_dtype(each_option((3, 4)), torch.float32)]
     check_losses(calls, assembled(run_ranks(run_losses, 2, calls, "triton")))
@@ -190,7 +191,7 @@ def extreme(mode: str, gap: float, divergence: str) -> Case:
     return Case(inputs, {"config": config})
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=interpreted)])
 def test_logits_whose_exponentials_leave_the_range_of_fp32(backend: str) -> None:
     gaps = {"full": 150.0, "topk": 80.0, "sampled": 150.0}
     cases = [extreme(mode, gap, divergence) for mode, gap in gaps.items() for divergence in DIVERGENCES]
@@ -249,7 +250,7 @@ def count_nonfinite(rank: int, backend: str) -> list[Tensor]:
     ]
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=interpreted)])
 def test_a_shard_that_went_to_nan_is_seen_on_every_rank(backend: str) -> None:
     inputs = loss_inputs(0, (4, 6))
     active = inputs["mask"] & (inputs["sdpo_mask"] | (inputs["advantages"] != 0))[:, None]

@@ -28,7 +28,7 @@ from tests.comparison import Results, assert_as_accurate, assert_same, run_loss,
 from tests.distributed.test_vocab_parallel import assembled, shard_of
 from tests.inputs import Inputs, cast, head_inputs, loss_inputs, workspace_floor
 from tests.parity import coefficients
-from tests.processes import RankError, needs_gloo, run_ranks
+from tests.processes import RankError, interpreted, needs_gloo, run_ranks
 
 pytestmark = needs_gloo
 
@@ -76,7 +76,10 @@ def tiled_inputs() -> Inputs:
     return cast(head_inputs(0, (4, 6), 8, 33, teacher_size=5, spread=2.0), torch.float32)
 
 
-@pytest.mark.parametrize(("backend", "engine"), [("torch", "rows"), ("triton", "rows"), ("triton", "tile")])
+@pytest.mark.parametrize(
+    ("backend", "engine"),
+    [("torch", "rows"), *(pytest.param("triton", engine, marks=interpreted) for engine in ("rows", "tile"))],
+)
 def test_statistics_without_gradient(backend: str, engine: str) -> None:
     inputs = tiled_inputs()
     teacher, *of_divergences = assembled(run_ranks(teach, 2, backend, engine))

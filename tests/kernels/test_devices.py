@@ -14,7 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests import devices
+from srpo_kernels.kernels import launch
+from tests import conftest, devices
 from tests.devices import KernelTests, calls_on, copying
 
 ROOT = Path(__file__).parents[2]
@@ -38,10 +39,42 @@ def test_a_gpu_s_run_skips_no_test_of_the_kernels() -> None:
     assert int(found[1]) >= 300
 
 
+@pytest.mark.needs_interpreter
 @pytest.mark.skipif(not devices.COMPILED, reason="all tests run in the interpreter here")
 def test_what_is_about_the_interpreter() -> None:
     done = pytest_process("-m", "interpreter and not slow", TRITON_INTERPRET="1")
     assert done.returncode == 0, done.stdout[-5000:]
+
+
+def item_of(*marks: str, **parameters: Any) -> Any:
+    found = {name: getattr(pytest.mark, name).mark for name in marks}
+    item = SimpleNamespace(get_closest_marker=found.get, callspec=SimpleNamespace(params=parameters))
+    item.add_marker = lambda mark: found.update({mark.name: mark.mark})
+    return item
+
+
+def test_a_test_with_a_parameter_that_is_triton_is_about_kernels() -> None:
+    assert devices.runs_kernels(item_of(backend="triton"))
+    assert devices.runs_kernels(item_of(implementation="triton", size=torch.ones(2)))
+    assert devices.runs_kernels(item_of("kernels"))
+    assert not devices.runs_kernels(item_of(backend="torch", options={"backend": "triton"}))
+
+
+@pytest.mark.parametrize(
+    ("compiled", "numpy", "skipped"), [(True, "2.5.2", 1), (True, "2.3.5", 0), (False, "2.5.2", 0)]
+)
+def test_only_beside_an_accelerator_may_the_interpreter_be_missing(
+    compiled: bool, numpy: str, skipped: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(devices, "COMPILED", compiled)
+    monkeypatch.setattr(launch.triton, "__version__", "3.6.0")
+    monkeypatch.setattr("numpy.__version__", numpy)
+    items = [item_of("needs_interpreter"), item_of()]
+    config: Any = SimpleNamespace(hook=SimpleNamespace(pytest_deselected=lambda items: None))
+    conftest.pytest_collection_modifyitems(config, items)
+    skips = [mark.kwargs["reason"] for item in items if (mark := item.get_closest_marker("skip"))]
+    assert len(skips) == skipped
+    assert all("numpy 2.5.2" in reason for reason in skips)
 
 
 class Found(NamedTuple):
