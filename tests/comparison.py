@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -63,12 +64,19 @@ def assert_same(actual: Results, expected: Results, tolerance: float) -> None:
 
 
 def assert_as_accurate(
-    actual: Results, naive: Results, exact: Results, *, share: float = 1.0, condition: float = 1.0
+    actual: Results,
+    naive: Results,
+    exact: Results,
+    *,
+    share: float = 1.0,
+    condition: float = 1.0,
+    rounding: Mapping[str, float] = MappingProxyType({}),
 ) -> None:
     """Every entry at most twice as far from the exact one as plain torch is, plus a few roundings in fp32.
 
     Whatever is made of logits and log-probs is rounded at their size even where it comes out near 0, and a gradient
     at a row's ``share`` of that. ``condition`` is how much a logit's rounding can grow on its way to the loss.
+    ``rounding`` is what operands that are rounded to bf16 add to some.
     """
     assert actual.keys() == exact.keys()
     unit = 8.0 + largest(exact["log_probs"])
@@ -77,6 +85,7 @@ def assert_as_accurate(
         error = largest(actual[name].double() - value)
         scale = largest(value) + unit * (share if name.startswith("grad") else 1.0)
         allowed = 2 * largest(naive[name].double() - value) + 2**-20 * condition * scale
+        allowed += rounding.get(name, 0.0)
         assert error <= allowed, f"{name}: off by {error:.3g}, allowed {allowed:.3g}"
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 import reference
 from srpo_kernels import SRPOConfig, srpo_loss, token_stats
+from srpo_kernels.verify.rounding import GradientTerms
 from tests.comparison import assert_as_accurate, assert_same, condition_of, run_loss, run_stats
 from tests.inputs import LEAVES, Inputs, cast
 from tests.strategies import Case
@@ -26,9 +27,16 @@ def check_loss(case: Case, dtype: torch.dtype, backend: str) -> None:
         srpo_loss, rounded, case.leaves, workspace_bytes=case.workspace_bytes, backend=backend, **case.options
     )
     naive = run_loss(reference.srpo_loss, rounded, case.leaves, **case.options)
-    exact = run_loss(reference.srpo_loss, cast(rounded, torch.float64), case.leaves, **case.options)
-    condition = condition_of(case.options["config"], exact)
-    assert_as_accurate(actual, naive, exact, share=1.0 / len(exact["log_probs"]), condition=condition)
+    terms = GradientTerms()
+    exact = run_loss(reference.srpo_loss, cast(rounded, torch.float64), case.leaves, project=terms, **case.options)
+    assert_as_accurate(
+        actual,
+        naive,
+        exact,
+        share=1.0 / len(exact["log_probs"]),
+        condition=condition_of(case.options["config"], exact),
+        rounding=rounding(terms, rounded),
+    )
 
 
 def check_loss_in(
@@ -80,8 +88,17 @@ def check_stats(case: Case, dtype: torch.dtype, backend: str) -> None:
     options = oracle_options(case.options)
     naive = run_stats(reference.token_stats, rounded, upstream, case.leaves, **options)
     widened = cast(rounded, torch.float64)
-    exact = run_stats(reference.token_stats, widened, upstream, case.leaves, **options)
-    assert_as_accurate(actual, naive, exact)
+    terms = GradientTerms()
+    exact = run_stats(reference.token_stats, widened, upstream, case.leaves, project=terms, **options)
+    assert_as_accurate(actual, naive, exact, rounding=rounding(terms, rounded))
+
+
+def rounding(terms: GradientTerms, inputs: Inputs) -> dict[str, float]:
+    """What dlogits that are rounded add to gradients where the library's functions run."""
+    # Here, since ranks that import this module have yet to ask for the interpreter.
+    from tests import devices
+
+    return terms.rounding(inputs["weight"].to(devices.current()))
 
 
 def coefficients(inputs: Inputs) -> Tensor:

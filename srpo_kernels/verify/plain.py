@@ -8,7 +8,7 @@ from torch import Tensor
 from srpo_kernels import SRPOConfig
 from srpo_kernels_reference.distillation import divergence, entropy_weights, weight_log_mean
 from srpo_kernels_reference.layout import per_row
-from srpo_kernels_reference.logits import head_logits, log_prob_entropy, project_wide, working_dtype
+from srpo_kernels_reference.logits import head_logits, log_prob_entropy, working_dtype
 from srpo_kernels_reference.policy import policy_loss
 
 
@@ -54,14 +54,3 @@ def srpo_loss(
 def project_narrow(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """What trainers do: logits in the model's dtype, widened afterwards."""
     return torch.nn.functional.linear(hidden, weight, bias).to(working_dtype(hidden))
-
-
-def project_rounded(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The oracle's logits; on an accelerator, the gradient of those of a bf16 model is rounded to bf16.
-
-    The operands of torch's own products are too.
-    """
-    logits = project_wide(hidden, weight, bias)
-    if hidden.dtype == torch.bfloat16 and not hidden.is_cpu and logits.requires_grad:
-        logits.register_hook(lambda gradient: gradient.bfloat16().to(logits.dtype))
-    return logits
