@@ -121,7 +121,7 @@ def in_covariance_band(
 ) -> Tensor:
     """``max(int(share n), 1)`` of the ``free`` tokens inside the band, at equal distances from the largest down."""
     candidates = (free & (values > cov_low) & (values < cov_high)).nonzero().squeeze(1)
-    candidates = candidates[values[candidates].argsort(descending=True)]
+    candidates = candidates[values[candidates].argsort(descending=True, stable=True)]
     m, k = len(candidates), max(int(share * len(values)), 1)
     ranks = [r for r in range(m) if (r + 1) * k // m > r * k // m]
     chosen = torch.zeros_like(free)
@@ -257,7 +257,7 @@ def policy_loss(
         covariances = covariance(log_probs, advantages)
         count = min(max(int(options.get("share", 2e-4) * len(covariances)), 1), len(covariances))
         chosen = torch.zeros_like(covariances, dtype=torch.bool)
-        chosen[covariances.argsort(descending=True)[:count]] = True
+        chosen[covariances.argsort(descending=True, stable=True)[:count]] = True
         return -ratio * advantages + float(options.get("coefficient", 1.0)) * value.abs() * chosen
     if config.loss_type not in CLIPPED_RATIO_LOSSES:
         raise ValueError(f"loss_type: unknown, {config.loss_type!r}")

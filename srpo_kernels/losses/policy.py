@@ -184,7 +184,7 @@ def clip_cov(
     held = torch.zeros_like(token.loss, dtype=torch.bool) if token.clip_low is None else token.clip_low
     held = held if token.clip_high is None else held | token.clip_high
     inside = (covariance > cov_low) & (covariance < cov_high) & ~held
-    order = covariance.masked_fill(~inside, -torch.inf).argsort(descending=True)
+    order = covariance.masked_fill(~inside, -torch.inf).argsort(descending=True, stable=True)
     rank = torch.empty_like(order).index_copy_(0, order, torch.arange(len(order), device=order.device))
     # Of m tokens in the band, k at equal distances in their order.
     m, k = inside.sum().clamp_min(1), max(int(share * len(order)), 1)
@@ -195,10 +195,11 @@ def clip_cov(
 def kl_cov(rows: PolicyRows, *, share: float = 2e-4, coefficient: float = 1.0) -> Tensor:
     """``-rho A``, ``+ coefficient |log rho|`` at the ``share`` of all tokens (one at least) of largest covariance.
 
-    The covariance is ``clip_cov``'s. Source: KL-Cov (arXiv 2505.22617). Elsewhere: verl (`kl_cov`).
+    Of equal ones the first is taken. The covariance is ``clip_cov``'s. Source: KL-Cov (arXiv 2505.22617). Elsewhere:
+    verl (`kl_cov`).
     """
     covariance = _covariance(rows)
-    chosen = covariance.topk(min(max(int(share * len(covariance)), 1), len(covariance))).indices
+    chosen = covariance.argsort(descending=True, stable=True)[: max(int(share * len(covariance)), 1)]
     penalty = torch.zeros_like(covariance).index_fill(0, chosen, coefficient)
     return penalty * rows.log_ratio.abs() - rows.log_ratio.exp() * rows.advantages
 
