@@ -19,11 +19,13 @@ import reference
 from srpo_kernels import SRPOConfig, srpo_loss, token_stats
 from srpo_kernels.kernels import launch
 from srpo_kernels.losses.options import DISTILLATION_MODES
+from srpo_kernels.rows.mixture import MIXTURE_DIVERGENCES
 from srpo_kernels.rows.spec import DIVERGENCES
 from tests.api.test_loss_parity import EACH_OPTION
 from tests.comparison import Results, assert_as_accurate, assert_same, gradients, largest, run_loss, with_leaves
 from tests.inputs import Inputs, cast, loss_inputs
 from tests.parity import check_loss, check_stats
+from tests.rows import test_accuracy
 from tests.strategies import Case, loss_cases, stats_cases
 
 pytestmark = pytest.mark.kernels
@@ -193,6 +195,25 @@ def test_the_error_of_the_hardware_logarithm_is_below_the_rounding_of_logits(
     }
     check_loss(Case(inputs, {"config": config}), torch.float32, "triton")
     assert calls
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("divergence", MIXTURE_DIVERGENCES)
+@pytest.mark.parametrize("regime", ["flat", "peaked", "saturated"])
+def test_what_the_hardware_logarithm_adds_to_a_divergence(
+    regime: str, divergence: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, "_ROW_LANES", 1024)
+    monkeypatch.setattr(test_accuracy, "vendor_of", lambda device: "nvidia")
+    z, y, _ = test_accuracy.logits(regime)
+    inputs, stats = test_accuracy.heads(z, y), {"divergence": divergence, "alpha": 0.3}
+    own, log2 = token_stats(**inputs, **stats, backend="triton").divergence, worst(1.0)
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_log2", lambda builder, x: builder.unary_op(x, log2))
+    off = token_stats(**inputs, **stats, backend="triton").divergence
+    assert own is not None and off is not None
+    allowed = test_accuracy.of_logarithms(inputs, stats, torch.device("cpu"))
+    # All of it, where every logarithm is too large by as much as it may be, up to roundings of both results.
+    assert abs(test_accuracy.rms(off - own) - allowed) <= 0.02 * allowed + 2.0**-23 * test_accuracy.rms(own)
 
 
 def triton(inputs: Inputs, config: SRPOConfig) -> Results:
