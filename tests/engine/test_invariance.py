@@ -10,8 +10,10 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
+import reference
 from srpo_kernels import Normalizers, SRPOConfig, srpo_loss, teacher_stats
-from tests.comparison import Results, assert_invariant, assert_same, gradients, run_loss, with_leaves
+from srpo_kernels.verify.rounding import GradientTerms
+from tests.comparison import Results, assert_invariant, assert_same, gradients, largest, run_loss, with_leaves
 from tests.inputs import (
     LEAVES,
     SHARED,
@@ -90,6 +92,19 @@ def relative(results: Results, expected: Results) -> dict[str, float]:
     }
 
 
+def of_other_sums(inputs: Inputs, config: SRPOConfig) -> dict[str, float]:
+    """How far fp32 gradients may be apart where a device takes another product for another number of rows.
+
+    A sum rounds each of its terms once for each of them at most, and a dlogit has the roundings of its logit, which is
+    a sum over hidden states. Both results have that error.
+    """
+    terms = GradientTerms()
+    run_loss(reference.srpo_loss, cast(inputs, torch.float64), config=config, project=terms)
+    vocab_size, width = inputs["weight"].shape
+    roundings = max(inputs["target_ids"].numel(), vocab_size) + width
+    return {name: 2 * roundings * 2.0**-24 * size for name, size in terms.largest().items()}
+
+
 # Weights under a dw_beta of 30 differ by more than their own rounding.
 splittable = configs(whole_batch=False).map(lambda config: replace(config, dw_beta=min(config.dw_beta, 1.0)))
 
@@ -104,7 +119,14 @@ splittable = configs(whole_batch=False).map(lambda config: replace(config, dw_be
     dtype=st.sampled_from([torch.float32, torch.float64]),
 )
 def test_unequal_micro_batches_add_up_to_the_batch(
-    config: SRPOConfig, seed: int, homes: list[int], reverse: bool, packed: bool, dtype: torch.dtype, backend: str
+    config: SRPOConfig,
+    seed: int,
+    homes: list[int],
+    reverse: bool,
+    packed: bool,
+    dtype: torch.dtype,
+    backend: str,
+    device: torch.device,
 ) -> None:
     dtype = torch.float32 if backend == "triton" else dtype
     inputs = with_leaves(cast(batch(seed, config), dtype))
@@ -118,8 +140,12 @@ def test_unequal_micro_batches_add_up_to_the_batch(
     results, metrics = accumulate(inputs, parts, config, backend)
     wanted = {"loss": expected.loss.detach()} | gradients(expected.loss, inputs)
     tolerance = 1e-6 if dtype == torch.float32 else 1e-13
-    errors = relative(results, wanted)
-    assert all(error <= tolerance for name, error in errors.items() if name != "loss"), errors
+    if device.type == "cpu":
+        errors = relative(results, wanted)
+        assert all(error <= tolerance for name, error in errors.items() if name != "loss"), errors
+    else:
+        for name, allowed in of_other_sums(inputs, config).items():
+            assert largest(results[name] - wanted[name]) <= allowed, name
     torch.testing.assert_close(results["loss"], wanted["loss"], rtol=tolerance, atol=tolerance)
     for name, value in expected.metrics.items():
         torch.testing.assert_close(metrics[name], value, rtol=1e-5, atol=1e-5)
