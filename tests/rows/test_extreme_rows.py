@@ -154,13 +154,8 @@ def test_a_sampling_policy_that_is_far_away(gap: float, loss_type: str, backend:
         torch.testing.assert_close(actual[name].double(), value, rtol=1e-4, atol=1e-6, msg=name)
 
     log_probs = torch.full((4,), -2.0, requires_grad=True)
-    terms = policy_loss(
-        log_probs,
-        inputs["advantages"],
-        old_log_probs=inputs["old_log_probs"],
-        sequence_ids=inputs["sequence_ids"],
-        config=config,
-    )
+    rows = {name: inputs[name] for name in ("advantages", "old_log_probs", "sequence_ids")}
+    terms = policy_loss(log_probs, **rows, config=config)
     (grad,) = torch.autograd.grad(terms.loss.sum(), log_probs)
     assert terms.loss.isfinite().all()
     assert grad.isfinite().all()

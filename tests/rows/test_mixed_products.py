@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
@@ -15,95 +13,17 @@ import reference
 from srpo_kernels import SRPOConfig, fused_loss, srpo_loss, token_stats
 from srpo_kernels.engine import gemm, memory
 from srpo_kernels.rows.spec import DIVERGENCES
-from srpo_kernels.verify.cases import cases
-from srpo_kernels.verify.checks import parity
-from srpo_kernels.verify.inputs import Size
 from srpo_kernels.verify.rounding import GradientTerms
-from tests.comparison import (
-    LEAVES,
-    Results,
-    assert_as_accurate,
-    assert_same,
-    condition_of,
-    gradients,
-    run_loss,
-    with_leaves,
-)
+from tests.comparison import LEAVES, Results, assert_as_accurate, assert_same, gradients, run_loss, with_leaves
 from tests.inputs import Inputs, cast, head_inputs, loss_inputs, workspace_floor
+from tests.mixed_products import ANSWERS, WHERE, Operators
 from tests.parity import check_loss, check_stats
 from tests.strategies import Case, each_backend
 
 # Their operators are here in the place of a CPU's own.
 pytestmark = pytest.mark.interpreter
 
-WHERE = torch.device("cpu")
 IDS = torch.arange(9)
-ANSWERS = {"2.10": "addmm", "2.8": "mm", "before Ampere": "none"}
-
-
-@dataclass
-class Operators:
-    """``mm`` and ``addmm`` with an ``out_dtype`` as CUDA has them in a version of torch, dtype rules and all."""
-
-    version: str
-    calls: Counter[str] = field(default_factory=Counter)
-
-    def mm(self, a: Tensor, b: Tensor, out_dtype: torch.dtype, *, out: Tensor | None = None) -> Tensor:
-        if self.version == "before Ampere" and a.dtype == torch.bfloat16:
-            raise RuntimeError("CUDA error: CUBLAS_STATUS_NOT_SUPPORTED when calling cublasGemmEx")
-        check(a.dtype == b.dtype, "input dtypes must be the same")
-        return self._product("mm", torch.zeros((), dtype=out_dtype), a, b, out_dtype, out)
-
-    def addmm(
-        self,
-        addend: Tensor,
-        a: Tensor,
-        b: Tensor,
-        out_dtype: torch.dtype,
-        *,
-        beta: float = 1,
-        alpha: float = 1,
-        out: Tensor | None = None,
-    ) -> Tensor:
-        if self.version == "2.8":
-            check(addend.dtype == b.dtype, "self and mat2 must have the same dtype")
-        check(addend.dtype in (a.dtype, out_dtype), "self dtype must match either out_dtype or mat1 dtype")
-        return self._product("addmm", beta * addend, alpha * a, b, out_dtype, out)
-
-    def _product(
-        self, name: str, addend: Tensor, a: Tensor, b: Tensor, out_dtype: torch.dtype, out: Tensor | None
-    ) -> Tensor:
-        check(out is None or out.dtype == out_dtype, "out_dtype must be the same as the dtype of the out tensor")
-        check(
-            out_dtype in (a.dtype, torch.float32) and a.dtype.itemsize <= 4,
-            "out_dtype must be the same as input dtype or fp32 for fp16/bf16 inputs",
-        )
-        self.calls[name] += 1
-        result = addend + a.to(out_dtype) @ b.to(out_dtype)
-        return result if out is None else out.copy_(result)
-
-
-def check(kept: bool, message: str) -> None:
-    if not kept:
-        raise RuntimeError(message)
-
-
-@pytest.fixture(params=list(ANSWERS))
-def operators(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Operators]:
-    """The CPU as a GPU of some version, in slabs of a few rows."""
-    operators = Operators(request.param)
-    library = torch.library.Library("aten", "IMPL")
-    for name in ("mm", "addmm"):
-        for overload in ("dtype", "dtype_out"):
-            library.impl(f"{name}.{overload}", getattr(operators, name), "CPU")
-    answers = {dtype: gemm._ask.__wrapped__(WHERE, dtype) for dtype in (torch.bfloat16, torch.float16)}
-    monkeypatch.setattr(gemm, "mixed_products", lambda device, dtype: answers[dtype])
-    monkeypatch.setattr(gemm, "_SLAB_ELEMENTS", 100)
-    # Of a larger workspace, the dlogits of several chunks wait for a product.
-    monkeypatch.setattr(memory, "_ROWS_ACCELERATOR", 6)
-    operators.calls.clear()
-    yield operators
-    library._destroy()
 
 
 def check_calls(operators: Operators) -> None:
@@ -282,40 +202,6 @@ def test_a_planted_fault_in_a_product_is_found(operators: Operators, monkeypatch
         with monkeypatch.context() as patch, pytest.raises(AssertionError):
             patch.setattr(place, name, fault)
             test_the_loss(operators, {}, "torch")
-
-
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_what_rounded_dlogits_allow_holds_alone_and_is_not_met_twice(
-    operators: Operators, options: dict[str, Any]
-) -> None:
-    config, terms = SRPOConfig(**options), GradientTerms()
-    inputs = cast(loss_inputs(1, (4, 9), teacher_size=5, config=config), torch.bfloat16)
-    exact = run_loss(reference.srpo_loss, cast(inputs, torch.float64), config=config, project=terms)
-    actual = {name: x.double() for name, x in run_loss(srpo_loss, inputs, config=config).items()}
-    bounds = terms.rounding(inputs["weight"])
-    if operators.version == "before Ampere":
-        assert not any(bounds.values())
-        return
-    # Plain torch without an error adds nothing to what is allowed.
-    how = {"share": 1.0 / 36, "condition": condition_of(config, exact), "rounding": bounds}
-    assert_as_accurate(actual, exact, exact, **how)
-    for name, bound in bounds.items():
-        planted = actual[name] + 2 * bound * (actual[name] - exact[name]).sign()
-        with pytest.raises(AssertionError, match=name):
-            assert_as_accurate(actual | {name: planted}, exact, exact, **how)
-
-
-def test_verify_allows_for_the_rounding_of_dlogits(operators: Operators, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Sums of dlogits that cancel: an H100 was as far off.
-    chosen = {("vocabulary", "33"), ("chunks of rows", "vespo"), ("form of the inputs", "several teachers")}
-    found = [x for x in cases(Size(6, 5, 1009), large=False, realistic=False) if (x.group, x.name) in chosen]
-
-    def passed() -> list[bool]:
-        return [check.passed for case in found for check in parity(case, torch.bfloat16, ["torch"], WHERE)]
-
-    assert len(passed()) >= len(chosen) and all(passed())
-    monkeypatch.setattr(GradientTerms, "rounding", lambda terms, weight: {})
-    assert all(passed()) == (operators.version == "before Ampere")
 
 
 def test_what_a_device_cannot_do_is_an_error(operators: Operators, monkeypatch: pytest.MonkeyPatch) -> None:
