@@ -20,7 +20,8 @@ from srpo_kernels.verify.tuning import Tuned
 
 _RULE = (
     "Worst error over allowed error; up to 1 holds. Allowed: twice the error of plain torch with fp32 logits, and a "
-    "few fp32 roundings (fp64: 1e-9). Errors are from plain torch in fp64 on the CPU."
+    "few fp32 roundings (fp64: 1e-9), of gradients also those of dlogits in bf16. Errors are from plain "
+    "torch in fp64 on the CPU."
 )
 # A broken kernel breaks hundreds of checks in the same way.
 _MOST_FAILURES = 20

@@ -165,7 +165,8 @@ def _checks(results: dict[str, Any], kind: str) -> str:
         return ""
     caption = {
         "parity": "Checks: the worst error over what is allowed, which is twice the error of plain torch with fp32 "
-        "logits, and a few fp32 roundings (fp64: 1e-9). Errors are from plain torch in fp64 on the CPU.",
+        "logits, and a few fp32 roundings (fp64: 1e-9), of gradients also those of dlogits in bf16. Errors are from "
+        "plain torch in fp64 on the CPU.",
         "determinism": "Checks of the same call several times: every result and gradient the same to the last bit.",
     }[kind]
     return f"{caption}\n\n{_table(['backend', 'function', *dtypes], rows)}"
