@@ -9,6 +9,10 @@ from typing import Any
 from srpo_kernels.verify.device_report.render import failures, steps_table, tables
 
 
+# Of the README: the torch backend, which is not the one of GPUs, and TRL without padding, which it drops there itself.
+_LEFT_OUT = ("srpo_kernels", "trl-packed")
+
+
 def summary(path: Path) -> str:
     """The README's section of a GPU: its whole steps, or a line that says that there are none."""
     if not path.exists():
@@ -22,16 +26,17 @@ def summary(path: Path) -> str:
     found = failures(content)
     held = f"{len(found)} failures: {'; '.join(found)}" if found else "Every check held"
     missing = f" Not measured: {', '.join(content['missing'])}." if content["missing"] else ""
-    return f"On {_where(content)}. {held}.{missing}\n\n{steps_table(content)}"
+    return f"On {_where(content)}. {held}.{missing}\n\n{steps_table(content, _LEFT_OUT)}"
 
 
-def sample(path: Path) -> str:
+def whole(path: Path) -> str:
     """All tables of a report, one level down in the document, or how to make one."""
     if not path.exists():
-        return "None is here: `python -m srpo_kernels.verify --report DIR --sizes small`."
+        return "None is here: `python -m srpo_kernels.verify --report DIR`, on a CPU with `--sizes small`."
     content = _read(path)
+    sizes = ", in small sizes: no time below is a GPU's" if content["identity"]["sizes"] == "small" else ""
     parts = [f"### {title}\n\n{body}" for title, body in tables(content).items()]
-    return "\n\n".join([f"On {_where(content)}, in small sizes: no time below is a GPU's.", *parts])
+    return "\n\n".join([f"On {_where(content)}{sizes}.", *parts])
 
 
 def _read(path: Path) -> dict[str, Any]:

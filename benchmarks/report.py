@@ -44,7 +44,7 @@ def report(
         document: takes every table, between its markers.
         readme: takes the summary, between its markers.
         figures: folder for the pictures.
-        gpu: takes the report of small sizes, between its markers.
+        gpu: takes both reports whole, between their markers.
     """
     speed, accuracy, scaling = (read_csv(results / f"{name}.csv") for name in ("speed", "accuracy", "scaling"))
     main = speed[speed["head"].isin(_HEADS) & speed["workload"].isin(_WORKLOADS) & (speed["dtype"] == "float32")]
@@ -82,7 +82,13 @@ def report(
             "performance:gpu": device_reports.summary(results / "gpu.json"),
         },
     )
-    replace_marked(gpu, {"report": device_reports.sample(results / "small.json")})
+    replace_marked(
+        gpu,
+        {
+            "report:gpu": device_reports.whole(results / "gpu.json"),
+            "report": device_reports.whole(results / "small.json"),
+        },
+    )
 
 
 def _optional(results: Path, name: str, write: Callable[[pd.DataFrame], str]) -> str:

@@ -62,18 +62,19 @@ def test_a_report_of_small_sizes_is_no_gpus(tmp_path: Path) -> None:
     path = report_of(tmp_path, identity=small)
     with pytest.raises(SystemExit, match="small sizes on an EPYC"):
         device_reports.summary(path)
-    assert device_reports.sample(path).startswith("On an EPYC, torch 2.13.0, in small sizes: no time below is a GPU's.")
-    assert "### Steps" in device_reports.sample(path)
+    assert device_reports.whole(path).startswith("On an EPYC, torch 2.13.0, in small sizes: no time below is a GPU's.")
+    assert "### Steps" in device_reports.whole(path)
 
 
 def test_where_there_is_none_the_command_is_named(tmp_path: Path) -> None:
     assert "verify --report DIR`" in device_reports.summary(tmp_path / "gpu.json")
-    assert "verify --report DIR --sizes small`" in device_reports.sample(tmp_path / "small.json")
+    assert "verify --report DIR`" in device_reports.whole(tmp_path / "small.json")
 
 
 def test_the_documents_have_what_is_there() -> None:
     assert device_reports.summary(RESULTS / "gpu.json") in (ROOT / "README.md").read_text()
-    assert device_reports.sample(RESULTS / "small.json") in (ROOT / "docs" / "gpu.md").read_text()
+    for name in ("gpu.json", "small.json"):
+        assert device_reports.whole(RESULTS / name) in (ROOT / "docs" / "gpu.md").read_text()
     assert chunks.table() in (ROOT / "docs" / "gpu.md").read_text()
 
 
