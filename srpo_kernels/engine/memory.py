@@ -75,10 +75,12 @@ class RowMemory:
             capacity -= capacity % _ROUND_ROWS
         return capacity
 
-    @property
-    def most_rows(self) -> int:
-        """Rows of logits beyond which memory is of no use: where dlogits wait for a product, it is better for them."""
-        return _ROWS_ACCELERATOR * self.shards if self.copy_itemsize else sys.maxsize
+    def most_rows(self, workspace_bytes: int | None) -> int:
+        """Rows of logits beyond which memory is better for dlogits that wait for a product: half as many, if many fit."""
+        if not self.copy_itemsize:
+            return sys.maxsize
+        balanced = (workspace_bytes or 0) // (self._logits(1, copy=False) + 2 * self._logits(0))
+        return max(_ROWS_ACCELERATOR * self.shards, balanced - balanced % _ROUND_ROWS)
 
     def chunk_rows(self, workspace_bytes: int | None, *, whole: bool) -> ChunkRows:
         """Bounds of a chunk. ``whole``: its rows had better be alive together, since sequences should not be cut."""
@@ -89,7 +91,7 @@ class RowMemory:
             taught = max(alone // 2, 1)
         if whole:
             return ChunkRows(alone, taught, logits)
-        most = self.most_rows
+        most = self.most_rows(workspace_bytes)
         return ChunkRows(min(alone, most), min(taught, most // 2), min(logits, most))
 
     def waiting_rows(self, num_rows: int, longest: int, logits: int, workspace_bytes: int | None) -> int:

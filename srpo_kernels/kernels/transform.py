@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
-from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -34,10 +34,9 @@ class Transform(NamedTuple):
         return self.slope2 * math.log(2.0)
 
 
-@cache
 def _fp32(x: float) -> float:
     """As a kernel sees it: what is computed on both sides must agree to the last digit."""
-    return torch.tensor(x, dtype=torch.float32, device="cpu").item()
+    return ctypes.c_float(x).value
 
 
 class Base2(NamedTuple):

@@ -104,7 +104,7 @@ def test_scaling_and_report_make_the_documents(run: Run, tmp_path: Path) -> None
     markers = ("providers", "speed", "memory", "memory:many-rows", "accuracy", "scaling", "trainers", "objectives")
     document.write_text("".join(f"<!-- {name} -->\n<!-- /{name} -->\n" for name in markers))
     gpu = tmp_path / "gpu.md"
-    gpu.write_text("<!-- report -->\n<!-- /report -->\n")
+    gpu.write_text("".join(f"<!-- {name} -->\n<!-- /{name} -->\n" for name in ("report:gpu", "report")))
     readme.write_text(
         "before\n<!-- performance -->\nold\n<!-- /performance -->\n"
         "<!-- performance:gpu -->\n<!-- /performance:gpu -->\nafter\n"

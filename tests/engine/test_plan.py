@@ -266,6 +266,8 @@ def test_an_accelerator_takes_the_dlogits_of_several_chunks_to_a_product() -> No
     row = row_stride(1000)
     large = plan(row * (4 * 2048 + 2 * 6144))
     assert (large.buffer_rows, large.waiting_rows, large.head_products) == (2 * 1024, 6144, 2)
+    # Of much memory logits have their part: half as many rows.
+    assert (plan(row * 8 * 4096).buffer_rows, plan(row * 8 * 4096).waiting_rows) == (4096, 8192)
     # Where sequences should not be cut, a larger workspace is for their logits.
     assert plan(row * 6 * 8192, lengths=[4096, 4096]).student_products == plan(None).student_products
     assert plan(row * 6 * 8192, lengths=[4096, 4096]).buffer_rows == 8192
