@@ -8,7 +8,6 @@ from typing import Any
 
 from srpo_kernels.verify.device_report.render import failures, steps_table, tables
 
-
 # Of the README: the torch backend, which is not the one of GPUs, and TRL without padding, which it drops there itself.
 _LEFT_OUT = ("srpo_kernels", "trl-packed")
 

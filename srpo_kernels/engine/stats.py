@@ -209,7 +209,9 @@ class _Layout(NamedTuple):
 
 def _layout(head: Head, call: StatsCall, num_rows: int, dtype: torch.dtype) -> _Layout:
     memory = RowMemory.of(head.weight, dtype, call.passes)
-    capacity = min(memory.capacity(call.models, call.workspace_bytes), memory.most_rows(call.workspace_bytes) // call.models)
+    capacity = min(
+        memory.capacity(call.models, call.workspace_bytes), memory.most_rows(call.workspace_bytes) // call.models
+    )
     parts = row_chunks(num_rows, capacity) or [slice(0, 0)]
     if call.columns:
         return _Layout(parts, 0, 0)
