@@ -76,7 +76,7 @@ class RowMemory:
         return capacity
 
     def most_rows(self, workspace_bytes: int | None) -> int:
-        """Rows of logits beyond which dlogits that wait for a product had better have the memory: half as many as these."""
+        """Rows of logits beyond which dlogits that wait for a product had better have the memory: half of theirs."""
         if not self.copy_itemsize:
             return sys.maxsize
         balanced = (workspace_bytes or 0) // (self._logits(1, copy=False) + 2 * self._logits(0))
