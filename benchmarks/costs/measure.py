@@ -87,8 +87,7 @@ def measure(provider: ProviderName, case: CaseName) -> StepCost:
     """
     counts = {size: _count(provider, case, *size) for size in product(_ROWS, _VOCAB_SIZES)}
     peaks = {size: _peak_bytes(provider, case, *size) for size in product(_ROWS, _VOCAB_SIZES)}
-    # What scales dX and dW runs once a step: it is no part of a row's.
-    names = [name for name in next(iter(counts.values())).kernels if not name.endswith(".scale_kernel")]
+    names = next(iter(counts.values())).kernels
     return StepCost(
         products=_fit({size: count.multiply_adds for size, count in counts.items()}).per_element / HIDDEN_SIZE,
         operators=_fit({size: count.operator_bytes for size, count in counts.items()}).per_element,

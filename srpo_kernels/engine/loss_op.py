@@ -143,7 +143,8 @@ def _scale_(ctx: Any, gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> T
     """In place when nobody can ask for the gradient a second time."""
     if torch._C._autograd._get_current_graph_task_keep_graph():
         return _scale(ctx, gradient, factor, dtype)
-    return rows_of(ctx.backend).scaled(gradient, factor, dtype)
+    # Triton's interpreter cuts off what bf16 has no room for.
+    return rows_of("torch" if gradient.is_cpu else ctx.backend).scaled(gradient, factor, dtype)
 
 
 class _FusedLoss(torch.autograd.Function):

@@ -12,7 +12,7 @@ from tests.comparison import Results, largest
 from tests.fuzz.calls import library, oracle
 from tests.fuzz.case import Case
 from tests.fuzz.models import Inputs, to_dtypes
-from tests.fuzz.sizes import finite, largest_logit, probability_size, weight_growth
+from tests.fuzz.sizes import bounded, finite, largest_logit, probability_size, weight_growth
 from tests.inputs import teacher_transform_of, transform_of
 
 # Plain torch of the same precision is off by chance: its error is the largest of three orders of its sums, and a result
@@ -216,8 +216,7 @@ def _rules(case: Case, actual: Results, exact: Results, doubtful: set[str]) -> l
     """What must hold whatever the rounding."""
     findings = []
     for name, sign in _SIGNS.items():
-        bounded = case.config.divergence_clip is not None or case.inputs.get("divergence_clip") is not None
-        if name == "divergence" and (bounded or case.config.distillation_mode != "full"):
+        if name == "divergence" and (bounded(case) or case.config.distillation_mode != "full"):
             # Without its largest entries, or of two sums over a few tokens, or what has only the gradient of one.
             continue
         if name in actual and case.operation in ("srpo_loss", "token_stats", "fused_loss", "teacher_stats"):

@@ -35,13 +35,13 @@ def probability_size(case: Case, name: str, exact: Results) -> float:
     product = _log_prob_product(case, exact) if sampled else 1.0
     if name == "log_probs" or (of_statistics and not name.startswith("grad")):
         # What multiplies the log-ratio of an entry is a probability, which is rounded as its logit is.
-        bounded = _bounded_entries(case) * max(1.0, largest(finite(exact[name])))
+        entries = _bounded_entries(case) * max(1.0, largest(finite(exact[name])))
         if name == "divergence":
             # The probabilities of each model add up to 1, rounded, and so do the shares of a row's own mixture.
             shares = 2.0 if case.inputs.get("divergence_alpha") is not None else 0.0
-            return (max(2.0, 2 * _concentration(case)) + bounded + shares) * product
+            return (max(2.0, 2 * _concentration(case)) + entries + shares) * product
         size = _concentration(case) + _capped_size(case)
-        return coefficient * product * (max(2.0, 2 * size) + bounded) if name == "losses" else size
+        return coefficient * product * (max(2.0, 2 * size) + entries) if name == "losses" else size
     coefficient *= product
     if case.operation == "srpo_loss":
         coefficient = _largest_coefficient(case, config, exact)
@@ -62,6 +62,9 @@ def probability_size(case: Case, name: str, exact: Results) -> float:
     if has_mixture(config.divergence):
         # The log-ratio to the mixture, at most, less its mean.
         coefficient *= 1.0 - math.log(mixture_of(config.divergence, config.alpha).student_share)
+    elif bounded(case) and (case.keywords or {}).get("backend") == "triton":
+        # The same of a KL whose entries are bounded: its kernel subtracts the mean of log-ratios, not logit by logit.
+        coefficient *= 1.0 + 2.0 * _nats(case)
     slope = config.logit_scale / config.temperature
     weight, hidden = (finite(case.inputs[x].double()) for x in ("weight", "hidden"))
     size = {"grad hidden": largest(weight), "grad weight": largest(hidden), "grad bias": 1.0}[name]
@@ -73,8 +76,12 @@ def probability_size(case: Case, name: str, exact: Results) -> float:
 
 def _bounded_entries(case: Case) -> float:
     """Entries of a divergence that are bounded one by one are of log-probs, in fp64 rounded at the size of a logit."""
-    bounded = case.config.divergence_clip is not None or case.inputs.get("divergence_clip") is not None
-    return _nats(case) if bounded and case.dtype == torch.float64 else 0.0
+    return _nats(case) if bounded(case) and case.dtype == torch.float64 else 0.0
+
+
+def bounded(case: Case) -> bool:
+    """Whether a divergence's entries are."""
+    return case.config.divergence_clip is not None or case.inputs.get("divergence_clip") is not None
 
 
 def weight_growth(case: Case, name: str) -> float:
