@@ -119,8 +119,10 @@ def row_grad_kernel(
             slope2, FORWARD_KL, REVERSE_KL, STUDENT_KL, OVERLAP, ENTRIES, SOFTCAP, VENDOR,
         )  # fmt: skip
         tl.store(out_row + whole + columns, dz_rest.to(out_ptr.dtype.element_ty), mask=columns < rest)
-    # Another thread may have written where an id is.
+    # Another thread may have written where an id is. Ids are read again: kept, they would take registers of the loop.
     tl.debug_barrier()
+    ids = tl.load(ids_ptr + row * num_ids + k, mask=k < num_ids, other=-1)
+    here = (ids >= 0) & (ids < vocab_size)
     tl.store(out_row + ids, at_ids.to(out_ptr.dtype.element_ty), mask=here)
 
 
