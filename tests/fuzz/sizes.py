@@ -169,7 +169,16 @@ def _largest_coefficient(case: Case, config: SRPOConfig, exact: dict[str, Any]) 
         # The gradient is 0, whatever the ratio that multiplies its roundings.
         ratio = math.exp(min(_gaps(exact, case.inputs["old_log_probs"]), config.log_ratio_clamp or LARGEST_LOG_RATIO))
     weights = max(most("is_weights"), 1.0) * _largest_rollout_weight(case, exact)
-    return max(distilled, most("advantages") * ratio) * weights + penalty
+    return max(distilled, most("advantages") * ratio + _pull(case, exact)) * weights + penalty
+
+
+def _pull(case: Case, exact: Results) -> float:
+    """How much a policy loss draws a log-prob to the old policy's, whatever the advantage."""
+    if case.inputs["old_log_probs"] is None:
+        return 0.0
+    options = case.config.policy_options()
+    by_gap = 2.0 * options.get("penalty", 0.0) + options.get("beta", 0.0)
+    return by_gap * _gaps(exact, case.inputs["old_log_probs"]) + options.get("coefficient", 0.0)
 
 
 def _log_prob_product(case: Case, exact: Results) -> float:
