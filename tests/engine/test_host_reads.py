@@ -93,7 +93,7 @@ def test_a_backward_reads_nothing() -> None:
     config = SRPOConfig()
     loss = srpo_loss(**with_leaves(inputs_of(config)), config=config, backend="triton").loss
     # On a CPU it asks whether the upstream gradient is 1.
-    assert set(reads_of(loss.backward)) <= {"loss_op._scale_: _local_scalar_dense"}
+    assert set(reads_of(loss.backward)) <= {"torch_rows.scaled: _local_scalar_dense"}
 
 
 def test_a_teacher_of_the_routed_rows_and_packed_rows_read_more() -> None:

@@ -162,14 +162,13 @@ def _broken_rules(
         yield f"{early} transcendentals are read before they are there"
     if code.shared_bytes > target.shared_per_block:
         yield f"{code.shared_bytes} bytes of shared memory, of {target.shared_per_block}"
-    has_dots = "hidden_size" in variant.divisible
     # Narrower loads of tiles are no asynchronous copies: they are not pipelined.
-    if (variant.bytes_per_element or has_dots) and code.narrowest_loop_load < _LOAD_BYTES:
+    if (variant.bytes_per_element or "hidden_size" in variant.divisible) and code.narrowest_loop_load < _LOAD_BYTES:
         yield f"loads of {code.narrowest_loop_load} bytes"
     if variant.bytes_per_element:
         if unrolled is None or not unrolled.is_integer():
             yield f"the main loop is {unrolled} iterations"
-    elif has_dots and {"*bf16", "*fp16"} & set(variant.signature.values()) and code.tensor_core != target.tensor_core:
+    elif _multiplies_halves(variant) and code.tensor_core != target.tensor_core:
         yield f"{code.tensor_core} instead of {target.tensor_core}"
     limit = SOFTCAP_ISSUE_RATIO if variant.constexprs.get("SOFTCAP") else ISSUE_RATIO
     if variant.kernel == "row_entries" or variant.constexprs.get("ENTRIES"):
@@ -180,6 +179,11 @@ def _broken_rules(
         bound = _INSTRUCTIONS.get((variant.kernel, _kind(variant)))
         if bound is not None and total > bound:
             yield f"{total:.1f} instructions > {bound}"
+
+
+def _multiplies_halves(variant: Variant) -> bool:
+    """Whether it has both operands of a dot in bf16 or fp16."""
+    return sum(kind in ("*bf16", "*fp16") for kind in variant.signature.values()) > 1
 
 
 def _kind(variant: Variant) -> object:
