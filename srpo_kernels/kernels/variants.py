@@ -88,8 +88,10 @@ def variants(target: GPUTarget) -> Iterator[Variant]:
 
     for models in (1, 2):
         yield _merge_tiles(models, vendor)
-    yield _units(vendor)
-    yield _scale()
+    units = {"raw_ptr": "*fp32", "units_ptr": "*fp32", "count": "i32", "inner": "fp32"}
+    yield _by_element("units", "softcap", units_kernel, units, ("raw_ptr", "units_ptr"), VENDOR=vendor)
+    scale = {"values_ptr": "*fp32", "factor_ptr": "*fp32", "out_ptr": "*bf16", "count": "i32"}
+    yield _by_element("scale", "into bf16", scale_kernel, scale, ("values_ptr", "out_ptr", "count"))
     # Triton compiles in what is a multiple of 16, as most vocabularies are.
     gradients = dict(_gradients())
     for variant in (
@@ -252,38 +254,18 @@ def _merge_tiles(models: int, vendor: Vendor) -> Variant:
     )
 
 
-def _units(vendor: Vendor) -> Variant:
+def _by_element(
+    kernel: str,
+    label: str,
+    function: JITFunction[object],
+    arguments: dict[str, str],
+    divisible: tuple[str, ...],
+    **constexprs: object,
+) -> Variant:
     launch = elements_launch()
-    own = {"raw_ptr": "*fp32", "units_ptr": "*fp32", "count": "i32", "inner": "fp32"}
-    constexprs: dict[str, object] = {"VENDOR": vendor, "BLOCK": launch.lanes}
-    return Variant(
-        "units",
-        "softcap",
-        units_kernel,
-        own | dict.fromkeys(constexprs, "constexpr"),
-        constexprs,
-        ("raw_ptr", "units_ptr"),
-        launch.num_warps,
-        launch.num_stages,
-        0,
-        0,
-    )
-
-
-def _scale() -> Variant:
-    launch = elements_launch()
-    return Variant(
-        "scale",
-        "into bf16",
-        scale_kernel,
-        {"values_ptr": "*fp32", "factor_ptr": "*fp32", "out_ptr": "*bf16", "count": "i32", "BLOCK": "constexpr"},
-        {"BLOCK": launch.lanes},
-        ("values_ptr", "out_ptr", "count"),
-        launch.num_warps,
-        launch.num_stages,
-        0,
-        0,
-    )
+    constexprs["BLOCK"] = launch.lanes
+    signature = arguments | dict.fromkeys(constexprs, "constexpr")
+    return Variant(kernel, label, function, signature, constexprs, divisible, launch.num_warps, launch.num_stages, 0, 0)
 
 
 def _row_variant(
