@@ -12,9 +12,10 @@ from torch import Tensor
 from srpo_kernels.kernels import launch
 from srpo_kernels.kernels import rows as kernel_rows
 from srpo_kernels.kernels.tiles import Projection, tile_stats
+from srpo_kernels.rows.coefficients import coefficients
 from srpo_kernels.rows.contract import RowGradients, Statistics
 from srpo_kernels.rows.mixture import MIXTURE_DIVERGENCES
-from srpo_kernels.rows.passes import Request, RowPasses, coefficients
+from srpo_kernels.rows.passes import Request, RowPasses
 from srpo_kernels.rows.spec import DIVERGENCES, LogitTransform, RowSpec
 from srpo_kernels.rows.vocabulary import Vocabulary
 from tools.interpreter.sanitizer import sanitize, sparse_rows
