@@ -15,8 +15,9 @@ import torch
 
 from benchmarks import tables
 from benchmarks.processes import fresh_peak
-from benchmarks.results import RESULTS, Measurement, ResultsFile, describe_environment, read_csv
+from benchmarks.results import RESULTS, Measurement, ResultsFile, describe_environment, read_csv, resolve_device, single
 from srpo_kernels.verify.agreement import relative_error
+from srpo_kernels.verify.batches import DtypeName
 from srpo_kernels.verify.rounds import Rounds, interleave, quantiles
 from tools.documents import rich_table
 
@@ -25,9 +26,8 @@ Side = Literal["srpo_kernels", "trl"]
 SIDES: tuple[Side, Side] = ("srpo_kernels", "trl")
 
 # Trainers that differ more than rounding explains do not compute the same thing.
-_AGREEMENT = 1e-3
+_AGREEMENT: dict[DtypeName, float] = {"float32": 1e-3, "bfloat16": 5e-2}
 _TRAINERS: dict[Branch, str] = {"grpo": "GRPOTrainer", "sdpo": "SDPOTrainer"}
-_CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -55,11 +55,14 @@ class Step:
     branch: Branch
     silent: float = 0.0
     sizes: Sizes = Sizes()
+    dtype: DtypeName = "float32"
+    """Of the model's weights."""
+    device: str = "cpu"
 
     @property
     def labels(self) -> dict[str, object]:
         """What names it in a file."""
-        return {"branch": self.branch, "silent": self.silent, **asdict(self.sizes)}
+        return {"branch": self.branch, "silent": self.silent, **asdict(self.sizes), "dtype": self.dtype}
 
     def completion(self, index: int) -> list[int]:
         """Token ids of completion ``index``; the last one ends it."""
@@ -76,23 +79,27 @@ def trainers(
     branches: tuple[Branch, ...] = ("grpo", "sdpo"),
     silent: tuple[float, ...] = (0.0, 0.5),
     sizes: Sizes = Sizes(),
+    dtype: DtypeName = "float32",
+    device: Literal["auto", "cpu", "cuda"] = "auto",
     rounds: int = 5,
     threads: int = torch.get_num_threads(),
     memory: bool = True,
     resume: bool = False,
     out: Path = RESULTS / "trainers.csv",
 ) -> None:
-    """Time and extra peak memory of a step of SRPOTrainer and of TRL's trainer, on the CPU in fp32.
+    """Time and extra peak memory of a step of SRPOTrainer and of TRL's trainer.
 
     A step is what follows generation and scoring: the teacher, the student's forward, the loss and the backward; the
     optimizer is left out, which is the same for both. ``grpo`` is beside `GRPOTrainer`, ``sdpo`` beside
     `SDPOTrainer` with full logits; both sides take turns and must agree on the gradient of the head. Peak memory is of
-    a fresh process.
+    a fresh process on the CPU, of the allocator on a GPU.
 
     Args:
         branches: what to compare.
         silent: shares of groups without a correct completion, which move no weight; the others have one.
         sizes: of the model and the batch.
+        dtype: of the model's weights.
+        device: auto is a GPU where there is one.
         rounds: times that every side runs.
         threads: threads of torch.
         memory: measure peak memory too.
@@ -103,8 +110,9 @@ def trainers(
         raise SystemExit(f"rounds must be >= 1, got {rounds}")
     torch.set_num_threads(threads)
     console = tables.console()
-    file = ResultsFile(out, _CPU, threads, resume=resume)
-    for step in file.missing([Step(branch, share, sizes) for branch in branches for share in silent]):
+    where = resolve_device(device)
+    file = ResultsFile(out, where, threads, resume=resume)
+    for step in file.missing([Step(branch, share, sizes, dtype, where.type) for branch in branches for share in silent]):
         with console.status(f"{step.branch}, {step.silent:.0%} silent"):
             file.add(list(_measure(step, rounds, threads, memory)))
     cells, caption = table(read_csv(out))
@@ -113,19 +121,22 @@ def trainers(
 
 def _measure(step: Step, rounds: int, threads: int, memory: bool) -> Iterator[Measurement[Step]]:
     # The other sub-commands do without TRL.
-    from benchmarks.trl_steps import measure_peak, prepare
+    from benchmarks.trl_steps import extra_device_bytes, measure_peak, prepare
 
     with tempfile.TemporaryDirectory() as folder:
         steps = {side: prepare(side, step, Path(folder)) for side in SIDES}
         error = relative_error(*(steps[side]() for side in SIDES))
-        if not error < _AGREEMENT:
+        if not error < _AGREEMENT[step.dtype]:
             raise RuntimeError(f"the trainers do not compute the same gradient of {step}: {error:.1e} apart")
-        seconds = interleave(steps, Rounds(rounds, math.inf), _CPU, lambda what: None)
+        seconds = interleave(steps, Rounds(rounds, math.inf), torch.device(step.device), lambda what: None)
+        on_device = {} if step.device == "cpu" else {side: extra_device_bytes(steps[side]) for side in SIDES}
         # The processes that measure memory need the room.
         del steps
     for side in SIDES:
         yield Measurement(step, side, "seconds", quantiles(seconds[side]))
-        if memory:
+        if memory and on_device:
+            yield Measurement(step, side, "peak_bytes", single(on_device[side]))
+        elif memory:
             yield from fresh_peak(step, side, measure_peak, side, step, threads)
 
 
@@ -137,7 +148,7 @@ def table(cells: pd.DataFrame) -> tuple[pd.DataFrame, str]:
             "trainer": f"{_TRAINERS[step['branch']]}, {step['groups']} × {step['group']} completions",
             "groups without a correct one": f"{step['silent']:.0%}",
         }
-        for metric, label, unit, form in (("seconds", "seconds", 1.0, ".2f"), ("peak_bytes", "MiB", 2.0**20, ",.0f")):
+        for metric, label, unit, form in (("seconds", "seconds", 1.0, ".3g"), ("peak_bytes", "MiB", 2.0**20, ",.0f")):
             if metric in medians:
                 ours, theirs = (medians[metric][side] / unit for side in SIDES)
                 line |= {f"its {label}": f"{theirs:{form}}"}
@@ -147,7 +158,7 @@ def table(cells: pd.DataFrame) -> tuple[pd.DataFrame, str]:
     caption = (
         "One training step after generation, without the optimizer, and its extra peak memory: a Llama of "
         f"{first['layers']} layers, {first['hidden']:,} × {first['vocab']:,}, completions of {first['length'] // 2} to "
-        f"{first['length']} tokens, fp32, medians. Measured on {describe_environment(cells)}."
+        f"{first['length']} tokens, {first['dtype']}, medians. Measured on {describe_environment(cells)}."
     )
     return pd.DataFrame(lines), caption
 

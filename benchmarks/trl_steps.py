@@ -18,6 +18,7 @@ from trl.experimental.sdpo import SDPOConfig, SDPOTrainer
 from benchmarks.processes import extra_resident_bytes
 from benchmarks.trainers import Side, Sizes, Step
 from srpo_kernels.integrations.trl import SRPOTrainer, SRPOTrainerConfig
+from srpo_kernels.verify.batches import DTYPES
 
 _TEMPLATE = "{prompt} {solution}"
 
@@ -28,8 +29,17 @@ def measure_peak(side: Side, step: Step, threads: int) -> int | None:
     with tempfile.TemporaryDirectory() as folder:
         # Imports, thread pools and workspaces that do not grow with the sizes are there before.
         small = Sizes(layers=1, vocab=64, hidden=16, length=8)
-        prepare(side, Step(step.branch, sizes=small), Path(folder))()
+        prepare(side, Step(step.branch, sizes=small, dtype=step.dtype), Path(folder))()
         return extra_resident_bytes(prepare(side, step, Path(folder)))
+
+
+def extra_device_bytes(step: Callable[[], Tensor]) -> int:
+    """Extra peak bytes of one step on the GPU."""
+    step()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    step()
+    return torch.cuda.max_memory_allocated() - before
 
 
 def prepare(side: Side, step: Step, folder: Path) -> Callable[[], Tensor]:
@@ -40,7 +50,7 @@ def prepare(side: Side, step: Step, folder: Path) -> Callable[[], Tensor]:
         "per_device_train_batch_size": sizes.groups * sizes.group,
         "num_generations": sizes.group,
         "max_completion_length": sizes.length,
-        "use_cpu": True,
+        "use_cpu": step.device == "cpu",
         "bf16": False,
         "report_to": "none",
         "gradient_checkpointing": False,
@@ -69,7 +79,9 @@ def _trainer(cls: Any, config: Any, step: Step) -> Any:
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2} | scale
     width = {"hidden_size": sizes.hidden, "intermediate_size": 8 * sizes.hidden // 3}
     layers = {"num_hidden_layers": sizes.layers, "vocab_size": sizes.vocab}
-    model = LlamaForCausalLM(LlamaConfig(**layers, **width, **heads, pad_token_id=0, eos_token_id=1))
+    shape = LlamaConfig(**layers, **width, **heads, pad_token_id=0, eos_token_id=1)
+    with torch.device(step.device):
+        model = LlamaForCausalLM(shape).to(DTYPES[step.dtype])
     cls.step = step
     trainer = cls(model, _reward(step), config, _prompts(sizes), processing_class=_tokenizer(sizes.vocab))
     trainer.current_gradient_accumulation_steps = 1

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Generic, NamedTuple, Protocol, TypeVar
 
 from studies.learning.policy_optimization import Method, Recipe
 from studies.learning.tasks import Family
 
 # Of the choice of learning rates; a comparison has the seeds from 0 on.
 CHOICE_SEEDS = (100,)
-_SEEDS = 10
+SEEDS = 10
 RECIPE = Recipe(steps=120, prompts=8, evaluate_every=6, evaluation_problems=128, evaluation_replies=1)
 STARTS = (0.1, 0.3, 0.6)
 
@@ -36,17 +36,30 @@ KEY = ("cell", "method", "seed", "lr")
 Key = tuple[str, str, int, float | None]
 
 
-class Stage(NamedTuple):
+class Setting(Protocol):
+    """What a cell is called, and the learning rates to choose from."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def lrs(self) -> tuple[float, ...]: ...
+
+
+SettingT = TypeVar("SettingT", bound=Setting)
+
+
+class Stage(NamedTuple, Generic[SettingT]):
     """Methods to compare in a cell."""
 
-    cell: Cell
+    cell: SettingT
     methods: tuple[Method, ...]
 
 
-class Run(NamedTuple):
+class Run(NamedTuple, Generic[SettingT]):
     """One run; ``lr`` None is the one that the method's choice has shown to be best in this cell."""
 
-    cell: Cell
+    cell: SettingT
     method: Method
     seed: int
     lr: float | None
@@ -82,13 +95,13 @@ PLAN = (
 )
 
 
-def choice_runs(stage: Stage) -> list[Run]:
+def choice_runs(stage: Stage[SettingT]) -> list[Run[SettingT]]:
     """Every learning rate on the seeds of the choice."""
     return [
         Run(stage.cell, method, seed, lr) for seed in CHOICE_SEEDS for lr in stage.cell.lrs for method in stage.methods
     ]
 
 
-def comparison_runs(stage: Stage) -> list[Run]:
+def comparison_runs(stage: Stage[SettingT], seeds: int = SEEDS) -> list[Run[SettingT]]:
     """The paired seeds, each for every method before the next."""
-    return [Run(stage.cell, method, seed, None) for seed in range(_SEEDS) for method in stage.methods]
+    return [Run(stage.cell, method, seed, None) for seed in range(seeds) for method in stage.methods]

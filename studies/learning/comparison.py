@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 from scipy import stats
 
-from studies.learning.cells import CHOICE_SEEDS, KEY
+from studies.learning.cells import CHOICE_SEEDS, KEY, Run, SettingT
 
 OUTCOMES = {"early": "area, first fifth", "end": "end", "best": "best", "area": "area"}
 # A run that in two evaluations in a row has less than this share of its best before them has collapsed.
@@ -68,6 +70,12 @@ def chosen_lr(scores: pd.DataFrame, cell: str, method: str) -> float:
     """The learning rate with the greatest mean area over the seeds of the choice."""
     own = scores[is_choice(scores) & (scores["cell"] == cell) & (scores["method"] == method)]
     return float(own.groupby("lr")["area"].mean().idxmax())
+
+
+def with_chosen_lr(runs: Sequence[Run[SettingT]], path: Path) -> list[Run[SettingT]]:
+    """The runs, each with the learning rate that its method's choice in the CSV file has shown to be best."""
+    scores = outcomes(pd.read_csv(path))
+    return [planned._replace(lr=chosen_lr(scores, planned.cell.name, planned.method)) for planned in runs]
 
 
 def difference(scores: pd.DataFrame, outcome: str, method: str, other: str) -> Difference:

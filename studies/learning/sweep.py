@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import multiprocessing
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -13,13 +11,13 @@ import pandas as pd
 import torch
 from rich.console import Console
 
-from benchmarks.results import environment
 from studies.learning import RESULTS
 from studies.learning.base import held_out_accuracies, load_base, make_model, teach
-from studies.learning.cells import KEY, PLAN, RECIPE, STARTS, Cell, Key, Run, Stage, choice_runs, comparison_runs
-from studies.learning.comparison import chosen_lr, outcomes
+from studies.learning.cells import PLAN, RECIPE, STARTS, Cell, Run, choice_runs, comparison_runs
+from studies.learning.comparison import with_chosen_lr
 from studies.learning.mechanism import PROBED_SEEDS, Probe
 from studies.learning.policy_optimization import run
+from studies.learning.runs import append, keys, run_missing
 from studies.learning.tasks import Family
 
 _HIDDEN_SIZE, _LAYERS = 64, 2
@@ -30,7 +28,7 @@ _TAUGHT = 0.8
 _SHOWN = 0.9
 # Of the interval in which the level of noise is sought.
 _HALVINGS = 8
-_Rows = tuple[pd.DataFrame, pd.DataFrame]
+_PLACE = (torch.device("cpu"), 1)
 
 
 def sweep(
@@ -56,46 +54,24 @@ def sweep(
         raise SystemExit(f"--only {only}: no such cell, there are {', '.join(names)}")
     torch.set_num_threads(1)
     console = Console(soft_wrap=True)
+    train_missing = partial(
+        run_missing,
+        train=partial(train, folder),
+        files=(out, mechanism),
+        workers=workers,
+        place=_PLACE,
+        console=console,
+    )
     for stage in PLAN:
         if only in (None, stage.cell.name):
             _first_model(folder, stage.cell, console)
             if _is_probed(stage.cell):
                 _probe_start(folder, stage.cell, mechanism)
-            _all(choice_runs(stage), workers, folder, out, mechanism, console)
-            _all(list(_with_lr(stage, out)), workers, folder, out, mechanism, console)
+            train_missing(choice_runs(stage))
+            train_missing(with_chosen_lr(comparison_runs(stage), out))
 
 
-def _with_lr(stage: Stage, out: Path) -> Iterator[Run]:
-    scores = outcomes(pd.read_csv(out))
-    for planned in comparison_runs(stage):
-        yield planned._replace(lr=chosen_lr(scores, stage.cell.name, planned.method))
-
-
-def _all(runs: list[Run], workers: int, folder: Path, out: Path, mechanism: Path, console: Console) -> None:
-    """The runs that ``out`` does not have, ``workers`` at a time; each is appended when it has ended."""
-    done = _keys(out)
-    todo = [planned for planned in runs if planned.key not in done]
-    for ended, (rows, seen) in _ended(todo, workers, folder):
-        _append(out, ended.key, rows)
-        _append(mechanism, ended.key, seen)
-        last, seconds = rows["accuracy"].iloc[-1], rows["train_seconds"].iloc[-1]
-        console.print(f"{ended.cell.name} {ended.method} {ended.lr:g}, seed {ended.seed}: {last:.3f}, {seconds:.0f} s")
-
-
-def _ended(runs: list[Run], workers: int, folder: Path) -> Iterator[tuple[Run, _Rows]]:
-    if workers == 1:
-        yield from ((planned, train(folder, planned)) for planned in runs)
-        return
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        futures = {pool.submit(train, folder, planned): planned for planned in runs}
-        try:
-            yield from ((futures[future], future.result()) for future in as_completed(futures))
-        except BaseException:
-            pool.shutdown(cancel_futures=True, wait=False)
-            raise
-
-
-def train(folder: Path, planned: Run) -> _Rows:
+def train(folder: Path, planned: Run[Cell]) -> tuple[pd.DataFrame, pd.DataFrame]:
     """One run: what its evaluations have seen, and what the probe of the mechanism has."""
     torch.set_num_threads(1)
     cell, probe = planned.cell, Probe(planned.cell.family, planned.seed)
@@ -175,31 +151,12 @@ def _probe_start(folder: Path, cell: Cell, mechanism: Path) -> None:
     """What the first model does, with itself as the teacher: lines of a method ``start``, without a learning rate."""
     for seed in range(PROBED_SEEDS):
         key = cell.name, "start", seed, 0.0
-        if key not in _keys(mechanism):
+        if key not in keys(mechanism):
             base, probe = load_base(folder / cell.name).eval(), Probe(cell.family, seed)
             probe(0, base, base)
-            _append(mechanism, key, pd.DataFrame(probe.rows))
+            append(mechanism, key, pd.DataFrame(probe.rows), _PLACE)
 
 
 def _is_probed(cell: Cell) -> bool:
     """Where replies go wrong is known of chains: they have one correct reply."""
     return cell.family.startswith("chain")
-
-
-def _keys(path: Path) -> set[tuple[Any, ...]]:
-    if not path.exists():
-        return set()
-    return set(pd.read_csv(path)[list(KEY)].drop_duplicates().itertuples(index=False, name=None))
-
-
-def _append(path: Path, own: Key, rows: pd.DataFrame) -> None:
-    """Add a run's lines to the file, in place of those it may have; what it was run on stands in the first."""
-    if rows.empty:
-        return
-    key = pd.DataFrame([own] * len(rows), columns=list(KEY))
-    place = pd.DataFrame([environment(torch.device("cpu"), 1)])
-    table = pd.concat([key, rows, place], axis=1)
-    before = pd.read_csv(path) if path.exists() else table.iloc[:0]
-    others = before[before[list(KEY)].ne(key.iloc[0]).any(axis=1)]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pd.concat([others, table], ignore_index=True).to_csv(path, index=False, float_format="%.4g")
