@@ -71,15 +71,16 @@ def report(
             "accuracy": _accuracy(accuracy),
             "scaling": _scaling(scaling),
             "trainers": _optional(results, "trainers", lambda cells: markdown_table(*trainers.table(cells))),
+            "trainers:gpu": _optional(results, "trainers_gpu", lambda cells: markdown_table(*trainers.table(cells))),
             "objectives": _optional(results, "objectives", lambda cells: markdown_table(*objectives.table(cells))),
         },
     )
-    in_trainers = _optional(results, "trainers", trainers.summary)
+    in_trainers, on_gpu = (_optional(results, name, trainers.summary) for name in ("trainers", "trainers_gpu"))
     replace_marked(
         readme,
         {
             "performance": f"{_summary(main)}\n\n{in_trainers}",
-            "performance:gpu": device_reports.summary(results / "gpu.json"),
+            "performance:gpu": f"{device_reports.summary(results / 'gpu.json')}\n\n{on_gpu}",
         },
     )
     replace_marked(
@@ -93,7 +94,11 @@ def report(
 
 def _optional(results: Path, name: str, write: Callable[[pd.DataFrame], str]) -> str:
     path = results / f"{name}.csv"
-    return write(read_csv(path)) if path.exists() else f"Not measured yet: `python -m benchmarks {name}`."
+    return (
+        write(read_csv(path))
+        if path.exists()
+        else f"Not measured yet: `python -m benchmarks {name.partition('_')[0]}`."
+    )
 
 
 def _usual_share(cells: pd.DataFrame) -> pd.DataFrame:

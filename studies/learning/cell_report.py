@@ -55,7 +55,7 @@ def cell_table(rows: pd.DataFrame) -> str:
     starts = ", ".join(f"{cell} from {100 * start:.0f}" for cell, start in _starts(scores).items())
     return markdown_table(
         pd.DataFrame(lines),
-        f"Held-out accuracy in percent, mean and 95 % interval over runs ({rows['step'].max():.0f} steps; early: mean "
+        f"Held-out accuracy in percent, mean and 95 % interval over runs ({rows.loc[~is_choice(rows), 'step'].max():.0f} steps; early: mean "
         f"of the first fifth, end: of the last; collapsed: runs). {starts}. "
         f"{describe_environment(_first_lines(rows))}.",
     )

@@ -58,6 +58,9 @@ def outcomes(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def _area(step: Any, accuracy: Any) -> float:
+    """Divided by the steps; one evaluation alone is its own mean."""
+    if len(step) == 1:
+        return float(accuracy[0])
     return float(np.trapezoid(accuracy, step) / (step[-1] - step[0]))
 
 

@@ -7,9 +7,10 @@ from pathlib import Path
 import pandas as pd
 
 from benchmarks.pictures import save
-from studies.learning import RESULTS, analysis, cell_report, pretrained_analysis
+from studies.learning import RESULTS, analysis, cell_report
 from tools.documents import replace_marked
 
+_NOT_RUN = "Not run yet: `python -m studies.learning {}`."
 _DOCS = Path(__file__).parent.parent.parent / "docs"
 
 
@@ -17,7 +18,7 @@ def draw(
     cells: Path = RESULTS / "cells.csv",
     mechanism: Path = RESULTS / "mechanism.csv",
     study: Path = RESULTS / "learning.csv",
-    pretrained: Path = RESULTS / "learning_pretrained.csv",
+    pretrained: Path = RESULTS / "smollm2.csv",
     document: Path = _DOCS / "learning.md",
     figures: Path = _DOCS / "figures",
 ) -> None:
@@ -38,23 +39,19 @@ def draw(
     tables = {
         "stages": analysis.stage_table(scores, runs),
         "differences": analysis.difference_table(scores),
-        "pretrained": "Not measured yet: `python -m studies.learning pretrained`.",
+        "mechanism": _NOT_RUN.format("sweep"),
     }
-    not_swept = "Not run yet: `python -m studies.learning sweep`."
-    tables |= dict.fromkeys(("cells", "cell-differences", "rates", "mechanism"), not_swept)
-    if cells.exists():
-        swept = pd.read_csv(cells)
-        tables["cells"] = cell_report.cell_table(swept)
-        tables["cell-differences"] = cell_report.difference_table(swept)
-        tables["rates"] = cell_report.choice_table(swept)
-        save(cell_report.cell_curves(swept), figures, "learning_cells")
+    for path, command, prefix in ((cells, "sweep", "cells"), (pretrained, "pretrained", "pretrained")):
+        names = (prefix, f"{prefix}-differences", f"{prefix}-rates")
+        tables |= dict.fromkeys(names, _NOT_RUN.format(command))
+        if path.exists():
+            rows = pd.read_csv(path)
+            made = cell_report.cell_table(rows), cell_report.difference_table(rows), cell_report.choice_table(rows)
+            tables |= dict(zip(names, made, strict=True))
+            save(cell_report.cell_curves(rows), figures, f"learning_{prefix}")
     if mechanism.exists():
         probed = pd.read_csv(mechanism)
         tables["mechanism"] = cell_report.mechanism_table(probed)
         save(cell_report.mechanism_figure(probed), figures, "learning_mechanism")
-    if pretrained.exists():
-        steps = pretrained_analysis.read(pretrained)
-        tables["pretrained"] = pretrained_analysis.table(steps)
-        save(pretrained_analysis.curves(steps), figures, "learning_pretrained")
     replace_marked(document, tables)
     save(analysis.curves(runs), figures, "learning")

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from benchmarks.results import environment
-from studies.learning import policy_optimization, pretrained_analysis
+from studies.learning import policy_optimization
 from studies.learning import study as study_module
 from studies.learning.analysis import differences, stage_scores
 from studies.learning.base import make_model, make_tokenizer
@@ -98,37 +98,30 @@ def test_a_study_is_resumed_and_drawn(tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match="other settings"):
         study_module.study(seeds=2, **settings | {"recipe": Recipe(steps=3)})
     document = tmp_path / "learning.md"
-    markers = ("cells", "cell-differences", "rates", "mechanism", "stages", "differences", "pretrained")
+    markers = [f"{kind}{table}" for kind in ("cells", "pretrained") for table in ("", "-differences", "-rates")]
+    markers += ["mechanism", "stages", "differences"]
     document.write_text("".join(f"<!-- {m} -->\n<!-- /{m} -->\n" for m in markers))
     files = {"cells": tmp_path / "none.csv", "mechanism": tmp_path / "none.csv", "study": out}
     draw(**files, pretrained=tmp_path / "none.csv", document=document, figures=tmp_path)
-    assert "learning pretrained`" in document.read_text() and "learning sweep`" in document.read_text()
-    pretrained_steps().to_csv(tmp_path / "pretrained.csv", index=False)
-    draw(**files, pretrained=tmp_path / "pretrained.csv", document=document, figures=tmp_path)
+    assert document.read_text().count("learning pretrained`") == 3 and "learning sweep`" in document.read_text()
+    pretrained_lines().to_csv(tmp_path / "smollm2.csv", index=False)
+    draw(**files, pretrained=tmp_path / "smollm2.csv", document=document, figures=tmp_path)
     text = document.read_text()
-    assert "`srpo`" in text and "p = " in text and "9 steps, one run a method" in text
+    assert "`srpo`" in text and "p = " in text and "40 steps" in text
+    assert "| `smollm2` | end | `srpo` less `grpo` | +10.0 (-2.7 to +22.7) | 2 |" in text
     assert (tmp_path / "learning.png").exists() and (tmp_path / "learning_pretrained.svg").exists()
 
 
-def pretrained_steps() -> pd.DataFrame:
-    """Nine steps of two methods; srpo is 0.2 ahead in the last three, give or take 0.1."""
-    steps = np.arange(1, 10)
-    grpo = {"method": "grpo", "step": steps, "reward": 0.5, "sdpo_tokens": 0.0, "teacher_entropy": 0.0}
-    lead = np.repeat([0.0, 0.2], [6, 3]) + np.tile([-0.1, 0.0, 0.1], 3)
-    srpo = grpo | {"method": "srpo", "reward": 0.5 + lead, "sdpo_tokens": 0.4, "teacher_entropy": 0.1 * steps}
-    cells = pd.concat(map(pd.DataFrame, (grpo, srpo)), ignore_index=True)
-    return cells.assign(seed=0, reply_length=7.0, seconds=2.5, **environment(torch.device("cpu"), 1))
-
-
-def test_a_pretrained_models_methods_are_compared_on_the_same_steps(tmp_path):
-    path = tmp_path / "pretrained.csv"
-    pretrained_steps().to_csv(path, index=False)
-    lines = pretrained_analysis.table(pretrained_analysis.read(path)).splitlines()
-    grpo, srpo = (line.split(" | ") for line in lines[-2:])
-    half = 0.1 * stats.t.ppf(0.975, 2) / 3**0.5
-    assert srpo[1:3] == [f"50.0 ± {100 * half:.1f}", f"70.0 ± {100 * half:.1f}"] and srpo[3].startswith("+6.7 ± ")
-    assert srpo[4:] == ["40%", "0.20, 0.80", "7.0, 7.0 |"]
-    assert grpo[1:] == ["50.0 ± 0.0", "50.0 ± 0.0", "-", "0%", "-, -", "7.0, 7.0 |"]
+def pretrained_lines() -> pd.DataFrame:
+    """A run that chooses the rate and two that are compared, of two methods; srpo is 0.09 and 0.11 ahead."""
+    runs = [
+        pd.DataFrame({"step": np.arange(4, 41, 4), "accuracy": 0.5 + lead}).assign(
+            cell="smollm2", method=method, seed=seed, lr=1e-5, train_seconds=1.0
+        )
+        for method, leads in (("grpo", (0.0, 0.0, 0.0)), ("srpo", (0.0, 0.09, 0.11)))
+        for seed, lead in zip((100, 0, 1), leads, strict=True)
+    ]
+    return pd.concat(runs, ignore_index=True).assign(**environment(torch.device("cpu"), 1))
 
 
 def test_differences_are_those_of_pairs():
@@ -153,18 +146,38 @@ def test_differences_are_those_of_pairs():
     assert p < 1e-6
 
 
-def test_a_pretrained_model_is_trained_with_each_method_once(tmp_path, monkeypatch):
+def test_a_pretrained_models_methods_get_a_rate_of_their_own_and_runs_are_kept(tmp_path, monkeypatch):
     pytest.importorskip("trl", "1.16", reason="the pretrained model is trained by TRL's trainer")
     from studies.learning import pretrained as module
     from tests.tiny_trainer import tiny_model, tiny_tokenizer
 
+    trained = []
+
+    def log(planned, steps):
+        trained.append((planned.method, planned.seed, planned.lr, steps))
+        if steps == 2:
+            return [row for row in train(planned, steps) if "reward" in row]
+        best = {"grpo": 1e-5, "srpo": 2e-5}[planned.method]
+        steady = {"reward": 0.6 if planned.lr == best else 0.3, "step_time": 0.5, "grad_norm": 1.0}
+        routed = {"srpo/sdpo_token_fraction": 0.0, "srpo/teacher_entropy": 0.0, "completions/mean_length": 7.0}
+        return [steady | routed for _ in range(steps)] + [{"train_runtime": 1.0}]
+
+    train = module._train
     monkeypatch.setattr(module, "load_model", lambda _: (tiny_model(), tiny_tokenizer()))
-    out = tmp_path / "learning_pretrained.csv"
-    module.pretrained(methods=("grpo",), steps=2, questions=2, threads=1, out=out)
-    first = pd.read_csv(out)
-    module.pretrained(methods=("grpo", "srpo"), steps=2, questions=2, threads=1, out=out)
-    cells = pd.read_csv(out)
-    assert list(zip(cells["method"], cells["step"], strict=True)) == [(m, s) for m in ("grpo", "srpo") for s in (1, 2)]
-    pd.testing.assert_frame_equal(cells.head(2), first)
-    for name in ("reward", "reply_length", "sdpo_tokens", "active_tokens", "seconds"):
-        assert cells[name].notna().all(), name
+    monkeypatch.setattr(module, "_train", log)
+    out = tmp_path / "smollm2.csv"
+    settings = {"methods": ("grpo", "srpo"), "lrs": (1e-5, 2e-5), "choice_steps": 40, "steps": 44, "out": out}
+    module.pretrained(seeds=1, device="cpu", **settings)
+    assert trained[:4] == [(m, 100, lr, 40) for lr in (1e-5, 2e-5) for m in ("grpo", "srpo")]
+    assert trained[4:] == [("grpo", 0, 1e-5, 44), ("srpo", 0, 2e-5, 44)]
+    module.pretrained(seeds=2, device="cpu", **settings)
+    assert trained[6:] == [("grpo", 1, 1e-5, 44), ("srpo", 1, 2e-5, 44)]
+    rows = pd.read_csv(out)
+    last = rows[(rows["method"] == "srpo") & (rows["seed"] == 1)]
+    assert list(last["step"]) == list(range(4, 45, 4)) and last["train_seconds"].iloc[-1] == 22.0
+    assert (last["accuracy"] == 0.6).all() and last["teacher_entropy"].isna().all()
+    for steps in (36, 42):
+        with pytest.raises(SystemExit, match=f"multiples of 4 and at least 40, got {steps} and 40"):
+            module.pretrained(**settings | {"steps": steps})
+    real = module.lines(module._train(module.Run(module.Pretrained(questions=2), "srpo", 0, 1e-5), 2))
+    assert list(real["step"]) == [2] and real["accuracy"].notna().all() and (real["train_seconds"] > 0).all()
