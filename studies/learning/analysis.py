@@ -19,6 +19,7 @@ from tools.documents import markdown_table
 _STAGES = {"early": (0.0, 0.2), "middle": (0.4, 0.6), "end": (0.8, 1.0)}
 COLOURS = dict(zip(MEANINGS, ("#30638e", "#edae49", "#d1495b", "#4f772d", "#8d6a9f"), strict=True))
 _OURS = "srpo"
+_SHARES = ("accuracy", "sdpo_rollouts")
 _PANELS = {
     "accuracy": "held-out accuracy, avg@k",
     "reply_length": "reply length, characters",
@@ -119,7 +120,8 @@ def curves(cells: pd.DataFrame) -> Any:
             shown = cells.dropna(subset=name) if name in cells else cells.iloc[:0]
             for method, own in shown.groupby("method", sort=False):
                 band = own.groupby("step")[name].apply(interval)
-                band_line(panel, band.index.to_numpy(), band, str(method))
+                most = 1 if name in _SHARES else np.inf
+                band_line(panel, band.index.to_numpy(), band, str(method), most)
             panel.set(xlabel="step", title=label)
             panel.grid(alpha=0.25)
             if name == "accuracy":
@@ -132,13 +134,14 @@ def _by_time(panel: Axes, cells: pd.DataFrame) -> None:
     grid = np.linspace(0, cells.groupby(["method", "seed"])["train_seconds"].max().min(), 30)
     for method, own in cells.groupby("method", sort=False):
         runs = [np.interp(grid, run["train_seconds"], run["accuracy"]) for _, run in own.groupby("seed")]
-        band_line(panel, grid, pd.Series([interval(column) for column in np.transpose(runs)]), str(method))
+        band_line(panel, grid, pd.Series([interval(column) for column in np.transpose(runs)]), str(method), most=1)
     panel.set(xlabel="seconds of training, processor time of one thread", title="the same against time")
     panel.grid(alpha=0.25)
 
 
-def band_line(panel: Axes, x: Any, band: pd.Series, method: str) -> None:
-    """A method's mean with its interval around it."""
+def band_line(panel: Axes, x: Any, band: pd.Series, method: str, most: float = np.inf) -> None:
+    """A method's mean with its interval around it, as far as the quantity goes: from 0 to ``most``."""
     mean, half = np.array(band.tolist()).T
     panel.plot(x, mean, color=COLOURS[method], label=method)  # type: ignore[index]
-    panel.fill_between(x, mean - half, mean + half, color=COLOURS[method], alpha=0.15, linewidth=0)  # type: ignore[index]
+    low, high = np.clip((mean - half, mean + half), 0, most)
+    panel.fill_between(x, low, high, color=COLOURS[method], alpha=0.15, linewidth=0)  # type: ignore[index]

@@ -7,7 +7,6 @@ from typing import Any
 import pandas as pd
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
-from matplotlib.ticker import NullFormatter
 
 from benchmarks.pictures import STYLE
 from benchmarks.results import describe_environment
@@ -52,10 +51,11 @@ def cell_table(rows: pd.DataFrame) -> str:
             mean, half = interval(own[outcome])
             line[outcome] = f"{100 * mean:.1f} ± {100 * half:.1f}"
         lines.append(line | {"collapsed": int(own["collapsed"].sum())})
+    steps = rows.loc[~is_choice(rows), "step"].max()
     starts = ", ".join(f"{cell} from {100 * start:.0f}" for cell, start in _starts(scores).items())
     return markdown_table(
         pd.DataFrame(lines),
-        f"Held-out accuracy in percent, mean and 95 % interval over runs ({rows.loc[~is_choice(rows), 'step'].max():.0f} steps; early: mean "
+        f"Held-out accuracy in percent, mean and 95 % interval over runs ({steps:.0f} steps; early: mean "
         f"of the first fifth, end: of the last; collapsed: runs). {starts}. "
         f"{describe_environment(_first_lines(rows))}.",
     )
@@ -140,12 +140,14 @@ def cell_curves(rows: pd.DataFrame) -> Any:
             own = rows[(rows["cell"] == cell) & ~is_choice(rows)]
             for method, runs in own.groupby("method", sort=False):
                 band = runs.groupby("step")["accuracy"].apply(interval)
-                band_line(line[0], band.index.to_numpy(), band, str(method))
+                band_line(line[0], band.index.to_numpy(), band, str(method), most=1)
             line[0].set(xlabel="step", title=f"{cell}: held-out accuracy, each at its own rate")
             line[0].set_visible(not own.empty)
             _rates(line[1], scores[(scores["cell"] == cell) & is_choice(scores)])
             line[1].set(xlabel="learning rate", title=f"{cell}: mean accuracy over the run", xscale="log")
-            line[1].xaxis.set_minor_formatter(NullFormatter())
+            rates = sorted(scores.loc[(scores["cell"] == cell) & is_choice(scores), "lr"].unique())
+            line[1].set_xticks(rates, [f"{rate:g}" for rate in rates])
+            line[1].minorticks_off()
             for panel in line:
                 panel.grid(alpha=0.25)
                 panel.set_ylim(0, 1)

@@ -15,7 +15,6 @@ pytest.importorskip("scipy", reason="the study's intervals and tests are scipy's
 
 from hypothesis import given
 from hypothesis import strategies as st
-from scipy import stats
 
 from benchmarks.results import environment
 from studies.learning import policy_optimization
