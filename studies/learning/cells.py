@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Generic, NamedTuple, Protocol, TypeVar
 
 from studies.learning.policy_optimization import Method, Recipe
@@ -25,11 +25,23 @@ class Cell:
     lrs: tuple[float, ...]
     noise: bool = True
     """The first model is one that was taught further, and lost the rest to noise on its weights."""
+    group_size: int = RECIPE.group_size
+    """Replies per problem; a step has as many replies with any."""
+
+    @property
+    def first_model(self) -> str:
+        """The task and the start in percent: ``chain-20~10`` with noise, ``chain-20@10`` where training stopped."""
+        return f"{self.family}{'~' if self.noise else '@'}{100 * self.start:.0f}"
 
     @property
     def name(self) -> str:
-        """The task and the start in percent: ``chain-20~10`` with noise, ``chain-20@10`` where training stopped."""
-        return f"{self.family}{'~' if self.noise else '@'}{100 * self.start:.0f}"
+        """The first model, and the size of groups where it is not the usual one: ``chain-20~10g4``."""
+        return self.first_model + (f"g{self.group_size}" if self.group_size != RECIPE.group_size else "")
+
+    def recipe(self, lr: float) -> Recipe:
+        """That of its runs."""
+        replies = RECIPE.prompts * RECIPE.group_size
+        return replace(RECIPE, lr=lr, group_size=self.group_size, prompts=replies // self.group_size)
 
 
 KEY = ("cell", "method", "seed", "lr")
@@ -74,10 +86,10 @@ _MAIN: tuple[Method, ...] = ("grpo", "srpo", "sdpo")
 _ABLATIONS: tuple[Method, ...] = ("srpo-unweighted", "mixing")
 
 
-def _cell(family: Family, start: float) -> Cell:
+def _cell(family: Family, start: float, group_size: int = RECIPE.group_size) -> Cell:
     """Short replies bear a higher rate."""
     least = 1e-4 if family in ("chain-6", "sort-4") else 5e-5
-    return Cell(family, start, tuple(least * factor for factor in (1, 2, 4, 8, 16)))
+    return Cell(family, start, tuple(least * factor for factor in (1, 2, 4, 8, 16)), group_size=group_size)
 
 
 PLAN = (
@@ -92,6 +104,8 @@ PLAN = (
     Stage(_cell("sort-4", 0.1), _MAIN),
     Stage(_cell("chain-20", 0.3), _MAIN),
     Stage(_cell("sort-8", 0.5), _MAIN),
+    Stage(_cell("chain-20", 0.1, group_size=4), ("grpo", "srpo")),
+    Stage(_cell("chain-20", 0.1, group_size=16), ("grpo", "srpo")),
 )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, get_args
@@ -13,7 +12,7 @@ from rich.console import Console
 
 from studies.learning import RESULTS
 from studies.learning.base import held_out_accuracies, load_base, make_model, teach
-from studies.learning.cells import PLAN, RECIPE, STARTS, Cell, Run, choice_runs, comparison_runs
+from studies.learning.cells import PLAN, STARTS, Cell, Run, choice_runs, comparison_runs
 from studies.learning.comparison import with_chosen_lr
 from studies.learning.mechanism import PROBED_SEEDS, Probe
 from studies.learning.policy_optimization import run
@@ -76,16 +75,16 @@ def train(folder: Path, planned: Run[Cell]) -> tuple[pd.DataFrame, pd.DataFrame]
     torch.set_num_threads(1)
     cell, probe = planned.cell, Probe(planned.cell.family, planned.seed)
     assert planned.lr is not None
-    recipe = replace(RECIPE, lr=planned.lr)
+    recipe = cell.recipe(planned.lr)
     probed = {"watch": probe} if _is_probed(cell) and planned.seed < PROBED_SEEDS else {}
-    base = load_base(folder / cell.name)
+    base = load_base(folder / cell.first_model)
     rows = list(run(base, planned.method, planned.seed, (cell.family,), recipe, **probed))
     return pd.DataFrame(rows).drop(columns=f"accuracy_{cell.family}"), pd.DataFrame(probe.rows)
 
 
 def _first_model(folder: Path, cell: Cell, console: Console) -> None:
     """Keep the cell's first model in the folder, where it is not there."""
-    if (folder / cell.name).exists():
+    if (folder / cell.first_model).exists():
         return
     _teach(folder, cell.family, console)
     if not cell.noise:
@@ -97,7 +96,7 @@ def _first_model(folder: Path, cell: Cell, console: Console) -> None:
         seen = held_out_accuracies(model, (cell.family,), 256, 1)[cell.family]
         console.print(f"noise of {level:.4f}: {cell.family} {seen:.2f}")
         levels[seen < cell.start] = level
-    model.save_pretrained(folder / cell.name)
+    model.save_pretrained(folder / cell.first_model)
 
 
 def noisy(model: Any, level: float) -> Any:
@@ -144,7 +143,7 @@ def _teach(folder: Path, longest: Family, console: Console) -> None:
 
 
 def _stopped(family: Family, start: float) -> str:
-    return Cell(family, start, (), noise=False).name
+    return Cell(family, start, (), noise=False).first_model
 
 
 def _probe_start(folder: Path, cell: Cell, mechanism: Path) -> None:
@@ -152,11 +151,11 @@ def _probe_start(folder: Path, cell: Cell, mechanism: Path) -> None:
     for seed in range(PROBED_SEEDS):
         key = cell.name, "start", seed, 0.0
         if key not in keys(mechanism):
-            base, probe = load_base(folder / cell.name).eval(), Probe(cell.family, seed)
+            base, probe = load_base(folder / cell.first_model).eval(), Probe(cell.family, seed)
             probe(0, base, base)
             append(mechanism, key, pd.DataFrame(probe.rows), _PLACE)
 
 
 def _is_probed(cell: Cell) -> bool:
-    """Where replies go wrong is known of chains: they have one correct reply."""
-    return cell.family.startswith("chain")
+    """Where replies go wrong is known of chains: they have one correct reply. Their first models are probed once."""
+    return cell.family.startswith("chain") and cell.name == cell.first_model

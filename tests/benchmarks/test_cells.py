@@ -16,7 +16,7 @@ pytest.importorskip("transformers", reason="the study's model is one of transfor
 pytest.importorskip("scipy", reason="the study's intervals and tests are scipy's")
 
 from examples.rollouts import response_mask
-from studies.learning import mechanism, sampling, sweep, tasks
+from studies.learning import cells, mechanism, sampling, sweep, tasks
 from studies.learning.base import make_model, make_tokenizer
 from studies.learning.cell_report import (
     cell_curves,
@@ -151,13 +151,20 @@ def test_places_are_those_around_the_first_wrong_token(monkeypatch):
     assert places["after"][1:].sum(1).tolist() == [5, 5, 13]
 
 
+def test_a_cell_with_groups_of_another_size_has_the_same_first_model_and_as_many_replies():
+    four, eight = Cell("chain-20", 0.1, (1e-4,), group_size=4), Cell("chain-20", 0.1, (1e-4,))
+    assert (four.name, four.first_model, eight.name) == ("chain-20~10g4", "chain-20~10", "chain-20~10")
+    assert four.recipe(1e-4) == replace(eight.recipe(1e-4), group_size=4, prompts=16)
+    assert len({stage.cell.name for stage in cells.PLAN}) == len(cells.PLAN) - 1  # one has its ablations apart
+
+
 def test_cells_are_resumed_probed_and_drawn(tmp_path, monkeypatch):
     def coin(family, source, length, chain=tasks._chain):
         return chain(family, source, length)._replace(correct=lambda reply: zlib.crc32(reply.encode()) % 3 == 0)
 
     monkeypatch.setattr(tasks, "_chain", coin)
     small = {"steps": 5, "prompts": 4, "evaluate_every": 1, "evaluation_problems": 8}
-    monkeypatch.setattr(sweep, "RECIPE", replace(sweep.RECIPE, **small))
+    monkeypatch.setattr(cells, "RECIPE", replace(cells.RECIPE, **small))
     monkeypatch.setattr(mechanism, "STEPS", (0, 5))
     cell = Cell("chain-6", 0.1, (1e-4, 1e-3))
     monkeypatch.setattr(sweep, "PLAN", (Stage(cell, ("grpo", "srpo")),))
