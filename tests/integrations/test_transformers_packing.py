@@ -73,8 +73,8 @@ def test_loss_and_gradients_are_those_of_padded_rows(name: str) -> None:
         out.loss.backward()
         results.append([out.loss.detach(), out.log_probs, *(p.grad.clone() for p in model.parameters())])
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-6)
-    # Of the check: eight tokens alone, twice, then sixteen with padding or thirteen without.
-    assert seen == [8, 8, 16, 21, 8, 8, 13, 15]
+    # Of the check: eight tokens alone, twice, then sixteen with padding or thirteen without, behind two rows.
+    assert seen == [8, 8, 16, 21, 8, 8, 13, 13, 15]
 
 
 def test_nothing_but_padding_has_a_loss_of_0() -> None:
