@@ -39,7 +39,8 @@ from tests.tiny_trainer import ScriptedGRPO, ScriptedSRPO, completion, curve, on
 def test_grpo_on_images_is_trls(kind: str, options: dict[str, Any], tmp_path: Path) -> None:
     same: dict[str, Any] = saved_pictures(kind, tmp_path / "model")
     same |= {"scale_rewards": "none", "use_bias_correction_kl": False, "epsilon_high": 0.28, "reward": one_correct}
-    same |= {"num_iterations": 2, "max_steps": 4, "learning_rate": 1e-2}
+    # Adam would scale the rounding of a gradient that is all but 0.
+    same |= {"num_iterations": 2, "max_steps": 4, "learning_rate": 0.1, "optim": "sgd"}
     theirs = train(ScriptedGRPO, tmp_path / "theirs", **(same | options))
     own = {"method": "grpo", "token_denominator": "generation_batch"}
     ours = train(ScriptedSRPO, tmp_path / "ours", **(same | options | own))

@@ -82,8 +82,12 @@ def test_any_options_are_trls(seed: int, tmp_path: Path) -> None:
     theirs = train(ScriptedGRPO, tmp_path / "theirs", **options)
     own = {"method": "grpo", "token_denominator": "generation_batch"}
     ours = train(ScriptedSRPO, tmp_path / "ours", **options, **own)
+    unequal = {"step_time"}
+    if options.get("loss_type") == "vespo":
+        # Its weight of a group of equal rewards goes by the sign of TRL's advantages there, the rounding of a mean.
+        unequal.add("vespo/phi_seq_mean")
     for expected, mine in zip(theirs.state.log_history[:-1], ours.state.log_history[:-1], strict=True):
-        for metric in expected.keys() - {"step_time"}:
+        for metric in expected.keys() - unequal:
             same = pytest.approx(expected[metric], rel=3e-4, abs=1e-5, nan_ok=True)
             assert mine[metric] == same, (metric, options)
     for key, parameter in ours.model.named_parameters():
