@@ -1,6 +1,7 @@
 """One process of distributed training runs: `python -m tests.ddp_trainer FOLDER RUNS`, options by name as JSON.
 
-Classes and rewards are those of `tests.tiny_trainer`, by their names. A run with ``"shards": true`` is one of FSDP2.
+Classes and rewards are those of `tests.tiny_trainer`, by their names. A run with ``"shards": true`` is one of FSDP2,
+with ``"zero": 3`` one of DeepSpeed at that stage; ``"resume": 2`` goes on from the checkpoint of a run of two steps.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 from accelerate import FullyShardedDataParallelPlugin
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
+from peft import LoraConfig
 from torch.distributed.tensor import DTensor
 
 from tests import tiny_trainer
@@ -41,11 +43,47 @@ def run(folder: Path, name: str, options: dict[str, Any]) -> Any:
     sharding: dict[str, Any] = {}
     if options.pop("shards", False):
         sharding = {"fsdp": True, "fsdp_config": {"version": 2, "reshard_after_forward": True}}
+    stage, whole = options.pop("zero", 0), options.pop("persistent", 0)
+    if stage:
+        sharding["deepspeed"] = zero(stage, whole)
+    options = resolved(options)
     AcceleratorState._reset_state()
-    os.environ["ACCELERATE_USE_FSDP"] = "true" if sharding else "false"
-    trainer = tiny_trainer.train(cls, folder / name, ddp_backend="gloo", **options, **sharding)
-    assert all(isinstance(parameter, DTensor) == bool(sharding) for parameter in trainer.model.parameters())
+    os.environ["ACCELERATE_USE_FSDP"] = "true" if "fsdp" in sharding else "false"
+    os.environ["ACCELERATE_USE_DEEPSPEED"] = "true" if stage else "false"
+    options |= sharding | {"ddp_backend": "gloo"}
+    if (step := options.pop("resume", None)) is not None:
+        saved = options | {"save_strategy": "steps", "save_steps": step}
+        tiny_trainer.train(cls, folder / name, **saved | {"max_steps": step})
+        AcceleratorState._reset_state()
+        trainer = tiny_trainer.tiny_trainer(cls, folder / name, **saved)
+        trainer.train(resume_from_checkpoint=str(folder / name / f"checkpoint-{step}"))
+    else:
+        trainer = tiny_trainer.train(cls, folder / name, **options)
+    assert all(isinstance(parameter, DTensor) == ("fsdp" in sharding) for parameter in trainer.model.parameters())
+    assert all(hasattr(parameter, "ds_tensor") == (stage == 3) for parameter in trainer.model.parameters())
     return trainer
+
+
+def resolved(options: dict[str, Any]) -> dict[str, Any]:
+    """``options`` with the models that they name."""
+    options = dict(options)
+    if options.pop("tied", False):
+        options["model"] = tiny_trainer.tiny_model(tie_word_embeddings=True)
+    if options.pop("other", False):
+        options |= {"teacher_model": tiny_trainer.tiny_model(), "teacher_model_kind": "other"}
+    if options.pop("lora", False):
+        options["peft_config"] = LoraConfig(r=2, target_modules=["q_proj"])
+    return options
+
+
+def zero(stage: int, whole: int) -> dict[str, Any]:
+    """DeepSpeed's options; parameters of up to ``whole`` elements stay whole between forwards."""
+    auto = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping", "train_batch_size")
+    return dict.fromkeys(auto, "auto") | {
+        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": whole},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+    }
 
 
 if __name__ == "__main__":

@@ -29,17 +29,22 @@ LISTED = {name for row in ROWS for name in re.findall(r"`(\w+)`", row)}
 OF_THE_TRAINER = {"model", "reward_funcs", "device_map"}
 
 
-def state(**attributes: Any) -> Any:
+def state(model: Any = None, **attributes: Any) -> Any:
     """A trainer under a launcher that is not there."""
     plugins = SimpleNamespace(**{f"{name}_plugin": plugin for name, plugin in attributes.items()})
     return SimpleNamespace(
         _is_vlm=False,
         args=config(),
-        model=tiny_model(),
+        model=tiny_model() if model is None else model,
         is_fsdp_enabled="fsdp" in attributes,
         is_deepspeed_enabled="deepspeed" in attributes,
         accelerator=SimpleNamespace(state=plugins),
     )
+
+
+def with_a_head_of_its_own() -> Any:
+    peft = pytest.importorskip("peft", reason="modules_to_save are PEFT's")
+    return peft.get_peft_model(tiny_model(), peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]))
 
 
 def on_devices(folder: Path) -> None:
@@ -56,7 +61,9 @@ REFUSALS: dict[str, Any] = {
     "use_adaptive_entropy": lambda folder: config(use_adaptive_entropy=True, method="sdpo"),
     "gradient_accumulation_steps": lambda folder: config(gradient_accumulation_steps=2, questions_per_batch=32),
     "fsdp": lambda folder: SRPOTrainer._refuse_models(state(fsdp=SimpleNamespace(fsdp_version=1))),
-    "deepspeed": lambda folder: SRPOTrainer._refuse_models(state(deepspeed=SimpleNamespace(zero_stage=3))),
+    "deepspeed": lambda folder: SRPOTrainer._refuse_models(
+        state(deepspeed=SimpleNamespace(zero_stage=3), model=with_a_head_of_its_own())
+    ),
     "parallelism_config": lambda folder: config(parallelism_config=ParallelismConfig(tp_size=2)),
     "device_map": on_devices,
     "model": lambda folder: tiny_trainer(ScriptedSRPO, folder, model=tiny_model_of("bert", vocab_size=47)),

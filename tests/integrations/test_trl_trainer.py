@@ -192,11 +192,10 @@ OTHER_RUNS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture(scope="module")
-def histories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, float]]]:
+def two_processes(folder: Path, runs: dict[str, dict[str, Any]]) -> dict[str, list[dict[str, float]]]:
     """What two processes logged in each run."""
-    folder, port = tmp_path_factory.mktemp("ddp"), str(free_port())
-    runs = {name: options | {"per_device_train_batch_size": 4} for name, options in (RUNS | OTHER_RUNS).items()}
+    port = str(free_port())
+    runs = {name: options | {"per_device_train_batch_size": 4} for name, options in runs.items()}
     command = [sys.executable, "-m", "tests.ddp_trainer", str(folder), json.dumps(runs)]
     shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     workers = [
@@ -213,6 +212,12 @@ def histories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[s
     assert [worker.returncode for worker in workers] == [0, 0], errors
     read: dict[str, list[dict[str, float]]] = json.loads((folder / "histories.json").read_text())
     return read
+
+
+@pytest.fixture(scope="module")
+def histories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, float]]]:
+    """What two processes logged in each run."""
+    return two_processes(tmp_path_factory.mktemp("ddp"), RUNS | OTHER_RUNS)
 
 
 @pytest.mark.parametrize("name", RUNS)

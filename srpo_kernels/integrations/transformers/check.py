@@ -12,6 +12,7 @@ import srpo_kernels as sk
 from srpo_kernels.integrations.transformers.adapters import SLICE, linear_head
 from srpo_kernels.integrations.transformers.head import Head, head_operands, resolve_config
 from srpo_kernels.integrations.transformers.hidden import call_with_hidden, causal_model, evaluating, peft_model
+from srpo_kernels.integrations.transformers.zero import whole_shape
 
 
 def check_model(model: Any, config: sk.SRPOConfig | None = None, *, padding_free: bool = False) -> None:
@@ -22,8 +23,8 @@ def check_model(model: Any, config: sk.SRPOConfig | None = None, *, padding_free
     hidden states of a token must depend on the tokens up to it alone, in a row without padding and in one with it. A
     model that is different in any of this would be trained towards another distribution than its own.
 
-    Runs eight tokens and a few rows of them, and widens a slice of the head at a time; ``response_loss`` calls it the first time that it is
-    given a model. Of a model that is sharded, every rank makes the call.
+    Runs eight tokens and a few rows of them, and widens a slice of the head at a time; ``response_loss`` calls it the
+    first time that it is given a model. Of a model that is sharded, every rank makes the call.
 
     Args:
         model: a causal language model of transformers, bare or wrapped: see ``call_with_hidden``.
@@ -42,7 +43,7 @@ def check_model(model: Any, config: sk.SRPOConfig | None = None, *, padding_free
     head = base.get_output_embeddings()
     weight = linear_head(head).weight
     name, device = type(base).__name__, weight.device
-    ids = torch.arange(1, 9, device=device).remainder(len(weight))[None]
+    ids = torch.arange(1, 9, device=device).remainder(whole_shape(weight)[0])[None]
     # The first row is the first five tokens of the second one, behind padding that is no token of its end: where rows
     # are read without padding, the second one begins at an odd place, which no block of a power of two does.
     rows, mask = torch.cat([ids.roll(3), ids]), torch.ones(2, 8, dtype=torch.long, device=device)

@@ -14,6 +14,8 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from transformers import PreTrainedModel
 
 import srpo_kernels as sk
+from srpo_kernels.integrations.transformers.parameters import whole_parameters
+from srpo_kernels.integrations.transformers.zero import is_partitioned
 
 T = TypeVar("T")
 
@@ -81,7 +83,7 @@ def call_with_hidden(
 
     def run(**inputs: Any) -> T:
         hidden = last_hidden_states(base, padding_free=padding_free, **inputs)
-        return function(hidden, base.get_output_embeddings())
+        return _with_whole_head(function, hidden, base.get_output_embeddings())
 
     def run_adapted(**inputs: Any) -> T:
         with _forward_of(base, run):
@@ -89,6 +91,21 @@ def call_with_hidden(
         return result
 
     return sk.call_as_forward(model, run if adapted is None else run_adapted, **inputs)
+
+
+def _with_whole_head(function: Callable[[Tensor, nn.Module], T], hidden: Tensor, head: Any) -> T:
+    """``function(hidden, head)``; a head that ZeRO-3 has partitioned is whole there, and again in the backward."""
+    if not any(map(is_partitioned, head.parameters())):
+        return function(hidden, head)
+    if not torch.is_grad_enabled():
+        with whole_parameters(head):
+            return function(hidden, head)
+    if any(head.children()):
+        raise ValueError(
+            f"model must have a plain LM head with DeepSpeed's ZeRO-3, got {type(head).__name__}: the hooks of a "
+            "module gather its own parameters, not those of adapters; ZeRO-2 and fully_shard are supported"
+        )
+    return sk.call_as_forward(head, lambda hidden: function(hidden, head), hidden)
 
 
 @contextmanager

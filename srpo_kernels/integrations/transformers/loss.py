@@ -12,9 +12,11 @@ import srpo_kernels as sk
 from srpo_kernels.integrations.transformers.adapters import linear_head
 from srpo_kernels.integrations.transformers.head import head_operands, head_weight, teacher_config
 from srpo_kernels.integrations.transformers.hidden import call_with_hidden, causal_model
+from srpo_kernels.integrations.transformers.parameters import whole_parameters
 from srpo_kernels.integrations.transformers.responses import find_responses
 from srpo_kernels.integrations.transformers.statistics import TeacherRows, checked_config, teacher_rows
-from srpo_kernels.integrations.transformers.teacher import AverageTeacher, is_sharded, whole_parameters
+from srpo_kernels.integrations.transformers.teacher import AverageTeacher, is_sharded
+from srpo_kernels.integrations.transformers.zero import whole_shape
 
 
 def response_loss(
@@ -185,7 +187,8 @@ def _check_sdpo_mask(sdpo_mask: object, input_ids: Tensor) -> None:
 
 def _check_teacher(model: nn.Module, teacher: Any) -> None:
     source = _source(teacher)
-    sizes = [len(linear_head(causal_model(x).get_output_embeddings()).weight) for x in (source, model)]
+    weights = [linear_head(causal_model(x).get_output_embeddings()).weight for x in (source, model)]
+    sizes = [whole_shape(weight)[0] for weight in weights]
     if sizes[0] != sizes[1]:
         raise ValueError(
             f"teacher must have the tokenizer of model, whose vocabulary has {sizes[1]} tokens, got one with {sizes[0]}"

@@ -12,11 +12,17 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from srpo_kernels.integrations.transformers.hidden import call_with_hidden, causal_model, evaluating, peft_model
+from srpo_kernels.integrations.transformers.parameters import Place, swapped_parameters
+from srpo_kernels.integrations.transformers.zero import (
+    from_parts,
+    is_partitioned,
+    own_part,
+    release,
+    to_part,
+    whole_shape,
+)
 
 T = TypeVar("T")
-
-# A module, and the name that it has for a parameter.
-Place = tuple[nn.Module, str]
 
 
 class _Average(NamedTuple):
@@ -26,14 +32,23 @@ class _Average(NamedTuple):
     places: list[Place]
     value: Tensor
 
+    @property
+    def is_sharded(self) -> bool:
+        """Whether a rank has a part of it, by FSDP2 or by ZeRO-3."""
+        return isinstance(self.parameter, DTensor) or is_partitioned(self.parameter)
+
     @torch.no_grad()
     def local(self) -> Tensor:
         """This rank's part of the parameter."""
+        if is_partitioned(self.parameter):
+            return own_part(self.parameter)
         return self.parameter.to_local() if isinstance(self.parameter, DTensor) else self.parameter.detach()
 
     def whole(self) -> Tensor:
         """The average of the whole parameter, in fp32 or wider. Of a sharded one, every rank makes the call."""
         like = self.parameter
+        if is_partitioned(like):
+            return from_parts(like, self.value)
         if not isinstance(like, DTensor):
             return self.value
         return DTensor.from_local(
@@ -46,18 +61,19 @@ class AverageTeacher:
 
     Only parameters that are trained have an average, so that LoRA pays for its adapters alone; it is kept in fp32 or
     wider, where small steps are not rounded away. There is no second model: a call swaps the averages in. Of parameters
-    that ``fully_shard`` has sharded, a rank averages its shards; calls are then those of every rank.
+    that ``fully_shard`` or DeepSpeed's ZeRO-3 has sharded, a rank averages its shards; calls are then those of every
+    rank.
 
     ``state_dict`` and ``load_state_dict`` are what a checkpoint needs, and what accelerate's
     ``register_for_checkpointing(teacher)`` calls.
 
     Args:
-        model: the trained model, bare, of PEFT, in DDP, or after ``fully_shard``.
+        model: the trained model, bare, of PEFT, in DDP, after ``fully_shard``, or in DeepSpeed's engine.
         rate: in [0, 1]. 0 is a frozen teacher, the model as it is now.
 
     Raises:
         TypeError: no model of transformers, or a rate that is no number.
-        ValueError: a rate out of its range, a model without a trained parameter, ZeRO-3's partitioned parameters.
+        ValueError: a rate out of its range, a model without a trained parameter.
     """
 
     def __init__(self, model: nn.Module, rate: float = 0.05) -> None:
@@ -79,11 +95,6 @@ class AverageTeacher:
         for name, parameter in self.model.named_parameters():
             if parameter not in places:
                 continue
-            if hasattr(parameter, "ds_id"):
-                raise ValueError(
-                    "model must not have parameters that DeepSpeed's ZeRO-3 has partitioned: AverageTeacher reads them "
-                    "between forwards, where a rank has none; ZeRO-2 and fully_shard are supported"
-                )
             average = _Average(parameter, places[parameter], torch.empty(0))
             wide = torch.promote_types(parameter.dtype, torch.float32)
             self._averages[name.replace("_orig_mod.", "")] = average._replace(value=average.local().to(wide, copy=True))
@@ -106,7 +117,7 @@ class AverageTeacher:
         swapped, exchanged = [], []
         for average in self._averages.values():
             places = [place for place in average.places if within is None or place[0] in within]
-            if within is None and isinstance(average.parameter, DTensor):
+            if within is None and average.is_sharded:
                 exchanged.append((average, average.local().clone()))
             elif places:
                 value = average.whole().to(average.parameter.dtype)
@@ -146,9 +157,11 @@ class AverageTeacher:
             )
         for name, average in self._averages.items():
             like, value = average.parameter, state[name]
-            if value.shape != like.shape:
-                raise ValueError(f"state[{name!r}] must have shape {list(like.shape)}, got {list(value.shape)}")
-            if isinstance(like, DTensor):
+            if value.shape != whole_shape(like):
+                raise ValueError(f"state[{name!r}] must have shape {list(whole_shape(like))}, got {list(value.shape)}")
+            if is_partitioned(like):
+                value = to_part(like, value)
+            elif isinstance(like, DTensor):
                 value = value.to(average.value)
                 # Every rank has the whole tensor: nothing is sent.
                 value = distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None).to_local()
@@ -158,35 +171,12 @@ class AverageTeacher:
         """What a rank has gathered is that of other values; the root stays gathered after a forward."""
         for unit in self._units:
             unit.reshard()
+        release(self.model.parameters())
 
 
 def is_sharded(teacher: nn.Module | AverageTeacher) -> bool:
     """Whether every rank has to make the calls of a teacher."""
     model = teacher.model if isinstance(teacher, AverageTeacher) else teacher
-    return any(isinstance(module, FSDPModule) for module in model.modules())
-
-
-@contextmanager
-def swapped_parameters(values: list[tuple[Place, Tensor]]) -> Iterator[None]:
-    """Modules have these values for their parameters."""
-    kept = [(module, name, module._parameters[name]) for (module, name), _ in values]
-    try:
-        for (module, name), value in values:
-            module._parameters[name] = nn.Parameter(value, requires_grad=False)
-        yield
-    finally:
-        for module, name, parameter in kept:
-            module._parameters[name] = parameter
-
-
-@contextmanager
-def whole_parameters(module: nn.Module) -> Iterator[None]:
-    """``module`` outside of its forward, with what FSDP2 has sharded gathered. Every rank makes the call."""
-    sharded = [
-        ((part, name), parameter.full_tensor().detach())  # type: ignore[union-attr]
-        for part in module.modules()
-        for name, parameter in part._parameters.items()
-        if isinstance(parameter, DTensor)
-    ]
-    with swapped_parameters(sharded):
-        yield
+    return any(isinstance(module, FSDPModule) for module in model.modules()) or any(
+        map(is_partitioned, model.parameters())
+    )

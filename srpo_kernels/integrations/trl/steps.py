@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import srpo_kernels as sk
 from srpo_kernels.integrations.transformers import response_normalizers
+from srpo_kernels.integrations.transformers.teacher import is_sharded
 from srpo_kernels.integrations.trl.forwards import Forwards, valid_tokens
 from srpo_kernels.integrations.trl.metrics import micro_batch_metrics, step_means
 from srpo_kernels.integrations.trl.routing import RoutingTrainer
@@ -111,7 +112,7 @@ class SteppingTrainer(RoutingTrainer):
         moving, in_loss = self._forwards.moving(inputs), valid_tokens(inputs).any(1)
         if self.aux_loss_enabled:
             moving = torch.ones_like(moving)
-        elif self.args.log_entropy and self.is_fsdp_enabled:
+        elif self.args.log_entropy and is_sharded(self.model):
             # Every process makes as many forwards.
             moving = moving | in_loss
         out, aux_loss = self._forwards.loss(

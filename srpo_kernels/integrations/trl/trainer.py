@@ -10,7 +10,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl.models import prepare_deepspeed, prepare_fsdp
 from trl.trainer.utils import create_model_from_path
 
-from srpo_kernels.integrations.transformers import check_model, logit_transform
+from srpo_kernels.integrations.transformers import causal_model, check_model, logit_transform
 from srpo_kernels.integrations.transformers.solutions import Solutions
 from srpo_kernels.integrations.trl.config import SRPOTrainerConfig
 from srpo_kernels.integrations.trl.forwards import Forwards
@@ -95,7 +95,7 @@ class SRPOTrainer(SteppingTrainer):
             args=args,
         )
         self.teacher = self._make_teacher(teacher_model)
-        if not self.is_fsdp_enabled:
+        if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             self.teacher.on_train_begin()
         self.add_callback(self.teacher)
         self._metric_sums = {}
@@ -113,7 +113,12 @@ class SRPOTrainer(SteppingTrainer):
         if self.is_fsdp_enabled and self.accelerator.state.fsdp_plugin.fsdp_version != 2:
             raise ValueError("fsdp must be of version 2 with SRPOTrainer: FSDP1's flat parameters hide the LM head")
         if self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage == 3:
-            raise ValueError("deepspeed must be of stage 1 or 2 with SRPOTrainer: a rank needs parameters of its own")
+            head = causal_model(self.model).get_output_embeddings()
+            if any(head.children()):
+                raise ValueError(
+                    "deepspeed must be of stage 1 or 2 with an adapter or modules_to_save on the LM head, got stage 3 "
+                    f"and {type(head).__name__}"
+                )
 
     def _max_teacher_length(self) -> int | None:
         positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
@@ -144,7 +149,9 @@ class SRPOTrainer(SteppingTrainer):
             given = prepare_fsdp(given, self.accelerator)
         else:
             given = given.to(self.accelerator.device)
-        return Teacher("other", lambda: given.eval(), rate=0.0, every=1)
+        # The engine's eval returns nothing.
+        given.eval()
+        return Teacher("other", lambda: given, rate=0.0, every=1)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
