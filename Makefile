@@ -105,6 +105,7 @@ report: $(VENV)/dev.stamp
 
 site: $(VENV)/site.stamp
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+	$(BIN)/python -m tools.browser build/site
 
 learning: $(VENV)/dev.stamp
 	$(BIN)/python -m studies.learning study $(ARGS)
