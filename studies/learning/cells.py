@@ -35,8 +35,11 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """The first model, and the size of groups where it is not the usual one: ``chain-20~10g4``."""
-        return self.first_model + (f"g{self.group_size}" if self.group_size != RECIPE.group_size else "")
+        """The first model; the size of groups where it is not the usual one, the rate where all methods have one:
+        ``chain-20~10g4``, ``chain-20~10r0.0002``.
+        """
+        groups = f"g{self.group_size}" if self.group_size != RECIPE.group_size else ""
+        return self.first_model + groups + (f"r{self.lrs[0]:g}" if len(self.lrs) == 1 else "")
 
     def recipe(self, lr: float) -> Recipe:
         """That of its runs."""
@@ -104,6 +107,7 @@ PLAN = (
     Stage(_cell("sort-4", 0.1), _MAIN),
     Stage(_cell("chain-20", 0.3), _MAIN),
     Stage(_cell("sort-8", 0.5), _MAIN),
+    Stage(Cell("chain-20", 0.1, (2e-4,)), ("grpo", "srpo")),
     Stage(_cell("chain-20", 0.1, group_size=4), ("grpo", "srpo")),
     Stage(_cell("chain-20", 0.1, group_size=16), ("grpo", "srpo")),
 )
