@@ -152,7 +152,8 @@ def test_places_are_those_around_the_first_wrong_token(monkeypatch):
 
 
 def test_a_cell_with_groups_of_another_size_has_the_same_first_model_and_as_many_replies():
-    four, eight = Cell("chain-20", 0.1, (1e-4,), group_size=4), Cell("chain-20", 0.1, (1e-4,))
+    four, eight = Cell("chain-20", 0.1, (1e-4, 2e-4), group_size=4), Cell("chain-20", 0.1, (1e-4, 2e-4))
+    assert Cell("chain-20", 0.1, (2e-4,)).name == "chain-20~10r0.0002"
     assert (four.name, four.first_model, eight.name) == ("chain-20~10g4", "chain-20~10", "chain-20~10")
     assert four.recipe(1e-4) == replace(eight.recipe(1e-4), group_size=4, prompts=16)
     assert len({stage.cell.name for stage in cells.PLAN}) == len(cells.PLAN) - 1  # one has its ablations apart
