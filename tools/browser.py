@@ -5,6 +5,7 @@ Every page is opened in a frame of a desktop's and of a phone's width, in the li
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import shutil
@@ -139,12 +140,14 @@ def _broken_links(entries: list[dict[str, Any]], address: str) -> list[str]:
 
 
 def main() -> int:
-    """Walk through the folder that is the argument; no browser is no fault, but said."""
+    """Walk through the site of the command line; no browser is no fault, but said."""
+    parser = argparse.ArgumentParser(prog="python -m tools.browser", description="Walk through a site that is built.")
+    parser.add_argument("site", type=Path, help="its folder, as make site writes it to build/site")
+    site = parser.parse_args().site
     browser = find_browser()
     if browser is None:
         print(f"not walked: none of {', '.join(BROWSERS)} is installed")
         return 0
-    site = Path(sys.argv[1])
     faults = walk(site, browser)
     print(*faults, sep="\n")
     print(f"{len(list(site.glob('*.html')))} pages, {len(WIDTHS)} widths, {len(SCHEMES)} schemes: {len(faults)} faults")
