@@ -12,6 +12,7 @@ from benchmarks.pictures import STYLE
 from benchmarks.results import describe_environment
 from studies.learning.analysis import COLOURS, band_line, interval
 from studies.learning.comparison import PRIMARY, Difference, difference, holm, is_choice, outcomes
+from studies.learning.policy_optimization import Method
 from tools.documents import markdown_table
 
 _NOTHING = "No comparison has been run yet."
@@ -79,11 +80,45 @@ def primary_differences(rows: pd.DataFrame) -> list[tuple[str, str, str, str, Di
     compared, found = scores[~is_choice(scores)], []
     for cell, own in compared.groupby("cell", sort=False):
         for outcome, method, other in PRIMARY:
-            seeds = [set(own.loc[own["method"] == name, "seed"]) for name in (method, other)]
-            if len(set.intersection(*seeds)) > 1:
+            if _pairs(own, method, other) > 1:
                 found.append((str(cell), outcome, method, other, difference(own, outcome, method, other)))
     corrected = holm([entry[-1].p for entry in found])
     return [(*entry, p) for entry, p in zip(found, corrected, strict=True)]
+
+
+def difference_figure(rows: pd.DataFrame) -> Any:
+    """Of every cell with pairs, SRPO's and SDPO's lead over GRPO in the first fifth of a run and at its end."""
+    scores = outcomes(rows)
+    compared = scores[~is_choice(scores)]
+    cells = [cell for cell, own in compared.groupby("cell", sort=False) if _pairs(own, "srpo", "grpo") > 1]
+    methods: tuple[Method, ...] = ("srpo", "sdpo")
+    with plt.rc_context(STYLE):
+        size = (9, 1 + 0.42 * len(cells))
+        figure, panels = plt.subplots(1, 2, figsize=size, sharex=True, sharey=True, squeeze=False, layout="constrained")
+        for panel, outcome, title in zip(panels[0], ("early", "end"), ("first fifth", "last fifth"), strict=True):
+            for method, shift in zip(methods, (-0.14, 0.14), strict=True):
+                shown = [
+                    (place + shift, difference(own, outcome, method, "grpo"))
+                    for place, cell in enumerate(cells)
+                    if _pairs(own := compared[compared["cell"] == cell], method, "grpo") > 1
+                ]
+                points = [100 * d.mean for _, d in shown]
+                reach = [[100 * (d.mean - d.low) for _, d in shown], [100 * (d.high - d.mean) for _, d in shown]]
+                places = [place for place, _ in shown]
+                style = {"fmt": "o", "color": COLOURS[method], "markersize": 4, "label": f"{method} less grpo"}
+                panel.errorbar(points, places, xerr=reach, **style)
+            panel.axvline(0, color="black", linewidth=0.8)
+            panel.set(title=title, xlabel="points of held-out accuracy, 95 % interval over pairs")
+            panel.grid(alpha=0.25, axis="x")
+        panels[0][0].set_yticks(range(len(cells)), cells)
+        panels[0][0].invert_yaxis()
+        panels[0][1].legend(frameon=False, fontsize=8)
+    return figure
+
+
+def _pairs(compared: pd.DataFrame, method: str, other: str) -> int:
+    """Seeds of a cell that both methods have."""
+    return len(set.intersection(*(set(compared.loc[compared["method"] == name, "seed"]) for name in (method, other))))
 
 
 def difference_table(rows: pd.DataFrame) -> str:

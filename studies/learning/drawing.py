@@ -49,6 +49,7 @@ def draw(
             made = cell_report.cell_table(rows), cell_report.difference_table(rows), cell_report.choice_table(rows)
             tables |= dict(zip(names, made, strict=True))
             save(cell_report.cell_curves(rows), figures, f"learning_{prefix}")
+            save(cell_report.difference_figure(rows), figures, f"learning_{prefix}_differences")
     if mechanism.exists():
         probed = pd.read_csv(mechanism)
         tables["mechanism"] = cell_report.mechanism_table(probed)
