@@ -18,7 +18,7 @@ from tests.integrations.verl.engine_ranks import Case
 
 pytestmark = [pytest.mark.slow, needs_gloo]
 
-DOCS = Path(__file__).parents[3] / "docs" / "verl.md"
+DOCS = Path(__file__).parents[3] / "docs" / "trainers.md"
 COLUMNS = {"loss": "loss", "gradient": "worst gradient", "log_probs": "log-probs", "entropy": "entropies"}
 TOLERANCE = 2e-6
 EVERYTHING = {"kl_coef": 0.1, "kl_type": "k3_bounded", "entropy_coef": 0.01, "dual_clip": 3.0}
