@@ -12,7 +12,7 @@ import srpo_kernels as sk
 from srpo_kernels.integrations.transformers.adapters import SLICE, linear_head
 from srpo_kernels.integrations.transformers.head import Head, head_operands, resolve_config
 from srpo_kernels.integrations.transformers.hidden import call_with_hidden, causal_model, evaluating, peft_model
-from srpo_kernels.integrations.transformers.zero import whole_shape
+from srpo_kernels.integrations.transformers.shards import whole_shape
 
 
 def check_model(model: Any, config: sk.SRPOConfig | None = None, *, padding_free: bool = False) -> None:

@@ -14,8 +14,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from transformers import PreTrainedModel
 
 import srpo_kernels as sk
-from srpo_kernels.integrations.transformers.parameters import whole_parameters
-from srpo_kernels.integrations.transformers.zero import is_partitioned
+from srpo_kernels.integrations.transformers.shards import is_partitioned, whole_parameters
 
 T = TypeVar("T")
 

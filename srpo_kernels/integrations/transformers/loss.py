@@ -12,11 +12,10 @@ import srpo_kernels as sk
 from srpo_kernels.integrations.transformers.adapters import linear_head
 from srpo_kernels.integrations.transformers.head import head_operands, head_weight, teacher_config
 from srpo_kernels.integrations.transformers.hidden import call_with_hidden, causal_model
-from srpo_kernels.integrations.transformers.parameters import whole_parameters
 from srpo_kernels.integrations.transformers.responses import find_responses
+from srpo_kernels.integrations.transformers.shards import whole_parameters, whole_shape
 from srpo_kernels.integrations.transformers.statistics import TeacherRows, checked_config, teacher_rows
 from srpo_kernels.integrations.transformers.teacher import AverageTeacher, is_sharded
-from srpo_kernels.integrations.transformers.zero import whole_shape
 
 
 def response_loss(

@@ -8,16 +8,16 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from srpo_kernels.integrations.transformers.hidden import call_with_hidden, causal_model, evaluating, peft_model
-from srpo_kernels.integrations.transformers.parameters import Place, swapped_parameters
-from srpo_kernels.integrations.transformers.zero import (
+from srpo_kernels.integrations.transformers.shards import (
+    Place,
     from_parts,
-    is_partitioned,
+    has_parts,
+    is_part,
     own_part,
     release,
+    swapped_parameters,
     to_part,
     whole_shape,
 )
@@ -32,28 +32,9 @@ class _Average(NamedTuple):
     places: list[Place]
     value: Tensor
 
-    @property
-    def is_sharded(self) -> bool:
-        """Whether a rank has a part of it, by FSDP2 or by ZeRO-3."""
-        return isinstance(self.parameter, DTensor) or is_partitioned(self.parameter)
-
-    @torch.no_grad()
-    def local(self) -> Tensor:
-        """This rank's part of the parameter."""
-        if is_partitioned(self.parameter):
-            return own_part(self.parameter)
-        return self.parameter.to_local() if isinstance(self.parameter, DTensor) else self.parameter.detach()
-
     def whole(self) -> Tensor:
         """The average of the whole parameter, in fp32 or wider. Of a sharded one, every rank makes the call."""
-        like = self.parameter
-        if is_partitioned(like):
-            return from_parts(like, self.value)
-        if not isinstance(like, DTensor):
-            return self.value
-        return DTensor.from_local(
-            self.value, like.device_mesh, like.placements, shape=like.shape, stride=like.stride()
-        ).full_tensor()
+        return from_parts(self.parameter, self.value)
 
 
 class AverageTeacher:
@@ -84,8 +65,7 @@ class AverageTeacher:
         # The averages are the same on every rank of DDP, whose hooks a teacher does not need.
         self.model: Any = peft_model(model) or causal_model(model)
         self.rate = float(rate)
-        self._units = [module for module in self.model.modules() if isinstance(module, FSDPModule)]
-        self._reshard()
+        release(self.model)
         places: dict[nn.Parameter, list[Place]] = {}
         for module in self.model.modules():
             for attribute, parameter in module._parameters.items():
@@ -95,9 +75,9 @@ class AverageTeacher:
         for name, parameter in self.model.named_parameters():
             if parameter not in places:
                 continue
-            average = _Average(parameter, places[parameter], torch.empty(0))
             wide = torch.promote_types(parameter.dtype, torch.float32)
-            self._averages[name.replace("_orig_mod.", "")] = average._replace(value=average.local().to(wide, copy=True))
+            value = own_part(parameter).to(wide, copy=True)
+            self._averages[name.replace("_orig_mod.", "")] = _Average(parameter, places[parameter], value)
         if not self._averages:
             raise ValueError("model must have a parameter that is trained, for an average of it, got none")
 
@@ -105,7 +85,7 @@ class AverageTeacher:
     def update(self) -> None:
         """Move the averages towards the model: after ``optimizer.step()``."""
         for average in self._averages.values():
-            average.value.lerp_(average.local().to(average.value), self.rate)
+            average.value.lerp_(own_part(average.parameter).to(average.value), self.rate)
 
     @contextmanager
     def applied(self, module: nn.Module | None = None) -> Iterator[None]:
@@ -117,8 +97,8 @@ class AverageTeacher:
         swapped, exchanged = [], []
         for average in self._averages.values():
             places = [place for place in average.places if within is None or place[0] in within]
-            if within is None and average.is_sharded:
-                exchanged.append((average, average.local().clone()))
+            if within is None and is_part(average.parameter):
+                exchanged.append((average, own_part(average.parameter).clone()))
             elif places:
                 value = average.whole().to(average.parameter.dtype)
                 swapped += [(place, value) for place in places]
@@ -126,16 +106,16 @@ class AverageTeacher:
             try:
                 with torch.no_grad():
                     for average, _ in exchanged:
-                        average.local().copy_(average.value)
+                        own_part(average.parameter).copy_(average.value)
                 if exchanged:
-                    self._reshard()
+                    release(self.model)
                 yield
             finally:
                 with torch.no_grad():
                     for average, kept in exchanged:
-                        average.local().copy_(kept)
+                        own_part(average.parameter).copy_(kept)
                 if exchanged:
-                    self._reshard()
+                    release(self.model)
 
     def call_with_hidden(self, function: Callable[[Tensor, nn.Module], T], **inputs: Any) -> T:
         """``call_with_hidden`` of the model with the averages, without gradient and dropout."""
@@ -159,24 +139,10 @@ class AverageTeacher:
             like, value = average.parameter, state[name]
             if value.shape != whole_shape(like):
                 raise ValueError(f"state[{name!r}] must have shape {list(whole_shape(like))}, got {list(value.shape)}")
-            if is_partitioned(like):
-                value = to_part(like, value)
-            elif isinstance(like, DTensor):
-                value = value.to(average.value)
-                # Every rank has the whole tensor: nothing is sent.
-                value = distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None).to_local()
-            average.value.copy_(value)
-
-    def _reshard(self) -> None:
-        """What a rank has gathered is that of other values; the root stays gathered after a forward."""
-        for unit in self._units:
-            unit.reshard()
-        release(self.model.parameters())
+            average.value.copy_(to_part(like, value.to(average.value)))
 
 
 def is_sharded(teacher: nn.Module | AverageTeacher) -> bool:
     """Whether every rank has to make the calls of a teacher."""
     model = teacher.model if isinstance(teacher, AverageTeacher) else teacher
-    return any(isinstance(module, FSDPModule) for module in model.modules()) or any(
-        map(is_partitioned, model.parameters())
-    )
+    return has_parts(model)

@@ -1,0 +1,120 @@
+"""Parameters of which a rank has a part: those of FSDP2's ``fully_shard`` and of DeepSpeed's ZeRO-3.
+
+FSDP2's are DTensors. ZeRO-3 has a flat part of each parameter on each rank, and makes a module's own parameters whole
+between the hooks of its forward and of its backward. The part of any other parameter is the whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+# A module, and the name that it has for a parameter.
+Place = tuple[nn.Module, str]
+
+
+def is_partitioned(parameter: Any) -> bool:
+    """Whether ZeRO-3 has the parameter."""
+    return hasattr(parameter, "ds_tensor")
+
+
+def is_part(parameter: Any) -> bool:
+    """Whether a rank has a part of the parameter, not the whole."""
+    return isinstance(parameter, DTensor) or is_partitioned(parameter)
+
+
+def has_parts(module: nn.Module) -> bool:
+    """Whether every rank has to make the calls of a module."""
+    return any(isinstance(unit, FSDPModule) for unit in module.modules()) or any(map(is_part, module.parameters()))
+
+
+def whole_shape(parameter: Any) -> torch.Size:
+    """The shape of the whole parameter."""
+    shape: torch.Size = parameter.ds_shape if is_partitioned(parameter) else parameter.shape
+    return shape
+
+
+@torch.no_grad()
+def own_part(parameter: Any) -> Tensor:
+    """What this rank has of it, detached and in place: what an optimizer updates, and what is gathered."""
+    part: Tensor = parameter.detach()
+    if is_partitioned(parameter):
+        part = parameter.ds_tensor.data
+    elif isinstance(parameter, DTensor):
+        part = parameter.to_local()
+    return part
+
+
+@torch.no_grad()
+def from_parts(parameter: Any, part: Tensor) -> Tensor:
+    """The whole of ``part``, of which every rank has one as of the parameter. Every rank makes the call."""
+    if is_partitioned(parameter):
+        group = parameter.ds_process_group
+        flat = part.new_empty(dist.get_world_size(group) * part.numel())
+        dist.all_gather_into_tensor(flat, part.contiguous(), group=group)
+        return flat[: parameter.ds_numel].view(parameter.ds_shape)
+    if isinstance(parameter, DTensor):
+        mesh, placements = parameter.device_mesh, parameter.placements
+        shards = DTensor.from_local(part, mesh, placements, shape=parameter.shape, stride=parameter.stride())
+        return shards.full_tensor()
+    return part
+
+
+@torch.no_grad()
+def to_part(parameter: Any, whole: Tensor) -> Tensor:
+    """This rank's part of a ``whole`` that every rank has."""
+    if is_partitioned(parameter):
+        part = torch.zeros_like(own_part(parameter), dtype=whole.dtype)
+        start = dist.get_rank(parameter.ds_process_group) * part.numel()
+        mine = whole.flatten()[start : start + part.numel()]
+        part[: mine.numel()] = mine
+        return part
+    if isinstance(parameter, DTensor):
+        # Every rank has the whole tensor: nothing is sent.
+        shards = distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
+        return shards.to_local()
+    return whole
+
+
+def release(module: nn.Module) -> None:
+    """Let go of what is gathered, so that the next forward gathers the parts as they are then."""
+    for unit in module.modules():
+        if isinstance(unit, FSDPModule):
+            unit.reshard()
+    parameter: Any
+    for parameter in module.parameters():
+        if is_partitioned(parameter) and parameter.ds_status.name == "AVAILABLE":
+            parameter.partition()
+
+
+@contextmanager
+def swapped_parameters(values: list[tuple[Place, Tensor]]) -> Iterator[None]:
+    """Modules have these values for their parameters."""
+    kept = [(module, name, module._parameters[name]) for (module, name), _ in values]
+    try:
+        for (module, name), value in values:
+            module._parameters[name] = nn.Parameter(value, requires_grad=False)
+        yield
+    finally:
+        for module, name, parameter in kept:
+            module._parameters[name] = parameter
+
+
+@contextmanager
+def whole_parameters(module: nn.Module) -> Iterator[None]:
+    """``module`` outside of its forward, with whole parameters. Every rank makes the call."""
+    parts = [
+        ((owner, name), from_parts(parameter, own_part(parameter)))
+        for owner in module.modules()
+        for name, parameter in owner._parameters.items()
+        if is_part(parameter)
+    ]
+    with swapped_parameters(parts):
+        yield
