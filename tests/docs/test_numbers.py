@@ -18,7 +18,8 @@ DOCUMENTS = sorted(
     str(path.relative_to(ROOT))
     for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md"))
 )
-# Documents, and a section, about what is learnt: they are being written anew, their entries follow.
+# Documents, and a section, about what is learnt. Their numbers are means and intervals over the runs of
+# studies/learning/results, which the tables of docs/learning.md have; the prose has no entries yet.
 LATER = ("docs/choosing.md", "docs/learning.md")
 LATER_SECTIONS = {"README.md": "## What is learnt"}
 # More than this many numbers of which nobody knows the source are not to be.
