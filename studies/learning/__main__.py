@@ -9,6 +9,7 @@ if __name__ == "__main__":
         {
             "sweep": ("studies.learning.sweep", "the cells that compare methods, each at its own learning rate"),
             "study": ("studies.learning.study", "every method and seed on a small model"),
+            "choices": ("studies.learning.choices", "what a teacher holds of a right reply that it was not shown"),
             "pretrained": ("studies.learning.pretrained", "the same on a pretrained model"),
             "draw": ("studies.learning.drawing", "curves of the results that are there"),
         },

@@ -16,7 +16,7 @@ pytest.importorskip("transformers", reason="the study's model is one of transfor
 pytest.importorskip("scipy", reason="the study's intervals and tests are scipy's")
 
 from examples.rollouts import response_mask
-from studies.learning import cells, mechanism, sampling, sweep, tasks
+from studies.learning import cells, choices, mechanism, sampling, sweep, tasks
 from studies.learning.base import make_model, make_tokenizer
 from studies.learning.cell_report import (
     cell_curves,
@@ -157,6 +157,30 @@ def test_a_cell_with_groups_of_another_size_has_the_same_first_model_and_as_many
     assert (four.name, four.first_model, eight.name) == ("chain-20~10g4", "chain-20~10", "chain-20~10")
     assert four.recipe(1e-4) == replace(eight.recipe(1e-4), group_size=4, prompts=16)
     assert len({stage.cell.name for stage in cells.PLAN}) == len(cells.PLAN) - 1  # one has its ablations apart
+
+
+def test_a_teacher_that_copies_what_is_shown_takes_another_right_choice_away(tmp_path):
+    tokenizer = make_tokenizer()
+
+    class Copies(torch.nn.Module):
+        """Of a question with a solution in brackets, it says that solution; else every digit is as likely."""
+
+        def forward(self, input_ids):
+            logits = torch.zeros(1, input_ids.shape[1], len(tokenizer))
+            text = tokenizer.decode(input_ids[0])
+            if "[" in text:
+                solution = text.partition("[")[2].partition("]")[0]
+                ids = tokenizer(solution).input_ids
+                first = input_ids.shape[1] - len(ids) - 2
+                logits[0, range(first, first + len(ids)), ids] = 50.0
+            return SimpleNamespace(logits=logits)
+
+    seen = choices.held(Copies(), "sort-4")
+    assert seen["questions"] > 100 and seen["alone"] == pytest.approx(1 / len(tokenizer))
+    assert seen["shown_another"] < 1e-9 and seen["reply_shown_another"] < seen["reply_alone"] < 0.0
+    make_model(32, 1, seed=0).save_pretrained(tmp_path / "one")
+    choices.choices(models=("one",), family="sort-4", folder=tmp_path, out=tmp_path / "choices.csv")
+    assert pd.read_csv(tmp_path / "choices.csv").loc[0, "alone"] == pytest.approx(1 / len(tokenizer), rel=0.5)
 
 
 def test_cells_are_resumed_probed_and_drawn(tmp_path, monkeypatch):
