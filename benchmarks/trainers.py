@@ -150,9 +150,10 @@ def table(cells: pd.DataFrame) -> tuple[pd.DataFrame, str]:
             "trainer": f"{_TRAINERS[step['branch']]}, {step['groups']} × {step['group']} completions",
             "groups without a correct one": f"{step['silent']:.0%}",
         }
-        for metric, label, unit, form in (("seconds", "seconds", 1.0, ".3g"), ("peak_bytes", "MiB", 2.0**20, ",.0f")):
+        for metric, label, unit in (("seconds", "seconds", 1.0), ("peak_bytes", "MiB", 2.0**20)):
             if metric in medians:
                 ours, theirs = (medians[metric][side] / unit for side in SIDES)
+                form = ",.0f" if metric == "peak_bytes" else ".2f" if theirs >= 1.0 else ".3f"
                 line |= {f"its {label}": f"{theirs:{form}}"}
                 line |= {f"SRPOTrainer's {label}": f"{ours:{form}} ({ours / theirs:.2f}×)"}
         lines.append(line)

@@ -101,7 +101,17 @@ def test_scaling_and_report_make_the_documents(run: Run, tmp_path: Path) -> None
     run("scaling", "--head", "tiny", *sweep, *options, "--out", tmp_path / "scaling.csv")
 
     document, readme = tmp_path / "benchmarks.md", tmp_path / "README.md"
-    markers = ("providers", "speed", "memory", "memory:many-rows", "accuracy", "scaling", "trainers", "trainers:gpu", "objectives")
+    markers = (
+        "providers",
+        "speed",
+        "memory",
+        "memory:many-rows",
+        "accuracy",
+        "scaling",
+        "trainers",
+        "trainers:gpu",
+        "objectives",
+    )
     document.write_text("".join(f"<!-- {name} -->\n<!-- /{name} -->\n" for name in markers))
     gpu = tmp_path / "gpu.md"
     gpu.write_text("".join(f"<!-- {name} -->\n<!-- /{name} -->\n" for name in ("report:gpu", "report")))
