@@ -107,10 +107,12 @@ def planted() -> Iterator[str]:
         for label, pointers, shape, warps in (
             ("bf16", "*bf16", tile, 4),
             ("bf16, one warp", "*bf16", small, 1),
-            ("fp32", "*fp32", tile, 4),
+            ("fp32", "*fp32", small, 1),
         ):
             yield line(target, label, matrix_product, pointers, {"size": "i32"}, shape, warps)
-        yield line(target, "spilling", keep_everything, "*fp32", {}, {"BLOCK": 32_768}, 1)
+        # All of the 256 registers that a thread of a warp of 32 has, or the 512 of one of 64.
+        block = 8 * target.warp_size**2
+        yield line(target, "spilling", keep_everything, "*fp32", {}, {"BLOCK": block}, 1)
         # On CDNA 3 this compiler adds the wait state behind assembly too.
         if target.hazard == "result":
             yield line(target, "early", logarithm_without_a_wait, "*fp32", {}, {"BLOCK": 64}, 1)
