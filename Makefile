@@ -38,6 +38,9 @@ INPUTS := pyproject.toml constraints.txt
 WORKERS ?= --numprocesses 2 --dist worksteal
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(WORKERS)
 
+# Where an environment forbids bytecode, each of the tests' processes would compile torch and transformers anew.
+export PYTHONDONTWRITEBYTECODE :=
+
 # The demo's model is a file of a package: no hub is asked for one, unless HF_HUB_OFFLINE=0.
 export HF_HUB_OFFLINE ?= 1
 

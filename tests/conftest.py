@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 
@@ -50,6 +51,11 @@ def pytest_configure(config: pytest.Config) -> None:
         watcher = devices.KernelTests()
         watcher.watch()
         config.pluginmanager.register(watcher, "kernel tests")
+
+
+def pytest_collection_finish() -> None:
+    """What is imported stays: trainers collect garbage at every turn, half a second each with all of it."""
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -6,6 +6,7 @@ with ``"zero": 3`` one of DeepSpeed at that stage; ``"resume": 2`` goes on from 
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
@@ -35,6 +36,13 @@ def shard_on_cpu() -> None:
     AcceleratorState.__init__ = prepared
 
 
+def without_shared_memory() -> None:
+    """DeepSpeed compiles an all-reduce of its own for a CPU, for half a minute: gloo's does as well."""
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
 def run(folder: Path, name: str, options: dict[str, Any]) -> Any:
     """A trainer that has trained."""
     options = dict(options)
@@ -45,6 +53,7 @@ def run(folder: Path, name: str, options: dict[str, Any]) -> Any:
         sharding = {"fsdp": True, "fsdp_config": {"version": 2, "reshard_after_forward": True}}
     stage, whole = options.pop("zero", 0), options.pop("persistent", 0)
     if stage:
+        without_shared_memory()
         sharding["deepspeed"] = zero(stage, whole)
     options = resolved(options)
     AcceleratorState._reset_state()
@@ -90,6 +99,8 @@ if __name__ == "__main__":
     folder = Path(sys.argv[1])
     torch.set_num_threads(1)
     shard_on_cpu()
+    # Every trainer collects garbage: what is imported is none.
+    gc.freeze()
     histories = {}
     for name, options in json.loads(sys.argv[2]).items():
         trainer = run(folder, name, options)
