@@ -26,7 +26,7 @@ DOCUMENT = (Path(__file__).parents[2] / "docs/trainers.md").read_text()
 ROWS = re.findall(r"^\| (`.*?) \|", DOCUMENT.split("## What SRPOTrainer refuses")[1], re.MULTILINE)
 LISTED = {name for row in ROWS for name in re.findall(r"`(\w+)`", row)}
 # What its constructor takes, and what is not an option of its own.
-OF_THE_TRAINER = {"model", "reward_funcs", "device_map"}
+OF_THE_TRAINER = {"model", "reward_funcs"}
 
 
 def state(model: Any = None, **attributes: Any) -> Any:
@@ -47,12 +47,6 @@ def with_a_head_of_its_own() -> Any:
     return peft.get_peft_model(tiny_model(), peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]))
 
 
-def on_devices(folder: Path) -> None:
-    model = tiny_model()
-    model.hf_device_map = {"model": 0, "lm_head": 1}
-    tiny_trainer(ScriptedSRPO, folder, model=model)
-
-
 REFUSALS: dict[str, Any] = {
     "loss_type": lambda folder: config(loss_type="other"),
     "importance_sampling_level": lambda folder: config(importance_sampling_level="sequence", loss_type="reinforce"),
@@ -65,7 +59,6 @@ REFUSALS: dict[str, Any] = {
         state(deepspeed=SimpleNamespace(zero_stage=3), model=with_a_head_of_its_own())
     ),
     "parallelism_config": lambda folder: config(parallelism_config=ParallelismConfig(tp_size=2)),
-    "device_map": on_devices,
     "model": lambda folder: tiny_trainer(ScriptedSRPO, folder, model=tiny_model_of("bert", vocab_size=47)),
     "reward_funcs": lambda folder: train(
         ScriptedSRPO, folder, reward=lambda completion_ids, **_: [float("inf")] * len(completion_ids)
@@ -94,4 +87,4 @@ def test_what_is_refused_is_listed() -> None:
                 refused |= set(re.findall(r"\w+", text.split(" must ")[0].split(" are terms ")[0])) & options
     # A product that has to divide, and a checkpoint of another trainer.
     assert refused <= LISTED | {"num_generations", "resume_from_checkpoint"}
-    assert {"fsdp", "deepspeed", "device_map", "beta", "gradient_accumulation_steps"} <= refused
+    assert {"fsdp", "deepspeed", "beta", "gradient_accumulation_steps"} <= refused

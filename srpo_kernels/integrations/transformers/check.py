@@ -42,7 +42,8 @@ def check_model(model: Any, config: sk.SRPOConfig | None = None, *, padding_free
         config = resolve_config(model, None)
     head = base.get_output_embeddings()
     weight = linear_head(head).weight
-    name, device = type(base).__name__, weight.device
+    # Where a model's parts are on several devices, its inputs go to the first one.
+    name, device = type(base).__name__, base.device
     ids = torch.arange(1, 9, device=device).remainder(whole_shape(weight)[0])[None]
     # The first row is the first five tokens of the second one, behind padding that is no token of its end: where rows
     # are read without padding, the second one begins at an odd place, which no block of a power of two does.
@@ -68,10 +69,10 @@ def check_model(model: Any, config: sk.SRPOConfig | None = None, *, padding_free
             for tokens in ([rows, others] if padding_free else [rows])
         )
     # A model that divides its hidden states has rounded them once more.
-    is_same = torch.equal(alone.float(), probe.entered.float())
+    is_same = torch.equal(alone.float(), probe.entered.to(alone.device).float())
     tolerance = 1e-5 if is_same else max(1e-5, 4 * torch.finfo(probe.entered.dtype).eps)
     _check_operands(name, probe)
-    _check_logits(name, config.transform._replace(temperature=1.0), products, logits, tolerance)
+    _check_logits(name, config.transform._replace(temperature=1.0), products, logits.to(products.device), tolerance)
     exact = is_wide and not is_autocast
     short, long = padded[0, -5:], padded[1, -8:]
     # A forward of the same shape has the same rounding, so that a trace of other rows is seen.
@@ -106,7 +107,7 @@ class _Probe:
             error = own - (products if bias is None else products + bias)
             self.error = float(error.abs().amax() / own.abs().amax().clamp(min=1e-30))
             self.rounding = max(torch.finfo(dtype).eps for dtype in (own.dtype, hidden.dtype))
-        reach = 4.0 ** torch.arange(hidden.shape[-2], device=hidden.device).remainder(8)[:, None]
+        reach = 4.0 ** torch.arange(hidden.shape[-2], device=products.device).remainder(8)[:, None]
         self._stretch = reach / products.abs().amax(-1, keepdim=True).clamp(min=1e-30)
         return self.products(hidden)
 
@@ -117,7 +118,7 @@ class _Probe:
         return products if bias is None else products + bias
 
     def _products(self, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
-        with torch.autocast(hidden.device.type, enabled=False):
+        with torch.autocast(linear_head(self.head).weight.device.type, enabled=False):
             operands: Head = head_operands(hidden, self.head)
             wide = operands.hidden.float()
             parts = [nn.functional.linear(wide, rows.float()) for rows in operands.weight.split(SLICE)]

@@ -100,11 +100,12 @@ def _require_transform(transform: sk.LogitTransform, model: Any, name: str, whos
 
 
 def head_operands(hidden: Tensor, head: nn.Module, *, in_head_dtype: bool = False) -> Head:
-    """``hidden`` and the LM head in the dtype in which the model would multiply them.
+    """``hidden`` and the LM head in the dtype and on the device in which the model would multiply them.
 
-    That is autocast's where it is on, and the head's otherwise or with ``in_head_dtype``. LoRA on the head is r more
-    columns of both: ``W h + s B A h = [W, B] [h, s A h]``, so that a small update is not rounded away with the weight;
-    DoRA scales the rows of ``[W, B]``; trainable tokens replace rows. Gradients reach the adapters.
+    The device is the head's, the dtype autocast's where it is on, and the head's otherwise or with ``in_head_dtype``.
+    LoRA on the head is r more columns of both: ``W h + s B A h = [W, B] [h, s A h]``, so that a small update is not
+    rounded away with the weight; DoRA scales the rows of ``[W, B]``; trainable tokens replace rows. Gradients reach the
+    adapters.
 
     Args:
         hidden: ``[..., H]``.
@@ -115,15 +116,11 @@ def head_operands(hidden: Tensor, head: nn.Module, *, in_head_dtype: bool = Fals
         ``hidden``, ``[..., H + r]``; ``weight``, ``[V, H + r]``; ``bias``.
 
     Raises:
-        ValueError: a head that is more than that, quantized, or on another device; it says what to do.
+        ValueError: a head that is more than that, quantized or offloaded; it says what to do.
     """
     parts = linear_head(head)
-    if parts.weight.device != hidden.device:
-        raise ValueError(
-            "model must have its last layer and its LM head on one device, where the loss multiplies them, got "
-            f"{hidden.device} and {parts.weight.device}: a device_map must not part them"
-        )
-    device = hidden.device.type
+    device = parts.weight.device.type
+    hidden = hidden.to(parts.weight.device)
     autocast = torch.is_autocast_enabled(device) and not in_head_dtype
     dtype = torch.get_autocast_dtype(device) if autocast else parts.weight.dtype
     bias = None if parts.bias is None else parts.bias.to(dtype)

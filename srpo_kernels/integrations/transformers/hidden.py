@@ -165,8 +165,7 @@ def last_hidden_states(
     inputs = {name: value for name, value in inputs.items() if value is not None}
     backbone = backbone_of(model)
     if attention_mask is None:
-        hidden: Tensor = backbone(**inputs, use_cache=False)[0]
-        return hidden
+        return _states(backbone, inputs)
     if padding_free:
         return _packed_hidden_states(backbone, attention_mask.bool(), inputs)
     shape = _shape_of_tokens(inputs)
@@ -178,7 +177,7 @@ def last_hidden_states(
     tokens_first = order[:, :longest]
     inputs = _per_token(inputs, lambda value: _take(value, tokens_first))
     mask = torch.cat([prefix, _take(mask, tokens_first)], 1)
-    hidden = backbone(**inputs, attention_mask=mask, use_cache=False)[0]
+    hidden = _states(backbone, inputs | {"attention_mask": mask})
     return _take(hidden, order.argsort(dim=1).clamp(max=longest - 1))
 
 
@@ -194,13 +193,23 @@ def _packed_hidden_states(backbone: Any, attended: Tensor, inputs: dict[str, Any
     kept = attended if attended.any() else torch.ones_like(attended)
     inputs = _per_token(inputs, lambda value: value[kept][None])
     positions = (kept.cumsum(1) - 1)[kept][None]
-    packed: Tensor = backbone(**(inputs | {"position_ids": positions}), use_cache=False)[0][0]
+    packed = _states(backbone, inputs | {"position_ids": positions})[0]
     return packed.new_zeros(*kept.shape, packed.shape[1]).index_put(kept.nonzero(as_tuple=True), packed)
 
 
+def _states(backbone: Any, inputs: dict[str, Any]) -> Tensor:
+    """The hidden states of a forward, on the device of its inputs: a model may be on several."""
+    hidden: Tensor = backbone(**inputs, use_cache=False)[0]
+    return hidden.to(_tokens(inputs).device)
+
+
+def _tokens(inputs: dict[str, Any]) -> Tensor:
+    tokens: Tensor = inputs["input_ids" if "input_ids" in inputs else "inputs_embeds"]
+    return tokens
+
+
 def _shape_of_tokens(inputs: dict[str, Any]) -> torch.Size:
-    shape: torch.Size = inputs["input_ids" if "input_ids" in inputs else "inputs_embeds"].shape[:2]
-    return shape
+    return _tokens(inputs).shape[:2]
 
 
 def _per_token(inputs: dict[str, Any], change: Callable[[Tensor], Tensor]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import srpo_kernels as sk
 from srpo_kernels.integrations.transformers.adapters import linear_head
 from srpo_kernels.integrations.transformers.head import head_operands, head_weight, teacher_config
 from srpo_kernels.integrations.transformers.hidden import call_with_hidden, causal_model
-from srpo_kernels.integrations.transformers.responses import find_responses
+from srpo_kernels.integrations.transformers.responses import find_responses, on_device
 from srpo_kernels.integrations.transformers.shards import whole_parameters, whole_shape
 from srpo_kernels.integrations.transformers.statistics import TeacherRows, checked_config, teacher_rows
 from srpo_kernels.integrations.transformers.teacher import AverageTeacher, is_sharded
@@ -138,19 +138,17 @@ def response_loss(
                     "teacher_weight": teacher_weight.detach().to(dtype),
                     "teacher_bias": None if teacher_bias is None else teacher_bias.detach().to(dtype),
                 }
-        return sk.srpo_loss(
+        beside = {"target_ids": responses.target_ids, "sequence_ids": responses.rows, "normalizers": normalizers}
+        out = sk.srpo_loss(
             rows,
             weight,
-            responses.target_ids,
             bias=bias,
-            sequence_ids=responses.rows,
-            normalizers=normalizers,
             config=config,
             backend=backend,
             workspace_bytes=workspace_bytes,
-            **per_token,
-            **shown,
+            **on_device(beside | per_token | shown, weight.device),
         )
+        return on_device(out, input_ids.device)
 
     inputs = {"input_ids": input_ids, "attention_mask": attention_mask, **(model_inputs or {})}
     out = call_with_hidden(model, loss, padding_free=padding_free, **inputs)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+T = TypeVar("T")
 
 IGNORED = -100
 
@@ -45,6 +48,13 @@ class Responses(NamedTuple):
     def unpack(self, values: Tensor) -> Tensor:
         """``[N]`` as ``[B, S]``, 0 at other tokens."""
         return values.new_zeros(self.mask.shape).masked_scatter(self.mask, values)
+
+
+def on_device(values: T, device: torch.device) -> T:
+    """Tensors, alone or in tuples and dicts, on a device: a model may have its parts on several."""
+    moved: Any = tree_map_only(Tensor, lambda x: x.to(device), values)
+    result: T = moved
+    return result
 
 
 def find_responses(

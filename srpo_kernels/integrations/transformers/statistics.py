@@ -13,7 +13,7 @@ from srpo_kernels.integrations.transformers.adapters import linear_head
 from srpo_kernels.integrations.transformers.check import check_model
 from srpo_kernels.integrations.transformers.head import head_operands, resolve_config, teacher_config
 from srpo_kernels.integrations.transformers.hidden import call_with_hidden, causal_model, evaluating
-from srpo_kernels.integrations.transformers.responses import find_responses
+from srpo_kernels.integrations.transformers.responses import find_responses, on_device
 from srpo_kernels.integrations.transformers.teacher import AverageTeacher, is_sharded
 
 # By ``padding_free``.
@@ -60,15 +60,16 @@ def response_stats(
 
     def stats(hidden: Tensor, head: nn.Module) -> sk.TokenStats:
         rows, weight, bias = head_operands(responses.hidden(hidden), head, in_head_dtype=in_head_dtype)
-        return sk.token_stats(
+        found = sk.token_stats(
             rows,
             weight,
-            responses.target_ids,
+            responses.target_ids.to(weight.device),
             bias=bias,
             config=config,
             backend=backend,
             workspace_bytes=workspace_bytes,
         )
+        return on_device(found, input_ids.device)
 
     packed = call_with_hidden(
         model,
@@ -129,7 +130,7 @@ def teacher_rows(
                 backend=backend,
                 workspace_bytes=workspace_bytes,
             ).entropy
-        return TeacherRows(operands.hidden, responses.target_ids, entropies, teacher)
+        return TeacherRows(operands.hidden, responses.target_ids, on_device(entropies, input_ids.device), teacher)
 
     if not len(input_ids):
         if is_sharded(teacher):

@@ -103,13 +103,6 @@ class SRPOTrainer(SteppingTrainer):
     def _refuse_models(self) -> None:
         if self._is_vlm and self.args.padding_free:
             raise ValueError("padding_free must be False with a processor: the positions of images are the model's own")
-        devices = set(getattr(self.model, "hf_device_map", {}).values())
-        if len(devices) > 1:
-            raise ValueError(
-                "device_map must have the model on one device with SRPOTrainer, whose loss takes hidden states and LM "
-                f"head together, got {sorted(map(str, devices))}: TRL's default is 'auto', "
-                "model_init_kwargs={'device_map': None} or a launcher with a process per device has one"
-            )
         if self.is_fsdp_enabled and self.accelerator.state.fsdp_plugin.fsdp_version != 2:
             raise ValueError("fsdp must be of version 2 with SRPOTrainer: FSDP1's flat parameters hide the LM head")
         if self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage == 3:
@@ -147,7 +140,7 @@ class SRPOTrainer(SteppingTrainer):
             given = prepare_deepspeed(given, self.accelerator)
         elif self.is_fsdp_enabled:
             given = prepare_fsdp(given, self.accelerator)
-        else:
+        elif len(set(getattr(given, "hf_device_map", {}).values())) <= 1:
             given = given.to(self.accelerator.device)
         # The engine's eval returns nothing.
         given.eval()
