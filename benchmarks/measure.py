@@ -10,7 +10,8 @@ from rich.console import Console
 
 from benchmarks.results import Measurement, single
 from srpo_kernels.verify.agreement import TOLERANCES, Errors
-from srpo_kernels.verify.batches import HEADS, Batch, Case, HeadName, make_batch
+from srpo_kernels.verify.batches import Batch, Case, make_batch
+from srpo_kernels.verify.kinds import HEADS, HeadName
 from srpo_kernels.verify.providers import Step, Unsupported
 from srpo_kernels.verify.rounds import Rounds, interleave, quantiles
 

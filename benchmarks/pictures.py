@@ -8,6 +8,8 @@ from typing import Any
 
 import matplotlib
 
+from srpo_kernels.verify.kinds import HeadName, Workload
+
 matplotlib.use("Agg")
 
 import numpy as np
@@ -18,7 +20,6 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
 from benchmarks.scaling import points
-from srpo_kernels.verify.batches import HeadName, Workload
 
 _OURS, _PEERS = "#d1495b", "#8d99ae"
 # Lines need more than two colours; ours stays the same.

@@ -16,8 +16,6 @@ import torch
 
 from srpo_kernels.verify.rounds import Quantiles
 
-RESULTS = Path(__file__).parent / "results"
-
 _PACKAGES = ("torch", "triton", "trl", "liger-kernel", "cut-cross-entropy", "flash-attn", "quack-kernels")
 _CPU_INFO = Path("/proc/cpuinfo")
 # Of a number in a file.
@@ -55,6 +53,13 @@ def resolve_device(device: str) -> torch.device:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(device)
+
+
+def resolve_threads(threads: int | None) -> int:
+    """Tell torch, where a number is given; how many it has."""
+    if threads is not None:
+        torch.set_num_threads(threads)
+    return torch.get_num_threads()
 
 
 class ResultsFile:

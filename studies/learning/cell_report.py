@@ -12,7 +12,7 @@ from benchmarks.pictures import STYLE
 from benchmarks.results import describe_environment
 from studies.learning.analysis import COLOURS, band_line, interval
 from studies.learning.comparison import PRIMARY, Difference, difference, holm, is_choice, outcomes
-from studies.learning.policy_optimization import Method
+from studies.learning.options import Method
 from tools.documents import markdown_table
 
 _NOTHING = "No comparison has been run yet."
