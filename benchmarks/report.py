@@ -36,15 +36,13 @@ def report(options: Report) -> None:
     main = _usual_share(main)
     heads = [head for head in _HEADS if (main["head"] == head).any()]
     workloads = [name for name in _WORKLOADS if (main["workload"] == name).any()]
-    for name, metric, unit, label in (
-        ("speed", "ratio_to_bare", 1.0, "time of forward + backward as a multiple of the bare products"),
-        ("memory", "peak_bytes", 2.0**20, "extra peak memory, MiB"),
-    ):
-        cells = main[(main["metric"] == metric) & (main["provider"] != "bare")].dropna(subset="median")
-        cells = cells.assign(value=cells["median"] / unit)
-        if len(cells):
-            pictures.save(pictures.bars(cells, heads, workloads, label), figures, name)
-    pictures.save(pictures.growth(scaling), figures, "scaling")
+    ratios = main[(main["metric"] == "ratio_to_bare") & (main["provider"] != "bare")].dropna(subset="median")
+    pictures.save(pictures.speed(ratios, heads, workloads), figures, "speed")
+    grown = points(scaling)
+    of_rows = grown[(grown["axis"] == "rows") & (grown["metric"] == "peak_bytes")]
+    if len(of_rows):
+        pictures.save(pictures.memory(of_rows), figures, "memory")
+    pictures.save(pictures.growth(grown), figures, "scaling")
     pictures.save(pictures.errors(accuracy, _ERRORS), figures, "accuracy")
     replace_marked(
         options.document,

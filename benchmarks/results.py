@@ -114,16 +114,21 @@ def read_csv(path: Path) -> pd.DataFrame:
     return pd.read_csv(path, keep_default_na=False, na_values={"p20": [""], "median": [""], "p80": [""]})
 
 
+def describe_machine(cells: pd.DataFrame) -> str:
+    """In words, where the rows of a CSV were measured."""
+    first = cells.iloc[0]
+    threads = "1 thread" if first["threads"] == 1 else f"{first['threads']} threads"
+    return f"{threads} of an {first['device']}" if first["accelerator"] == "cpu" else str(first["device"])
+
+
 def describe_environment(cells: pd.DataFrame) -> str:
     """In words, what the rows of a CSV were measured on."""
     first = cells.iloc[0]
     packages = [f"{name} {first[name]}" for name in ("python", *_PACKAGES) if first[name] not in ("", "-")]
-    threads = "1 thread" if first["threads"] == 1 else f"{first['threads']} threads"
-    where = f"{threads} of an {first['device']}" if first["accelerator"] == "cpu" else first["device"]
     days = sorted({str(date)[:10] for date in cells["date"]})
     commits = list(dict.fromkeys(map(str, cells["commit"])))
     when = f"{' to '.join(dict.fromkeys((days[0], days[-1])))}, commit{'s' * (len(commits) > 1)} {', '.join(commits)}"
-    return f"{where}; {', '.join(packages)}; {when}"
+    return f"{describe_machine(cells)}; {', '.join(packages)}; {when}"
 
 
 def environment(device: torch.device, threads: int) -> dict[str, str | int]:

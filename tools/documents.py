@@ -26,8 +26,7 @@ def print_table(console: Console, table: Table) -> None:
     """Print it, to a file as wide as it is. A terminal that is too narrow for it is told how to see the whole."""
     wanted = console.measure(table, options=console.options.update(max_width=_WIDEST)).maximum
     if not console.is_terminal:
-        console.print(table, width=wanted)
-        return
+        console.width = max(console.width, wanted)
     console.print(table)
     if wanted > console.width:
         console.print(f"Cut to {console.width} columns of {wanted}: widen the terminal, or pipe into less -S.")

@@ -17,7 +17,7 @@ from benchmarks import pictures
 from benchmarks.options import Report
 from benchmarks.processes import in_fresh_process
 from benchmarks.report import report
-from benchmarks.results import Measurement, ResultsFile, read_csv, single
+from benchmarks.results import Measurement, ResultsFile, environment, read_csv, single
 from benchmarks.scaling import exponents
 from benchmarks.trainers import SIDES, Step, table
 from srpo_kernels.verify.agreement import compare
@@ -218,9 +218,10 @@ def test_a_report_without_results_says_what_to_run(tmp_path: Path) -> None:
 
 
 def test_an_unchanged_picture_is_an_unchanged_file(tmp_path: Path) -> None:
-    cells = pd.DataFrame({"head": "tiny", "workload": "jsd", "provider": ["srpo_kernels", "trl"], "value": [1.0, 2.0]})
+    case = {"head": "tiny", "workload": "jsd", "rows": 32, "dtype": "float32"} | environment(CPU, 1)
+    cells = pd.DataFrame({**case, "provider": ["srpo_kernels", "trl"], "median": [1.0, 2.0]})
     for folder in ("first", "second"):
-        pictures.save(pictures.bars(cells, ["tiny"], ["jsd"], "ratio"), tmp_path / folder, "picture")
+        pictures.save(pictures.speed(cells, ["tiny"], ["jsd"]), tmp_path / folder, "picture")
     for name in ("picture.png", "picture.svg"):
         assert (tmp_path / "first" / name).read_bytes() == (tmp_path / "second" / name).read_bytes()
 
