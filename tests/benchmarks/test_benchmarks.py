@@ -221,8 +221,9 @@ def test_an_unchanged_picture_is_an_unchanged_file(tmp_path: Path) -> None:
     case = {"head": "tiny", "workload": "jsd", "rows": 32, "dtype": "float32"} | environment(CPU, 1)
     cells = pd.DataFrame({**case, "provider": ["srpo_kernels", "trl"], "median": [1.0, 2.0]})
     for folder in ("first", "second"):
-        pictures.save(pictures.speed(cells, ["tiny"], ["jsd"]), tmp_path / folder, "picture")
-    for name in ("picture.png", "picture.svg"):
+        pictures.save(pictures.speed(cells, ["tiny"], ["jsd"]), tmp_path / folder, "speed")
+        pictures.save(pictures.memory(cells.assign(x=32.0, vocab_size=500)), tmp_path / folder, "memory")
+    for name in ("speed.png", "speed.svg", "memory.png", "memory.svg"):
         assert (tmp_path / "first" / name).read_bytes() == (tmp_path / "second" / name).read_bytes()
 
 

@@ -90,6 +90,16 @@ def test_help_is_readable_and_quick(command: str, answers: Answers) -> None:
     assert not SLOW & set(imported)
 
 
+@pytest.mark.skipif(not hasattr(os, "openpty"), reason="this system has no pseudo-terminals")
+def test_no_color_is_plain_text_on_a_terminal() -> None:
+    terminal, end = os.openpty()
+    command = [sys.executable, "-m", "studies.learning", "choices", "--help"]
+    environment = os.environ | {"NO_COLOR": "1", "TERM": "xterm-256color", "COLUMNS": "80"}
+    subprocess.run(command, cwd=ROOT, env=environment, stdout=end, check=True)
+    shown = os.read(terminal, 4096)
+    assert b"usage: python -m studies.learning choices" in shown and b"\x1b" not in shown
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_an_unknown_option_ends_with_2_and_no_output(command: str, answers: Answers) -> None:
     code, text, errors, _ = answers[f"{command} --no-such-option"]
