@@ -61,6 +61,8 @@ def measure(
                 yield from peaks(way)
 
 
-def default_rows(head: HeadName, device: torch.device) -> int:
-    """Positions of a batch, where none are asked for."""
+def rows_of(head: HeadName, device: torch.device, asked: int | None = None) -> int:
+    """Positions of a batch: those that are asked for, or the head's own."""
+    if asked is not None:
+        return asked
     return HEADS[head].gpu_rows if device.type == "cuda" else HEADS[head].cpu_rows

@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 
 from benchmarks import tables
-from benchmarks.measure import default_rows, measure
+from benchmarks.measure import measure, rows_of
 from benchmarks.memory import measure_peak
 from benchmarks.options import Loss, Objectives, Way
 from benchmarks.own_losses import LOSSES, WAYS, with_full_logits
@@ -48,7 +48,7 @@ def objectives(options: Objectives) -> None:
     console = Console()
     file = ResultsFile(options.out, where, threads, resume=options.resume)
     cases = [
-        Case(head, _WORKLOADS[loss], options.rows or default_rows(head, where))
+        Case(head, _WORKLOADS[loss], rows_of(head, where, options.rows))
         for head in options.heads
         for loss in options.losses
     ]

@@ -10,8 +10,8 @@ import torch
 from rich.console import Console
 
 from benchmarks import tables
-from benchmarks.measure import default_rows
 from benchmarks.measure import measure as measure_ways
+from benchmarks.measure import rows_of
 from benchmarks.memory import peaks
 from benchmarks.options import Speed
 from benchmarks.results import Measurement, ResultsFile, resolve_device, resolve_threads
@@ -30,7 +30,7 @@ def published(device: torch.device) -> list[Case]:
     """The cases of the committed results."""
 
     def case(head: HeadName, workload: Workload, dtype: DtypeName = "float32") -> Case:
-        return Case(head, workload, default_rows(head, device), dtype)
+        return Case(head, workload, rows_of(head, device), dtype)
 
     cases = [case(head, workload) for head in ("smollm2-135m", "qwen3-0.6b") for workload in Speed.workloads]
     cases += [case("smollm2-135m", workload, "bfloat16") for workload in Speed.workloads]
@@ -51,7 +51,7 @@ def speed(options: Speed) -> None:
     cases = published(where)
     if options.heads:
         cases = [
-            Case(head, workload, options.rows or default_rows(head, where), dtype, options.softcap, options.active)
+            Case(head, workload, rows_of(head, where, options.rows), dtype, options.softcap, options.active)
             for head in options.heads
             for workload in options.workloads
             for dtype in options.dtypes
