@@ -138,7 +138,8 @@ def growth(cells: pd.DataFrame) -> Figure:
                     each.set_minor_locator(NullLocator())
                 panel.grid(alpha=0.25)
         for panel, axis in zip(panels[-1], axes, strict=True):
-            panel.set_xlabel(_LABELS[axis])
+            fixed = "" if axis == "rows" else f", {cells.loc[cells['axis'] == axis, 'rows'].iloc[0]:,} rows"
+            panel.set_xlabel(_LABELS[axis] + fixed)
         legend_above(figure)
         figure.supxlabel(f"SRPO, forward + backward, {cells['head'].iloc[0]}; {_conditions(cells)}", fontsize=10)
     return figure
