@@ -10,8 +10,8 @@
 #                  of its own, without TRL and verl
 #   test-verl      the engine and the trainer of verl, in an environment of their
 #                  own: half an hour
-#   bench          every benchmark beside every peer, then tables and pictures:
-#                  hours on two cores
+#   bench          every benchmark beside every peer, in place of the published
+#                  results, then tables and pictures: hours on two cores
 #   report         the tables and pictures alone, from benchmarks/results
 #   site           the documentation as a site, in build/site
 #   learning       the learning study: an hour on two cores; goes on where it was
@@ -94,12 +94,12 @@ test-verl: $(VERL_VENV)/stamp
 		tests/integrations/test_verl_routing.py $(ARGS)
 
 bench: $(VENV)/dev.stamp
-	$(BIN)/python -m benchmarks speed
-	$(BIN)/python -m benchmarks memory
-	$(BIN)/python -m benchmarks accuracy
-	$(BIN)/python -m benchmarks scaling
-	$(BIN)/python -m benchmarks trainers
-	$(BIN)/python -m benchmarks objectives
+	$(BIN)/python -m benchmarks speed --out benchmarks/results/speed.csv
+	$(BIN)/python -m benchmarks memory --out benchmarks/results/memory.csv
+	$(BIN)/python -m benchmarks accuracy --out benchmarks/results/accuracy.csv
+	$(BIN)/python -m benchmarks scaling --out benchmarks/results/scaling.csv
+	$(BIN)/python -m benchmarks trainers --out benchmarks/results/trainers.csv
+	$(BIN)/python -m benchmarks objectives --out benchmarks/results/objectives.csv
 	TRITON_INTERPRET=1 $(BIN)/python -m benchmarks cost --csv benchmarks/results/cost.csv --docs docs/kernels.md
 	$(BIN)/python -m benchmarks report
 

@@ -3,57 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Literal
 
 import torch
 from rich import box
+from rich.console import Console
 from rich.table import Table
 
 import reference
-from benchmarks import tables
-from benchmarks.results import RESULTS, Measurement, ResultsFile, resolve_device, single
+from benchmarks.options import Accuracy
+from benchmarks.results import Measurement, ResultsFile, resolve_device, resolve_threads, single
 from srpo_kernels.verify.agreement import relative_error
-from srpo_kernels.verify.batches import DTYPES, Batch, Case, DtypeName, HeadName, Workload, make_batch
-from srpo_kernels.verify.providers import COMPARED, REGISTRY, ProviderName, Result, Unsupported, prepare
+from srpo_kernels.verify.batches import Batch, Case, make_batch
+from srpo_kernels.verify.kinds import ProviderName
+from srpo_kernels.verify.providers import REGISTRY, Result, Unsupported, prepare
+from tools.documents import print_table
 
 METRICS = ("loss_error", "log_probs_error", "grad_hidden_error", "grad_weight_error")
 
 
-def accuracy(
-    head: HeadName = "smollm2-135m",
-    workloads: tuple[Workload, ...] = ("policy", "jsd", "forward_kl", "reverse_kl", "routed"),
-    dtypes: tuple[DtypeName, ...] = tuple(DTYPES),
-    providers: tuple[ProviderName, ...] = COMPARED,
-    rows: int = 256,
-    device: Literal["auto", "cpu", "cuda"] = "auto",
-    out: Path = RESULTS / "accuracy.csv",
-) -> None:
-    """Error of loss, log-probs, dX and dW against the fp64 oracle in `reference/`, for every provider.
-
-    The oracle gets the same inputs, rounded to the dtype, in fp64. Errors of loss and gradients are relative in the
-    Euclidean norm, those of log-probs are the largest absolute one, in nats. A provider without weights for distilled
-    tokens is held to the oracle without them.
-
-    Args:
-        head: LM head by the model it is of.
-        workloads: kinds of batches.
-        dtypes: of hidden states and head.
-        providers: what to compare.
-        rows: positions of a batch, padding included, a multiple of 32; the oracle holds all logits in fp64.
-        device: auto is a GPU where there is one.
-        out: CSV file to write; one that is there is replaced.
-    """
-    where = resolve_device(device)
-    console = tables.console()
-    file = ResultsFile(out, where, torch.get_num_threads())
-    for dtype in dtypes:
-        for workload in workloads:
-            case = Case(head, workload, rows, dtype)
-            with console.status(case.name):
-                cells = list(_measure(case, providers, where))
-            file.add(cells)
-            console.print(_table(case, cells))
+def accuracy(options: Accuracy) -> None:
+    """What ``Accuracy`` describes."""
+    threads = resolve_threads(options.threads)
+    where = resolve_device(options.device)
+    console = Console()
+    file = ResultsFile(options.out, where, threads, resume=options.resume)
+    cases = [
+        Case(options.head, workload, options.rows, dtype) for dtype in options.dtypes for workload in options.workloads
+    ]
+    for case in file.missing(cases):
+        with console.status(case.name):
+            cells = list(_measure(case, options.providers, where))
+        file.add(cells)
+        print_table(console, _table(case, cells))
 
 
 def _measure(case: Case, providers: tuple[ProviderName, ...], device: torch.device) -> Iterator[Measurement[Case]]:

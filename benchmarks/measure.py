@@ -10,7 +10,8 @@ from rich.console import Console
 
 from benchmarks.results import Measurement, single
 from srpo_kernels.verify.agreement import TOLERANCES, Errors
-from srpo_kernels.verify.batches import HEADS, Batch, Case, HeadName, make_batch
+from srpo_kernels.verify.batches import Batch, Case, make_batch
+from srpo_kernels.verify.kinds import HEADS, HeadName
 from srpo_kernels.verify.providers import Step, Unsupported
 from srpo_kernels.verify.rounds import Rounds, interleave, quantiles
 
@@ -60,6 +61,8 @@ def measure(
                 yield from peaks(way)
 
 
-def default_rows(head: HeadName, device: torch.device) -> int:
-    """Positions of a batch, where none are asked for."""
+def rows_of(head: HeadName, device: torch.device, asked: int | None = None) -> int:
+    """Positions of a batch: those that are asked for, or the head's own."""
+    if asked is not None:
+        return asked
     return HEADS[head].gpu_rows if device.type == "cuda" else HEADS[head].cpu_rows

@@ -3,57 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Literal
 
 import torch
+from rich.console import Console
 
 from benchmarks import tables
+from benchmarks.options import Memory
 from benchmarks.processes import extra_resident_bytes, fresh_peak
-from benchmarks.results import RESULTS, Measurement, ResultsFile, resolve_device, single
-from srpo_kernels.verify.batches import Case, DtypeName, HeadName, Workload, make_batch
-from srpo_kernels.verify.providers import COMPARED, ProviderName, Step, prepare
+from benchmarks.results import Measurement, ResultsFile, resolve_device, resolve_threads, single
+from srpo_kernels.verify.batches import Case, make_batch
+from srpo_kernels.verify.kinds import ProviderName
+from srpo_kernels.verify.providers import Step, prepare
 from srpo_kernels.verify.providers.fused import peak_limit
+from tools.documents import print_table
 
 
-def memory(
-    head: HeadName = "qwen3-0.6b",
-    workloads: tuple[Workload, ...] = ("policy", "jsd", "routed"),
-    rows: int = 4_096,
-    dtype: DtypeName = "float32",
-    providers: tuple[ProviderName, ...] = COMPARED,
-    device: Literal["auto", "cpu", "cuda"] = "auto",
-    threads: int = torch.get_num_threads(),
-    resume: bool = False,
-    out: Path = RESULTS / "memory.csv",
-) -> None:
-    """Extra peak memory alone, for more rows than there is time to compare in `speed`.
-
-    Every provider takes one step on every kind of batch, in a fresh process. One that refuses, or that is killed for
-    want of memory, has that as its reason.
-
-    Args:
-        head: LM head by the model it is of.
-        workloads: kinds of batches.
-        rows: positions of a batch, padding included, a multiple of 32.
-        dtype: of hidden states and head.
-        providers: what to compare.
-        device: auto is a GPU where there is one.
-        threads: threads of torch.
-        resume: keep the cases that are in `out` already and measure the others.
-        out: CSV file to write; without `resume` one that is there is replaced.
-    """
-    where = resolve_device(device)
-    console = tables.console()
-    file = ResultsFile(out, where, threads, resume=resume)
-    for case in file.missing([Case(head, workload, rows, dtype) for workload in workloads]):
+def memory(options: Memory) -> None:
+    """What ``Memory`` describes."""
+    threads = resolve_threads(options.threads)
+    where = resolve_device(options.device)
+    console = Console()
+    file = ResultsFile(options.out, where, threads, resume=options.resume)
+    cases = [Case(options.head, workload, options.rows, options.dtype) for workload in options.workloads]
+    for case in file.missing(cases):
         cells: list[Measurement[Case]] = []
         with console.status(case.name) as status:
-            for provider in providers:
+            for provider in options.providers:
                 status.update(f"{case.name}: {provider}")
                 cells += peaks(case, provider, where, threads)
         file.add(cells)
-        console.print(tables.case_table(case, cells))
+        print_table(console, tables.case_table(case, cells))
 
 
 def peaks(case: Case, provider: ProviderName, device: torch.device, threads: int) -> Iterator[Measurement[Case]]:

@@ -5,28 +5,26 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
-from typing import Literal, get_args
 
 import pandas as pd
 import torch
+from rich.console import Console
 
 from benchmarks import tables
-from benchmarks.measure import default_rows, measure
+from benchmarks.measure import measure, rows_of
 from benchmarks.memory import measure_peak
+from benchmarks.options import Loss, Objectives, Way
 from benchmarks.own_losses import LOSSES, WAYS, with_full_logits
 from benchmarks.processes import fresh_peak
-from benchmarks.results import RESULTS, Measurement, ResultsFile, describe_environment, read_csv, resolve_device
+from benchmarks.results import Measurement, ResultsFile, describe_environment, read_csv, resolve_device, resolve_threads
 from srpo_kernels.verify import providers
 from srpo_kernels.verify.agreement import Errors, relative_error
-from srpo_kernels.verify.batches import HEADS, Batch, Case, HeadName, OwnWorkload, Workload
+from srpo_kernels.verify.batches import Batch, Case
+from srpo_kernels.verify.kinds import OwnWorkload, Workload
 from srpo_kernels.verify.providers import Result, Step, Unsupported, autograd_step, naive
 from srpo_kernels.verify.providers.naive_compiled import require_compiler
 from srpo_kernels.verify.rounds import Rounds
-from tools.documents import rich_table
-
-Loss = Literal["grpo", "own", "ratio-mask", "certainty", "topk-teacher", "support"]
-Way = Literal["bare", "fused_loss", "token_stats", "srpo_loss", "naive", "naive-compiled"]
+from tools.documents import print_table, rich_table
 
 # The kind of batch: policy rows, or rows that all have a teacher.
 _WORKLOADS: dict[Loss, Workload | OwnWorkload] = {
@@ -37,62 +35,31 @@ _WORKLOADS: dict[Loss, Workload | OwnWorkload] = {
     "topk-teacher": "topk_teacher",
     "support": "support",
 }
-_ALL_HEADS: tuple[HeadName, ...] = tuple(name for name in HEADS if name != "tiny")
 # In buffers of the logits' size, at the peak.
 _COMPILED, _EXACT = naive.Buffers(4, 6), naive.Buffers(10, 26)
 
 
-def objectives(
-    heads: tuple[HeadName, ...] = _ALL_HEADS,
-    losses: tuple[Loss, ...] = get_args(Loss),
-    rows: int | None = None,
-    ways: tuple[Way, ...] = get_args(Way),
-    rounds: int = 5,
-    budget: float = 45.0,
-    device: Literal["auto", "cpu", "cuda"] = "auto",
-    threads: int = torch.get_num_threads(),
-    memory: bool = True,
-    resume: bool = False,
-    out: Path = RESULTS / "objectives.csv",
-) -> None:
-    """Time, extra peak memory and error of a loss that a user writes in ten lines, in every way to compute it.
-
-    ``grpo`` is the clipped ratio; ``own`` is a ratio, a JSD and an entropy bonus at once, every row with a teacher;
-    ``ratio-mask`` masks by the change of a probability; ``certainty`` adds forward KL to reverse KL by the teacher's
-    entropy; ``topk-teacher`` has 100 tokens of a teacher in place of its hidden states; ``support`` is GRPO over the 64
-    tokens that a row was sampled from, beside the products of the whole row. All are in fp32, forward and backward to
-    dX and dW. Ways take turns, and must agree with the loss and the gradients of full logits in fp64 before they are
-    timed.
-
-    Args:
-        heads: LM heads by the model they are of; `tiny` is for trying out.
-        losses: what to compute.
-        rows: positions of a batch, a multiple of 32; each head's own number if not given.
-        ways: `bare` is the unavoidable matrix products; `srpo_loss` computes GRPO alone.
-        rounds: times that every way runs, at most.
-        budget: seconds of a case after which no round begins, but for the first three.
-        device: auto is a GPU where there is one.
-        threads: threads of torch.
-        memory: measure peak memory too.
-        resume: keep the cases that are in `out` already and measure the others.
-        out: CSV file to write; without `resume` one that is there is replaced.
-    """
-    if rounds < 1:
-        raise SystemExit(f"rounds must be >= 1, got {rounds}")
-    torch.set_num_threads(threads)
-    where = resolve_device(device)
-    console = tables.console()
-    file = ResultsFile(out, where, threads, resume=resume)
-    cases = [Case(head, _WORKLOADS[loss], rows or default_rows(head, where)) for head in heads for loss in losses]
+def objectives(options: Objectives) -> None:
+    """What ``Objectives`` describes."""
+    if options.rounds < 1:
+        raise SystemExit(f"rounds must be >= 1, got {options.rounds}")
+    threads = resolve_threads(options.threads)
+    where = resolve_device(options.device)
+    console = Console()
+    file = ResultsFile(options.out, where, threads, resume=options.resume)
+    cases = [
+        Case(head, _WORKLOADS[loss], rows_of(head, where, options.rows))
+        for head in options.heads
+        for loss in options.losses
+    ]
+    rounds = Rounds(options.rounds, options.budget)
     for case in file.missing(cases):
-        peaks = partial(_peak, case, device=where, threads=threads) if memory else None
-        found = measure(
-            case, ways, Rounds(rounds, budget), where, console, prepare=prepare, compare=_errors, peaks=peaks
-        )
+        peaks = partial(_peak, case, device=where, threads=threads) if options.memory else None
+        found = measure(case, options.ways, rounds, where, console, prepare=prepare, compare=_errors, peaks=peaks)
         cells = list(found)
         file.add(cells)
-        console.print(tables.case_table(case, cells, "full logits in fp64"))
-    console.print(rich_table(*_titled(read_csv(out))))
+        print_table(console, tables.case_table(case, cells, "full logits in fp64"))
+    print_table(console, rich_table(*_titled(read_csv(options.out))))
 
 
 def prepare(way: str, batch: Batch) -> Step:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 import srpo_kernels as sk
-from srpo_kernels.verify.batches import Batch, OwnWorkload, Workload
+from srpo_kernels.verify.batches import Batch
+from srpo_kernels.verify.kinds import OwnWorkload, Workload
 
 
 def grpo(rows: Any) -> Tensor:

@@ -9,13 +9,13 @@ from pathlib import Path
 import pandas as pd
 
 from benchmarks import device_reports, objectives, pictures, trainers
-from benchmarks.results import RESULTS, describe_environment, read_csv
+from benchmarks.options import Report
+from benchmarks.results import describe_environment, read_csv
 from benchmarks.scaling import exponents, points
-from srpo_kernels.verify.batches import HeadName, Workload
+from srpo_kernels.verify.kinds import HeadName, Workload
 from srpo_kernels.verify.providers import REGISTRY
 from tools.documents import markdown_table, replace_marked
 
-_ROOT = Path(__file__).parent.parent
 _HEADS: tuple[HeadName, ...] = ("smollm2-135m", "qwen3-0.6b")
 _WORKLOADS: tuple[Workload, ...] = ("policy", "jsd", "routed")
 _PRODUCTS = ("bare", "srpo_kernels", "srpo_kernels-triton")
@@ -28,41 +28,24 @@ _ERRORS = {
 _CASE = ["head", "hidden_size", "vocab_size", "rows", "workload", "dtype", "softcap", "active"]
 
 
-def report(
-    results: Path = RESULTS,
-    document: Path = _ROOT / "docs" / "benchmarks.md",
-    readme: Path = _ROOT / "README.md",
-    figures: Path = _ROOT / "docs" / "figures",
-    gpu: Path = _ROOT / "docs" / "gpu.md",
-) -> None:
-    """Draw the pictures and write the tables of `docs/benchmarks.md`, `docs/gpu.md` and of the README from the results.
-
-    Args:
-        results: folder with speed.csv, accuracy.csv and scaling.csv; where memory.csv, trainers.csv or objectives.csv
-            is not there, the command that writes it takes the place of its table. Reports of devices that
-            `python -m srpo_kernels.verify --report` wrote are gpu.json and small.json.
-        document: takes every table, between its markers.
-        readme: takes the summary, between its markers.
-        figures: folder for the pictures.
-        gpu: takes both reports whole, between their markers.
-    """
+def report(options: Report) -> None:
+    """What ``Report`` describes."""
+    results, figures = options.results, options.figures
     speed, accuracy, scaling = (read_csv(results / f"{name}.csv") for name in ("speed", "accuracy", "scaling"))
     main = speed[speed["head"].isin(_HEADS) & speed["workload"].isin(_WORKLOADS) & (speed["dtype"] == "float32")]
     main = _usual_share(main)
     heads = [head for head in _HEADS if (main["head"] == head).any()]
     workloads = [name for name in _WORKLOADS if (main["workload"] == name).any()]
-    for name, metric, unit, label in (
-        ("speed", "ratio_to_bare", 1.0, "time of forward + backward as a multiple of the bare products"),
-        ("memory", "peak_bytes", 2.0**20, "extra peak memory, MiB"),
-    ):
-        cells = main[(main["metric"] == metric) & (main["provider"] != "bare")].dropna(subset="median")
-        cells = cells.assign(value=cells["median"] / unit)
-        if len(cells):
-            pictures.save(pictures.bars(cells, heads, workloads, label), figures, name)
-    pictures.save(pictures.growth(scaling), figures, "scaling")
+    ratios = main[(main["metric"] == "ratio_to_bare") & (main["provider"] != "bare")].dropna(subset="median")
+    pictures.save(pictures.speed(ratios, heads, workloads), figures, "speed")
+    grown = points(scaling)
+    of_rows = grown[(grown["axis"] == "rows") & (grown["metric"] == "peak_bytes")]
+    if len(of_rows):
+        pictures.save(pictures.memory(of_rows), figures, "memory")
+    pictures.save(pictures.growth(grown), figures, "scaling")
     pictures.save(pictures.errors(accuracy, _ERRORS), figures, "accuracy")
     replace_marked(
-        document,
+        options.document,
         {
             "providers": _providers(speed),
             "speed": _speed(speed),
@@ -77,14 +60,14 @@ def report(
     )
     in_trainers, on_gpu = (_optional(results, name, trainers.summary) for name in ("trainers", "trainers_gpu"))
     replace_marked(
-        readme,
+        options.readme,
         {
             "performance": f"{_summary(main)}\n\n{in_trainers}",
             "performance:gpu": f"{device_reports.summary(results / 'gpu.json')}\n\n{on_gpu}",
         },
     )
     replace_marked(
-        gpu,
+        options.gpu,
         {
             "report:gpu": device_reports.whole(results / "gpu.json"),
             "report": device_reports.whole(results / "small.json"),

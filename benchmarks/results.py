@@ -16,8 +16,6 @@ import torch
 
 from srpo_kernels.verify.rounds import Quantiles
 
-RESULTS = Path(__file__).parent / "results"
-
 _PACKAGES = ("torch", "triton", "trl", "liger-kernel", "cut-cross-entropy", "flash-attn", "quack-kernels")
 _CPU_INFO = Path("/proc/cpuinfo")
 # Of a number in a file.
@@ -55,6 +53,13 @@ def resolve_device(device: str) -> torch.device:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(device)
+
+
+def resolve_threads(threads: int | None) -> int:
+    """Tell torch, where a number is given; how many it has."""
+    if threads is not None:
+        torch.set_num_threads(threads)
+    return torch.get_num_threads()
 
 
 class ResultsFile:
@@ -109,16 +114,21 @@ def read_csv(path: Path) -> pd.DataFrame:
     return pd.read_csv(path, keep_default_na=False, na_values={"p20": [""], "median": [""], "p80": [""]})
 
 
+def describe_machine(cells: pd.DataFrame) -> str:
+    """In words, where the rows of a CSV were measured."""
+    first = cells.iloc[0]
+    threads = "1 thread" if first["threads"] == 1 else f"{first['threads']} threads"
+    return f"{threads} of an {first['device']}" if first["accelerator"] == "cpu" else str(first["device"])
+
+
 def describe_environment(cells: pd.DataFrame) -> str:
     """In words, what the rows of a CSV were measured on."""
     first = cells.iloc[0]
     packages = [f"{name} {first[name]}" for name in ("python", *_PACKAGES) if first[name] not in ("", "-")]
-    threads = "1 thread" if first["threads"] == 1 else f"{first['threads']} threads"
-    where = f"{threads} of an {first['device']}" if first["accelerator"] == "cpu" else first["device"]
     days = sorted({str(date)[:10] for date in cells["date"]})
     commits = list(dict.fromkeys(map(str, cells["commit"])))
     when = f"{' to '.join(dict.fromkeys((days[0], days[-1])))}, commit{'s' * (len(commits) > 1)} {', '.join(commits)}"
-    return f"{where}; {', '.join(packages)}; {when}"
+    return f"{describe_machine(cells)}; {', '.join(packages)}; {when}"
 
 
 def environment(device: torch.device, threads: int) -> dict[str, str | int]:

@@ -2,79 +2,38 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Literal, get_args
-
 import numpy as np
 import pandas as pd
-import torch
 from rich import box
+from rich.console import Console
 from rich.table import Table
 
-from benchmarks import tables
-from benchmarks.results import RESULTS, ResultsFile, read_csv, resolve_device
+from benchmarks.options import Axis, Scaling
+from benchmarks.results import ResultsFile, read_csv, resolve_device, resolve_threads
 from benchmarks.speed import measure
-from srpo_kernels.verify.batches import DEFAULT_ACTIVE, HEADS, Case, HeadName
-from srpo_kernels.verify.providers import ProviderName
+from srpo_kernels.verify.batches import Case
+from srpo_kernels.verify.kinds import DEFAULT_ACTIVE, HEADS
 from srpo_kernels.verify.rounds import Rounds
-
-Axis = Literal["rows", "vocabulary", "active"]
-AXES: tuple[Axis, ...] = get_args(Axis)
-
-# Each grows eightfold: from where what does not grow, reading W and writing dW, is small, to where a peer still ends.
-_ROWS = (1_024, 2_048, 4_096, 8_192)
-_VOCAB_SIZES = (16_384, 32_768, 65_536, 131_072)
-# About the largest share that a routed batch can have: no padding.
-_ACTIVE = (0.1, 0.2, 0.4, 0.8)
+from tools.documents import print_table
 
 
-def scaling(
-    head: HeadName = "smollm2-135m",
-    axes: tuple[Axis, ...] = AXES,
-    providers: tuple[ProviderName, ...] = ("srpo_kernels", "naive", "trl"),
-    rows: tuple[int, ...] = _ROWS,
-    vocab_sizes: tuple[int, ...] = _VOCAB_SIZES,
-    active: tuple[float, ...] = _ACTIVE,
-    fixed_rows: int = 4_096,
-    rounds: int = 5,
-    budget: float = 30.0,
-    device: Literal["auto", "cpu", "cuda"] = "auto",
-    threads: int = torch.get_num_threads(),
-    memory: bool = True,
-    resume: bool = False,
-    out: Path = RESULTS / "scaling.csv",
-) -> None:
-    """Time and memory of a routed batch as one thing about it grows, and the exponents of a power law through them.
-
-    Args:
-        head: LM head by the model it is of.
-        axes: what grows: rows, the vocabulary, or the share of rows that can move a weight.
-        providers: what to compare.
-        rows: positions of a batch, padding included.
-        vocab_sizes: words of the head.
-        active: shares of active rows, at most 0.82.
-        fixed_rows: positions where something else grows.
-        rounds: times that every provider runs, at most.
-        budget: seconds of a case after which no round begins, but for the first.
-        device: auto is a GPU where there is one.
-        threads: threads of torch.
-        memory: measure peak memory too.
-        resume: keep the cases that are in `out` already and measure the others.
-        out: CSV file to write; without `resume` one that is there is replaced.
-    """
-    torch.set_num_threads(threads)
-    where = resolve_device(device)
-    console = tables.console()
+def scaling(options: Scaling) -> None:
+    """What ``Scaling`` describes."""
+    threads = resolve_threads(options.threads)
+    where = resolve_device(options.device)
+    console = Console()
+    head, fixed = options.head, options.fixed_rows
     sweeps: dict[Axis, list[Case]] = {
-        "rows": [Case(head, "routed", n) for n in rows],
-        "vocabulary": [Case(head, "routed", fixed_rows, vocab_size=n) for n in vocab_sizes],
-        "active": [Case(head, "routed", fixed_rows, active=share) for share in active],
+        "rows": [Case(head, "routed", n) for n in options.rows],
+        "vocabulary": [Case(head, "routed", fixed, vocab_size=n) for n in options.vocab_sizes],
+        "active": [Case(head, "routed", fixed, active=share) for share in options.active],
     }
-    file = ResultsFile(out, where, threads, resume=resume)
-    for case in file.missing([case for axis in axes for case in sweeps[axis]]):
-        cells = measure(case, providers, Rounds(rounds, budget, fewest=1), where, threads, memory, console)
+    file = ResultsFile(options.out, where, threads, resume=options.resume)
+    rounds = Rounds(options.rounds, options.budget, fewest=1)
+    for case in file.missing([case for axis in options.axes for case in sweeps[axis]]):
+        cells = measure(case, options.providers, rounds, where, threads, options.memory, console)
         file.add([m for m in cells if m.metric in ("seconds", "peak_bytes")])
-    console.print(_table(exponents(points(read_csv(out)))))
+    print_table(console, _table(exponents(points(read_csv(options.out)))))
 
 
 def points(cells: pd.DataFrame) -> pd.DataFrame:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from benchmarks.results import Measurement
-from srpo_kernels.verify.batches import Case, HeadName
+from srpo_kernels.verify.batches import Case
+from srpo_kernels.verify.kinds import HeadName
 from srpo_kernels.verify.rounds import Quantiles
 
 # What srpo_kernels should take at most on a CPU in fp32, as a multiple of bare products.
@@ -23,16 +23,6 @@ GOALS: dict[tuple[HeadName, str], float] = {
 }
 
 _MISSING = "-"
-# Columns of output that goes to a file.
-_FILE_WIDTH = 140
-
-
-def console() -> Console:
-    """The terminal, or a file wide enough for the tables."""
-    console = Console()
-    if not console.is_terminal:
-        console.width = _FILE_WIDTH
-    return console
 
 
 def case_table(case: Case, measurements: Sequence[Measurement[Case]], truth: str = "the naive loss") -> Table:

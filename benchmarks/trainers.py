@@ -12,16 +12,24 @@ from typing import Literal
 
 import pandas as pd
 import torch
+from rich.console import Console
 
-from benchmarks import tables
+from benchmarks.options import Branch, Sizes, Trainers
 from benchmarks.processes import fresh_peak
-from benchmarks.results import RESULTS, Measurement, ResultsFile, describe_environment, read_csv, resolve_device, single
+from benchmarks.results import (
+    Measurement,
+    ResultsFile,
+    describe_environment,
+    read_csv,
+    resolve_device,
+    resolve_threads,
+    single,
+)
 from srpo_kernels.verify.agreement import relative_error
-from srpo_kernels.verify.batches import DtypeName
+from srpo_kernels.verify.kinds import DtypeName
 from srpo_kernels.verify.rounds import Rounds, interleave, quantiles
-from tools.documents import rich_table
+from tools.documents import print_table, rich_table
 
-Branch = Literal["grpo", "sdpo"]
 Side = Literal["srpo_kernels", "trl"]
 SIDES: tuple[Side, Side] = ("srpo_kernels", "trl")
 
@@ -32,30 +40,12 @@ _TRAINERS: dict[Branch, str] = {"grpo": "GRPOTrainer", "sdpo": "SDPOTrainer"}
 
 
 @dataclass(frozen=True)
-class Sizes:
-    """A Llama of ``layers`` layers with SmolLM2-135M's head, and groups of ``group`` completions."""
-
-    layers: int = 4
-    """Layers of the model; 30 are SmolLM2-135M."""
-    vocab: int = 49152
-    """Words of the vocabulary."""
-    hidden: int = 576
-    """Size of the hidden states."""
-    groups: int = 2
-    """Prompts of the batch."""
-    group: int = 4
-    """Completions per prompt."""
-    length: int = 128
-    """Longest completion; they are from half to all of it."""
-
-
-@dataclass(frozen=True)
 class Step:
     """What is trained, on groups of which the share ``silent`` has no correct completion and each other one has one."""
 
     branch: Branch
     silent: float = 0.0
-    sizes: Sizes = Sizes()
+    sizes: Sizes = Trainers.sizes
     dtype: DtypeName = "float32"
     """Of the model's weights."""
     device: str = "cpu"
@@ -76,49 +66,24 @@ class Step:
         return float(member == 0 and group < self.sizes.groups - round(self.silent * self.sizes.groups))
 
 
-def trainers(
-    branches: tuple[Branch, ...] = ("grpo", "sdpo"),
-    silent: tuple[float, ...] = (0.0, 0.5),
-    sizes: Sizes = Sizes(),
-    dtype: DtypeName = "float32",
-    device: Literal["auto", "cpu", "cuda"] = "auto",
-    rounds: int = 5,
-    threads: int = torch.get_num_threads(),
-    memory: bool = True,
-    resume: bool = False,
-    out: Path = RESULTS / "trainers.csv",
-) -> None:
-    """Time and extra peak memory of a step of SRPOTrainer and of TRL's trainer.
-
-    A step is what follows generation and scoring: the teacher, the student's forward, the loss and the backward; the
-    optimizer is left out, which is the same for both. ``grpo`` is beside `GRPOTrainer`, ``sdpo`` beside
-    `SDPOTrainer` with full logits; both sides take turns and must agree on the gradient of the head. Peak memory is of
-    a fresh process on the CPU, of the allocator on a GPU.
-
-    Args:
-        branches: what to compare.
-        silent: shares of groups without a correct completion, which move no weight; the others have one.
-        sizes: of the model and the batch.
-        dtype: of the model's weights.
-        device: auto is a GPU where there is one.
-        rounds: times that every side runs.
-        threads: threads of torch.
-        memory: measure peak memory too.
-        resume: keep the steps that are in `out` already and measure the others.
-        out: CSV file to write; without `resume` one that is there is replaced.
-    """
-    if rounds < 1:
-        raise SystemExit(f"rounds must be >= 1, got {rounds}")
-    torch.set_num_threads(threads)
-    console = tables.console()
-    where = resolve_device(device)
-    file = ResultsFile(out, where, threads, resume=resume)
-    steps = [Step(branch, share, sizes, dtype, where.type) for branch in branches for share in silent]
+def trainers(options: Trainers) -> None:
+    """What ``Trainers`` describes."""
+    if options.rounds < 1:
+        raise SystemExit(f"rounds must be >= 1, got {options.rounds}")
+    threads = resolve_threads(options.threads)
+    console = Console()
+    where = resolve_device(options.device)
+    file = ResultsFile(options.out, where, threads, resume=options.resume)
+    steps = [
+        Step(branch, share, options.sizes, options.dtype, where.type)
+        for branch in options.branches
+        for share in options.silent
+    ]
     for step in file.missing(steps):
         with console.status(f"{step.branch}, {step.silent:.0%} silent"):
-            file.add(list(_measure(step, rounds, threads, memory)))
-    cells, caption = table(read_csv(out))
-    console.print(rich_table(cells, "a training step", caption))
+            file.add(list(_measure(step, options.rounds, threads, options.memory)))
+    cells, caption = table(read_csv(options.out))
+    print_table(console, rich_table(cells, "a training step", caption))
 
 
 def _measure(step: Step, rounds: int, threads: int, memory: bool) -> Iterator[Measurement[Step]]:

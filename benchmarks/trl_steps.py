@@ -15,8 +15,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from trl import GRPOConfig, GRPOTrainer
 from trl.experimental.sdpo import SDPOConfig, SDPOTrainer
 
+from benchmarks.options import Sizes
 from benchmarks.processes import extra_resident_bytes
-from benchmarks.trainers import Side, Sizes, Step
+from benchmarks.trainers import Side, Step
 from srpo_kernels.integrations.trl import SRPOTrainer, SRPOTrainerConfig
 from srpo_kernels.verify.batches import DTYPES
 

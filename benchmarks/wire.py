@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import NamedTuple
 
 import pandas as pd
 from rich.console import Console
 
+from benchmarks.options import Wire
 from srpo_kernels.rows.mixture import has_mixture
-from tools.documents import markdown_table, replace_marked, rich_table
+from tools.documents import markdown_table, print_table, replace_marked, rich_table
 
 _MARKER = "wire:layouts"
-_FILE_WIDTH = 200
 # What opens every call: three integers.
 OPENING_BYTES = 3 * 8
 # Of fp32 sums of one model, and of two side by side, which have one more.
@@ -133,19 +132,13 @@ def table() -> tuple[pd.DataFrame, str]:
     return pd.DataFrame(lines), caption
 
 
-def wire(docs: Path | None = None) -> None:
-    """What vocabulary parallelism costs and saves on 8, 64 and 1,024 GPUs, on paper.
-
-    Args:
-        docs: Markdown file whose table to replace, between `<!-- wire:layouts -->` and `<!-- /wire:layouts -->`.
-    """
+def wire(options: Wire) -> None:
+    """What ``Wire`` describes."""
     console = Console()
-    if not console.is_terminal:
-        console.width = _FILE_WIDTH
     cells, caption = table()
-    console.print(rich_table(cells, "layouts", caption))
-    if docs is not None:
-        replace_marked(docs, {_MARKER: markdown_table(cells, caption)})
+    print_table(console, rich_table(cells, "layouts", caption))
+    if options.docs is not None:
+        replace_marked(options.docs, {_MARKER: markdown_table(cells, caption)})
 
 
 def _gigabytes(size: float) -> str:

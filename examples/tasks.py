@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterator
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-import reasoning_gym
-from reasoning_gym.dataset import ProceduralDataset
+if TYPE_CHECKING:
+    from reasoning_gym.dataset import ProceduralDataset
 
 TaskName = Literal["products", "chain_sum", "lcm", "gcd", "count_bits"]
 
@@ -43,6 +44,11 @@ class Problem(NamedTuple):
 
 def problems(tasks: tuple[TaskName, ...], count: int, seed: int) -> Iterator[Problem]:
     """``count`` problems, from each task in turn."""
+    with warnings.catch_warnings():
+        # Of a package that reasoning-gym imports.
+        warnings.simplefilter("ignore", SyntaxWarning)
+        import reasoning_gym
+
     datasets = [reasoning_gym.create_dataset(task, size=count, seed=seed, **SETTINGS[task]) for task in tasks]
     for index in range(count):
         dataset = datasets[index % len(datasets)]

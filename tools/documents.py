@@ -7,7 +7,11 @@ from pathlib import Path
 
 import pandas as pd
 from rich import box
+from rich.console import Console
 from rich.table import Table
+
+# Columns of output that goes to a file, at most.
+_WIDEST = 200
 
 
 def rich_table(cells: pd.DataFrame, title: str, caption: str) -> Table:
@@ -16,6 +20,16 @@ def rich_table(cells: pd.DataFrame, title: str, caption: str) -> Table:
     for row in cells.itertuples(index=False):
         table.add_row(*map(str, row))
     return table
+
+
+def print_table(console: Console, table: Table) -> None:
+    """Print it, to a file as wide as it is. A terminal that is too narrow for it is told how to see the whole."""
+    wanted = console.measure(table, options=console.options.update(max_width=_WIDEST)).maximum
+    if not console.is_terminal:
+        console.width = max(console.width, wanted)
+    console.print(table)
+    if wanted > console.width:
+        console.print(f"Cut to {console.width} columns of {wanted}: widen the terminal, or pipe into less -S.")
 
 
 def markdown_table(cells: pd.DataFrame, caption: str) -> str:

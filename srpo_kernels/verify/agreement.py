@@ -8,8 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from srpo_kernels.verify.batches import Batch, DtypeName
-from srpo_kernels.verify.providers import OURS, REGISTRY, ProviderName, Result, Step, Unsupported, prepare
+from srpo_kernels.verify.batches import Batch
+from srpo_kernels.verify.kinds import OURS, DtypeName, ProviderName
+from srpo_kernels.verify.providers import REGISTRY, Result, Step, Unsupported, prepare
 
 # Providers that differ more than rounding explains do not compute the same thing. In bf16 some round the logits.
 TOLERANCES: dict[DtypeName, float] = {"float32": 1e-3, "bfloat16": 0.5}

@@ -1,33 +1,28 @@
-"""What is measured: LM heads, kinds of batches, and the batches themselves."""
+"""The batches that are measured."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, replace
-from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 import srpo_kernels as sk
+from srpo_kernels.verify.kinds import (
+    ACTIVE_OF_VALID,
+    DEFAULT_ACTIVE,
+    HEADS,
+    SDPO_SEQUENCES,
+    ZERO_ADVANTAGE,
+    DtypeName,
+    HeadName,
+    OwnWorkload,
+    Workload,
+)
 from srpo_kernels_reference.logits import softcapped, token_log_probs
 
-HeadName = Literal["smollm2-135m", "qwen3-0.6b", "gemma-3-1b", "llama-3-8b", "qwen3-8b", "tiny"]
-Workload = Literal["policy", "jsd", "forward_kl", "reverse_kl", "routed"]
-# Those of a loss that a user writes, beside ``policy`` and ``jsd``.
-OwnWorkload = Literal["ratio_mask", "certainty", "topk_teacher", "support"]
-DtypeName = Literal["float32", "bfloat16"]
-
-WORKLOADS: tuple[Workload, ...] = get_args(Workload)
 DTYPES: dict[DtypeName, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-# Shares of a routed batch: of all sequences, and of the policy sequences.
-SDPO_SEQUENCES = 0.4
-ZERO_ADVANTAGE = 0.3
-# Of the valid rows, those that can move a weight.
-_ACTIVE_OF_VALID = SDPO_SEQUENCES + (1 - SDPO_SEQUENCES) * (1 - ZERO_ADVANTAGE)
-# 35 % padding.
-DEFAULT_ACTIVE = 0.65 * _ACTIVE_OF_VALID
 
 _ALPHAS: dict[str, float] = {"forward_kl": 0.0, "reverse_kl": 1.0}
 # Those without a teacher.
@@ -40,25 +35,6 @@ _TEACHER_NOISE = 0.5
 _OLD_LOG_PROB_NOISE = 0.2
 # Few enough that preparing a batch needs less memory than any provider does.
 _ROWS_PER_BLOCK = 32
-
-
-class Head(NamedTuple):
-    """An LM head, and how many positions (``B * T``) are measured on it on a CPU and on a GPU."""
-
-    hidden_size: int
-    vocab_size: int
-    cpu_rows: int
-    gpu_rows: int
-
-
-HEADS: dict[HeadName, Head] = {
-    "smollm2-135m": Head(576, 49_152, 1_024, 32_768),
-    "qwen3-0.6b": Head(1_024, 151_936, 512, 16_384),
-    "gemma-3-1b": Head(1_152, 262_144, 96, 8_192),
-    "llama-3-8b": Head(4_096, 128_256, 64, 8_192),
-    "qwen3-8b": Head(4_096, 151_936, 64, 8_192),
-    "tiny": Head(32, 500, 128, 128),
-}
 
 
 @dataclass(frozen=True)
@@ -198,10 +174,10 @@ def make_batch(case: Case, device: torch.device | None = None, seed: int = 0) ->
 def _route(batch: Batch, active: float) -> Batch:
     """Pad, route and silence sequences in exact shares, spread evenly over the lengths."""
     sequences, length = batch.mask.shape
-    if not 0 < active <= _ACTIVE_OF_VALID:
-        raise ValueError(f"active must lie in (0, {_ACTIVE_OF_VALID:g}] for a routed batch, got {active}")
+    if not 0 < active <= ACTIVE_OF_VALID:
+        raise ValueError(f"active must lie in (0, {ACTIVE_OF_VALID:g}] for a routed batch, got {active}")
     # Lengths rise evenly, from as far below their mean as T, or twice the mean, is above it.
-    mean = active / _ACTIVE_OF_VALID
+    mean = active / ACTIVE_OF_VALID
     spread = min(mean, 1 - mean)
     lengths = torch.linspace(mean - spread, mean + spread, sequences).mul(length).round()
     sdpo_mask = _spread(sequences, SDPO_SEQUENCES)

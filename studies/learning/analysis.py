@@ -10,7 +10,7 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from scipy import stats
 
-from benchmarks.pictures import STYLE
+from benchmarks.pictures import STYLE, legend_above
 from benchmarks.results import describe_environment
 from studies.learning.policy_optimization import MEANINGS
 from tools.documents import markdown_table
@@ -126,7 +126,7 @@ def curves(cells: pd.DataFrame) -> Any:
             panel.grid(alpha=0.25)
             if name == "accuracy":
                 _by_time(next(flat), cells)
-        panels[0][0].legend(frameon=False)
+        legend_above(figure)
     return figure
 
 

@@ -8,11 +8,11 @@ import pandas as pd
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
-from benchmarks.pictures import STYLE
+from benchmarks.pictures import STYLE, legend_above, legend_entries
 from benchmarks.results import describe_environment
 from studies.learning.analysis import COLOURS, band_line, interval
 from studies.learning.comparison import PRIMARY, Difference, difference, holm, is_choice, outcomes
-from studies.learning.policy_optimization import Method
+from studies.learning.options import Method
 from tools.documents import markdown_table
 
 _NOTHING = "No comparison has been run yet."
@@ -93,7 +93,7 @@ def difference_figure(rows: pd.DataFrame) -> Any:
     cells = [cell for cell, own in compared.groupby("cell", sort=False) if _pairs(own, "srpo", "grpo") > 1]
     methods: tuple[Method, ...] = ("srpo", "sdpo")
     with plt.rc_context(STYLE):
-        size = (9, 1 + 0.42 * len(cells))
+        size = (9, 1.4 + 0.42 * len(cells))
         figure, panels = plt.subplots(1, 2, figsize=size, sharex=True, sharey=True, squeeze=False, layout="constrained")
         for panel, outcome, title in zip(panels[0], ("early", "end"), ("first fifth", "last fifth"), strict=True):
             for method, shift in zip(methods, (-0.14, 0.14), strict=True):
@@ -111,8 +111,8 @@ def difference_figure(rows: pd.DataFrame) -> Any:
             panel.set(title=title, xlabel="points of held-out accuracy, 95 % interval over pairs")
             panel.grid(alpha=0.25, axis="x")
         panels[0][0].set_yticks(range(len(cells)), cells)
-        panels[0][0].invert_yaxis()
-        panels[0][1].legend(frameon=False, fontsize=8)
+        panels[0][0].set_ylim(len(cells) - 0.5, -0.5)
+        legend_above(figure)
     return figure
 
 
@@ -176,17 +176,17 @@ def cell_curves(rows: pd.DataFrame) -> Any:
             for method, runs in own.groupby("method", sort=False):
                 band = runs.groupby("step")["accuracy"].apply(interval)
                 band_line(line[0], band.index.to_numpy(), band, str(method), most=1)
-            line[0].set(xlabel="step", title=f"{cell}: held-out accuracy, each at its own rate")
+            line[0].set(xlabel="step", title=f"{cell}: each at its own rate", ylabel="held-out accuracy")
             line[0].set_visible(not own.empty)
             _rates(line[1], scores[(scores["cell"] == cell) & is_choice(scores)])
-            line[1].set(xlabel="learning rate", title=f"{cell}: mean accuracy over the run", xscale="log")
+            line[1].set(xlabel="learning rate", title=f"{cell}: its mean over a run", xscale="log")
             rates = sorted(scores.loc[(scores["cell"] == cell) & is_choice(scores), "lr"].unique())
             line[1].set_xticks(rates, [f"{rate:g}" for rate in rates])
             line[1].minorticks_off()
             for panel in line:
                 panel.grid(alpha=0.25)
                 panel.set_ylim(0, 1)
-        panels[0][1].legend(frameon=False)
+        legend_above(figure)
     return figure
 
 
@@ -204,7 +204,7 @@ def mechanism_figure(rows: pd.DataFrame) -> Any:
     cells = list(dict.fromkeys(rows["cell"]))
     with plt.rc_context(STYLE):
         size = (12, 3.2 * len(cells))
-        figure, panels = plt.subplots(len(cells), 3, figsize=size, squeeze=False, layout="constrained")
+        figure, panels = plt.subplots(len(cells), 3, figsize=size, sharey="col", squeeze=False, layout="constrained")
         for (held, gradients, cosines), cell in zip(panels, cells, strict=True):
             own = rows[rows["cell"] == cell]
             start, last = own[own["method"] == "start"], own[own["step"] == own["step"].max()]
@@ -218,13 +218,15 @@ def mechanism_figure(rows: pd.DataFrame) -> Any:
                 _cosines(cosines, trained, COLOURS[name], f"trained with {name}")
             _cosines(cosines, start, "black", "first model")
             held.set(ylabel=cell, title="probability, first model", ylim=(0, 1.02))
-            gradients.set(title="gradient norm at a digit's logits, first model", ylim=(0, None))
+            gradients.set(title="gradient norm at a digit's logits, first model")
             cosines.axhline(0, color="black", linewidth=0.6)
             cosines.set(title="cosine with the supervised gradient")
             for panel in (held, gradients, cosines):
                 panel.grid(alpha=0.25)
-        for panel in panels[-1]:
-            panel.legend(frameon=False, fontsize=7, handlelength=3)
+        panels[0][1].set_ylim(0, None)
+        above = {"loc": "lower center", "bbox_to_anchor": (0.5, 1.1), "frameon": False}
+        for column in panels.T:
+            column[0].legend(**legend_entries(column), **above, fontsize=8, handlelength=3)
     return figure
 
 

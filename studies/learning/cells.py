@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Generic, NamedTuple, Protocol, TypeVar
 
-from studies.learning.policy_optimization import Method, Recipe
+from studies.learning.options import Method, Recipe
 from studies.learning.tasks import Family
 
 # Of the choice of learning rates; a comparison has the seeds from 0 on.

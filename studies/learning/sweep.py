@@ -10,11 +10,11 @@ import pandas as pd
 import torch
 from rich.console import Console
 
-from studies.learning import RESULTS
 from studies.learning.base import held_out_accuracies, load_base, make_model, teach
 from studies.learning.cells import PLAN, STARTS, Cell, Run, choice_runs, comparison_runs
 from studies.learning.comparison import with_chosen_lr
 from studies.learning.mechanism import PROBED_SEEDS, Probe
+from studies.learning.options import Sweep
 from studies.learning.policy_optimization import run
 from studies.learning.runs import append, keys, run_missing
 from studies.learning.tasks import Family
@@ -30,24 +30,9 @@ _HALVINGS = 8
 _PLACE = (torch.device("cpu"), 1)
 
 
-def sweep(
-    only: str | None = None,
-    workers: int = 1,
-    folder: Path = Path("runs/cells"),
-    out: Path = RESULTS / "cells.csv",
-    mechanism: Path = RESULTS / "mechanism.csv",
-) -> None:
-    """Run the cells of `cells.py` in their order: the first model, the learning rates, then the comparison.
-
-    Stopped and called again, it goes on with the first run that `out` does not have.
-
-    Args:
-        only: one cell, as in chain-20~10. Default: all.
-        workers: runs at a time, of one thread each.
-        folder: the first models of the cells.
-        out: CSV file, a line per evaluation.
-        mechanism: CSV file of what teacher and student do where a failed reply goes wrong.
-    """
+def sweep(options: Sweep) -> None:
+    """What ``Sweep`` describes."""
+    only, folder, out, mechanism = options.only, options.folder, options.out, options.mechanism
     names = [stage.cell.name for stage in PLAN]
     if only is not None and only not in names:
         raise SystemExit(f"--only {only}: no such cell, there are {', '.join(names)}")
@@ -57,7 +42,7 @@ def sweep(
         run_missing,
         train=partial(train, folder),
         files=(out, mechanism),
-        workers=workers,
+        workers=options.workers,
         place=_PLACE,
         console=console,
     )

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -65,13 +67,18 @@ def test_a_name_that_is_missing_puts_no_other_back(monkeypatch: pytest.MonkeyPat
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What a checkout is built into."""
+    """What a checkout's sdist is built into, as a build front end does it."""
     source = tmp_path_factory.mktemp("wheel") / "source"
     ignored = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "runs")
     shutil.copytree(ROOT, source, symlinks=True, ignore=ignored)
-    build = "from setuptools import build_meta; build_meta.build_wheel('.')"
-    run_python("-c", build, cwd=source)
-    (path,) = source.glob("*.whl")
+    build = "from setuptools import build_meta; build_meta.build_{}('.')"
+    run_python("-c", build.format("sdist"), cwd=source)
+    (sdist,) = source.glob("*.tar.gz")
+    with tarfile.open(sdist) as files:
+        files.extractall(sdist.parent, filter="data")
+    unpacked = source / sdist.name.removesuffix(".tar.gz")
+    run_python("-c", build.format("wheel"), cwd=unpacked)
+    (path,) = unpacked.glob("*.whl")
     return path
 
 
@@ -81,6 +88,25 @@ def test_the_wheel_has_the_library_its_types_and_the_oracle_alone(wheel: Path) -
     library = {path.relative_to(ROOT) for path in (ROOT / "srpo_kernels").rglob("*.py")}
     oracle = {Path("srpo_kernels_reference", path.name) for path in (ROOT / "reference").glob("*.py")}
     assert modules == library | oracle | {Path("srpo_kernels/py.typed")}
+
+
+def test_what_is_uploaded_has_no_link_of_a_checkout_and_no_test(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as files:
+        (metadata,) = (name for name in files.namelist() if name.endswith("/METADATA"))
+        text = files.read(metadata).decode().partition("\n\n")[2]
+    links = re.findall(r"\]\(([^)]*)\)", text)
+    assert links and all(link.startswith("https://") for link in links)
+    assert not {"README.md", "benchmarks", "docs", "tests"} & {path.name for path in wheel.parent.iterdir()}
+
+
+def test_the_readmes_first_lines_run_on_the_wheel_and_torch_alone(wheel: Path, tmp_path: Path) -> None:
+    zipfile.ZipFile(wheel).extractall(tmp_path)
+    readme = (ROOT / "README.md").read_text()
+    lines = re.findall(r"^```python\n(.*?)^```", readme, re.DOTALL | re.MULTILINE)[0]
+    shown = readme.partition(lines)[2].split("```\n")[2]
+    others = ("reference", "rich", "transformers", "triton", "trl", "tyro", "verl")
+    (tmp_path / "first.py").write_text(f"import sys\nsys.modules |= dict.fromkeys({others})\n{lines}")
+    assert run_python("first.py", cwd=tmp_path) == shown
 
 
 def test_an_installed_wheel_verifies_itself(wheel: Path, tmp_path: Path) -> None:

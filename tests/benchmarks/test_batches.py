@@ -11,7 +11,8 @@ pytest.importorskip("tyro", reason="a command reads its options with tyro: the e
 pytest.importorskip("rich", reason="a command prints with rich: the extras verify and bench have it")
 
 from benchmarks.speed import published
-from srpo_kernels.verify.batches import DEFAULT_ACTIVE, DTYPES, Case, make_batch
+from srpo_kernels.verify.batches import DTYPES, Case, make_batch
+from srpo_kernels.verify.kinds import DEFAULT_ACTIVE
 
 ROUTED = Case("tiny", "routed", 1_024)
 CPU = torch.device("cpu")

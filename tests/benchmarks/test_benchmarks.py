@@ -14,14 +14,16 @@ pytest.importorskip("tyro")
 pytest.importorskip("rich")
 
 from benchmarks import pictures
+from benchmarks.options import Report
 from benchmarks.processes import in_fresh_process
 from benchmarks.report import report
-from benchmarks.results import Measurement, ResultsFile, read_csv, single
+from benchmarks.results import Measurement, ResultsFile, environment, read_csv, single
 from benchmarks.scaling import exponents
 from benchmarks.trainers import SIDES, Step, table
 from srpo_kernels.verify.agreement import compare
 from srpo_kernels.verify.batches import Case, make_batch
-from srpo_kernels.verify.providers import PROVIDERS, ProviderName, Result, Unsupported, prepare
+from srpo_kernels.verify.kinds import PROVIDERS, ProviderName
+from srpo_kernels.verify.providers import Result, Unsupported, prepare
 from srpo_kernels.verify.rounds import Rounds, interleave, quantiles
 from tests.benchmarks.conftest import Run
 
@@ -97,8 +99,8 @@ def test_scaling_and_report_make_the_documents(run: Run, tmp_path: Path) -> None
     (tmp_path / "speed.csv").write_text(renamed)
     run("accuracy", "--head", "tiny", "--rows", "32", *few[:1], *few[2:], "--out", tmp_path / "accuracy.csv")
     sweep = ["--rows", "64", "128", "--vocab-sizes", "500", "1000", "--active", "0.4", "0.8", "--fixed-rows", "64"]
-    options = ["--rounds", "1", "--no-memory", "--providers", "srpo_kernels", "naive", "--device", "cpu"]
-    run("scaling", "--head", "tiny", *sweep, *options, "--out", tmp_path / "scaling.csv")
+    two = ["--rounds", "1", "--no-memory", "--providers", "srpo_kernels", "naive", "--device", "cpu"]
+    run("scaling", "--head", "tiny", *sweep, *two, "--out", tmp_path / "scaling.csv")
 
     document, readme = tmp_path / "benchmarks.md", tmp_path / "README.md"
     markers = (
@@ -119,7 +121,8 @@ def test_scaling_and_report_make_the_documents(run: Run, tmp_path: Path) -> None
         "before\n<!-- performance -->\nold\n<!-- /performance -->\n"
         "<!-- performance:gpu -->\n<!-- /performance:gpu -->\nafter\n"
     )
-    report(tmp_path, document, readme, tmp_path / "figures", gpu)
+    options = Report(results=tmp_path, document=document, readme=readme, figures=tmp_path / "figures", gpu=gpu)
+    report(options)
     text = document.read_text()
     assert "Without a number here: `quack` (needs a GPU)." in text
     assert "| rows | seconds |" in text
@@ -152,7 +155,7 @@ def test_scaling_and_report_make_the_documents(run: Run, tmp_path: Path) -> None
             for metric, pair in values.items()
             for side, value in zip(SIDES, pair, strict=True)
         )
-    report(tmp_path, document, readme, tmp_path / "figures", gpu)
+    report(options)
     text = document.read_text()
     assert "| tiny (32 × 500), 64 rows, jsd, float32 | 3 | 6 (2.0×) |" in text
     assert "| GRPOTrainer, 2 × 4 completions | 50% | 2.00 | 1.00 (0.50×) | 4 | 3 (0.75×) |" in text
@@ -211,14 +214,16 @@ def test_a_run_that_was_stopped_is_resumed(run: Run, tmp_path: Path) -> None:
 
 def test_a_report_without_results_says_what_to_run(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="run `python -m benchmarks speed` first"):
-        report(tmp_path, tmp_path / "a.md", tmp_path / "b.md", tmp_path)
+        report(Report(results=tmp_path, document=tmp_path / "a.md", readme=tmp_path / "b.md", figures=tmp_path))
 
 
 def test_an_unchanged_picture_is_an_unchanged_file(tmp_path: Path) -> None:
-    cells = pd.DataFrame({"head": "tiny", "workload": "jsd", "provider": ["srpo_kernels", "trl"], "value": [1.0, 2.0]})
+    case = {"head": "tiny", "workload": "jsd", "rows": 32, "dtype": "float32"} | environment(CPU, 1)
+    cells = pd.DataFrame({**case, "provider": ["srpo_kernels", "trl"], "median": [1.0, 2.0]})
     for folder in ("first", "second"):
-        pictures.save(pictures.bars(cells, ["tiny"], ["jsd"], "ratio"), tmp_path / folder, "picture")
-    for name in ("picture.png", "picture.svg"):
+        pictures.save(pictures.speed(cells, ["tiny"], ["jsd"]), tmp_path / folder, "speed")
+        pictures.save(pictures.memory(cells.assign(x=32.0, vocab_size=500)), tmp_path / folder, "memory")
+    for name in ("speed.png", "speed.svg", "memory.png", "memory.svg"):
         assert (tmp_path / "first" / name).read_bytes() == (tmp_path / "second" / name).read_bytes()
 
 

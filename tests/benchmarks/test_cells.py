@@ -30,6 +30,7 @@ from studies.learning.cell_report import (
 from studies.learning.cells import CHOICE_SEEDS, Cell, Stage, comparison_runs
 from studies.learning.comparison import chosen_lr, holm, outcomes
 from studies.learning.mechanism import consistent_ids, first_error
+from studies.learning.options import Choices, Sweep
 from studies.learning.tasks import draw, max_reply
 
 
@@ -179,7 +180,7 @@ def test_a_teacher_that_copies_what_is_shown_takes_another_right_choice_away(tmp
     assert seen["questions"] > 100 and seen["alone"] == pytest.approx(1 / len(tokenizer))
     assert seen["shown_another"] < 1e-9 and seen["reply_shown_another"] < seen["reply_alone"] < 0.0
     make_model(32, 1, seed=0).save_pretrained(tmp_path / "one")
-    choices.choices(models=("one",), family="sort-4", folder=tmp_path, out=tmp_path / "choices.csv")
+    choices.choices(Choices(models=("one",), family="sort-4", folder=tmp_path, out=tmp_path / "choices.csv"))
     assert pd.read_csv(tmp_path / "choices.csv").loc[0, "alone"] == pytest.approx(1 / len(tokenizer), rel=0.5)
 
 
@@ -196,7 +197,7 @@ def test_cells_are_resumed_probed_and_drawn(tmp_path, monkeypatch):
     monkeypatch.setattr(sweep, "comparison_runs", lambda stage: comparison_runs(stage)[:4])
     make_model(32, 1, seed=0).save_pretrained(tmp_path / cell.name)
     files = {"folder": tmp_path, "out": tmp_path / "cells.csv", "mechanism": tmp_path / "mechanism.csv"}
-    sweep.sweep(**files)
+    sweep.sweep(Sweep(**files))
     rows, probed = pd.read_csv(files["out"]), pd.read_csv(files["mechanism"])
     keys = list(rows[["method", "seed"]].drop_duplicates().itertuples(index=False, name=None))
     assert keys == [("grpo", 100), ("srpo", 100), ("grpo", 0), ("srpo", 0), ("grpo", 1), ("srpo", 1)]
@@ -205,7 +206,7 @@ def test_cells_are_resumed_probed_and_drawn(tmp_path, monkeypatch):
     assert (whole["distilled"] > 0).all() and whole["cosine_distillation"].between(-1, 1).all()
     cut = rows[~((rows["method"] == "srpo") & (rows["seed"] == 1))]
     cut.to_csv(files["out"], index=False)
-    sweep.sweep(**files)
+    sweep.sweep(Sweep(**files))
     again = pd.read_csv(files["out"])
     same = ["cell", "method", "seed", "lr", "step", "accuracy", "grad_norm"]
     pd.testing.assert_frame_equal(again[same], rows[same])
@@ -217,4 +218,4 @@ def test_cells_are_resumed_probed_and_drawn(tmp_path, monkeypatch):
     mechanism_figure(probed).savefig(tmp_path / "mechanism.png")
     cell_curves(again).savefig(tmp_path / "cells.png")
     with pytest.raises(SystemExit, match="no such cell"):
-        sweep.sweep(only="chain-7@10", **files)
+        sweep.sweep(Sweep(only="chain-7@10", **files))

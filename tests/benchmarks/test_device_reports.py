@@ -10,8 +10,7 @@ import pytest
 
 pytest.importorskip("pandas", reason="the report's tables need the extra bench")
 
-from benchmarks import device_reports
-from benchmarks.results import RESULTS
+from benchmarks import RESULTS, device_reports
 from srpo_kernels.engine import memory
 from tools.chunks import table as chunks
 

@@ -22,14 +22,14 @@ from studies.learning import study as study_module
 from studies.learning.analysis import differences, stage_scores
 from studies.learning.base import make_model, make_tokenizer
 from studies.learning.drawing import draw
-from studies.learning.policy_optimization import Recipe
+from studies.learning.options import Draw, Pretrained, Recipe, Study
 from studies.learning.tasks import CHARACTERS, max_reply, with_solution
 from studies.learning.tasks import draw as draw_problem
 from tests.processes import fork_server
 
 FAMILIES = ("sum", "split")
 EVERY = (*FAMILIES, "chain-6", "chain-20", "sort-4", "sort-8")
-METHODS = study_module.METHODS
+METHODS = Study.methods
 TINY = Recipe(steps=2, prompts=2, group_size=4, evaluate_every=1, evaluation_problems=4, evaluation_replies=2)
 
 
@@ -87,24 +87,24 @@ def test_a_study_is_resumed_and_drawn(tmp_path, monkeypatch):
     folder.mkdir()
     make_model(32, 1, seed=0).save_pretrained(folder / "base")
     settings = {"methods": ("grpo", "srpo"), "families": FAMILIES, "recipe": TINY, "folder": folder, "out": out}
-    study_module.study(seeds=1, **settings)
+    study_module.study(Study(seeds=1, **settings))
     first = (folder / "srpo-0.csv").stat().st_mtime_ns
-    study_module.study(seeds=2, **settings)
+    study_module.study(Study(seeds=2, **settings))
     assert (folder / "srpo-0.csv").stat().st_mtime_ns == first
     cells = pd.read_csv(out)
     assert set(zip(cells["method"], cells["seed"], strict=True)) == {(m, s) for m in ("grpo", "srpo") for s in (0, 1)}
     assert (cells.groupby(["method", "seed"])["step"].max() == TINY.steps).all()
     with pytest.raises(SystemExit, match="other settings"):
-        study_module.study(seeds=2, **settings | {"recipe": Recipe(steps=3)})
+        study_module.study(Study(seeds=2, **settings | {"recipe": Recipe(steps=3)}))
     document = tmp_path / "learning.md"
     markers = [f"{kind}{table}" for kind in ("cells", "pretrained") for table in ("", "-differences", "-rates")]
     markers += ["mechanism", "stages", "differences"]
     document.write_text("".join(f"<!-- {m} -->\n<!-- /{m} -->\n" for m in markers))
     files = {"cells": tmp_path / "none.csv", "mechanism": tmp_path / "none.csv", "study": out}
-    draw(**files, pretrained=tmp_path / "none.csv", document=document, figures=tmp_path)
+    draw(Draw(**files, pretrained=tmp_path / "none.csv", document=document, figures=tmp_path))
     assert document.read_text().count("learning pretrained`") == 3 and "learning sweep`" in document.read_text()
     pretrained_lines().to_csv(tmp_path / "smollm2.csv", index=False)
-    draw(**files, pretrained=tmp_path / "smollm2.csv", document=document, figures=tmp_path)
+    draw(Draw(**files, pretrained=tmp_path / "smollm2.csv", document=document, figures=tmp_path))
     text = document.read_text()
     assert "`srpo`" in text and "p = " in text and "40 steps" in text
     assert "| `smollm2` | end | `srpo` less `grpo` | +10.0 (-2.7 to +22.7) | 2 |" in text
@@ -166,10 +166,10 @@ def test_a_pretrained_models_methods_get_a_rate_of_their_own_and_runs_are_kept(t
     monkeypatch.setattr(module, "_train", log)
     out = tmp_path / "smollm2.csv"
     settings = {"methods": ("grpo", "srpo"), "lrs": (1e-5, 2e-5), "choice_steps": 40, "steps": 44, "out": out}
-    module.pretrained(seeds=1, device="cpu", **settings)
+    module.pretrained(Pretrained(seeds=1, device="cpu", **settings))
     assert trained[:4] == [(m, 100, lr, 40) for lr in (1e-5, 2e-5) for m in ("grpo", "srpo")]
     assert trained[4:] == [("grpo", 0, 1e-5, 44), ("srpo", 0, 2e-5, 44)]
-    module.pretrained(seeds=2, device="cpu", **settings)
+    module.pretrained(Pretrained(seeds=2, device="cpu", **settings))
     assert trained[6:] == [("grpo", 1, 1e-5, 44), ("srpo", 1, 2e-5, 44)]
     rows = pd.read_csv(out)
     last = rows[(rows["method"] == "srpo") & (rows["seed"] == 1)]
@@ -177,6 +177,6 @@ def test_a_pretrained_models_methods_get_a_rate_of_their_own_and_runs_are_kept(t
     assert (last["accuracy"] == 0.6).all() and last["teacher_entropy"].isna().all()
     for steps in (36, 42):
         with pytest.raises(SystemExit, match=f"multiples of 4 and at least 40, got {steps} and 40"):
-            module.pretrained(**settings | {"steps": steps})
-    real = module.lines(module._train(module.Run(module.Pretrained(questions=2), "srpo", 0, 1e-5), 2))
+            module.pretrained(Pretrained(**settings | {"steps": steps}))
+    real = module.lines(module._train(module.Run(Pretrained(questions=2, device="cpu"), "srpo", 0, 1e-5), 2))
     assert list(real["step"]) == [2] and real["accuracy"].notna().all() and (real["train_seconds"] > 0).all()

@@ -9,7 +9,8 @@ import torch
 
 pytest.importorskip("trl", "1.16", reason="the trl integration needs trl >= 1.16")
 
-from benchmarks.trainers import SIDES, Branch, Sizes, Step
+from benchmarks.options import Branch, Sizes
+from benchmarks.trainers import SIDES, Step
 from benchmarks.trl_steps import prepare
 
 

@@ -18,6 +18,7 @@ import torch
 import tyro
 from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
+from examples import loop, rollouts, tasks
 from examples import train_smollm2 as demo
 from examples.report import RunLog, token_shares
 from examples.tasks import Problem
@@ -56,14 +57,14 @@ def options(tmp_path: Path) -> demo.Options:
 def train(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, options: demo.Options) -> list[dict[str, float]]:
     torch.manual_seed(options.seed)
     with RunLog(options.output, options.steps) as log:
-        demo.train(model, tokenizer, odd_problems(), options, log)
+        loop.train(model, tokenizer, odd_problems(), options, log)
     return log.rows
 
 
 def test_the_average_moves_by_the_rate(model: PreTrainedModel) -> None:
     teacher = LlamaForCausalLM(model.config)
     weight = teacher.lm_head.weight.clone()
-    demo.update_average(teacher, model, 0.05)
+    loop.update_average(teacher, model, 0.05)
     torch.testing.assert_close(teacher.lm_head.weight, 0.95 * weight + 0.05 * model.lm_head.weight)
 
 
@@ -82,8 +83,8 @@ def test_the_teacher_is_shown_correct_replies_to_the_question(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, options: demo.Options, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shown = []
-    plain = demo.teacher_question
-    monkeypatch.setattr(demo, "teacher_question", lambda *pair: shown.append(pair) or plain(*pair))
+    plain = loop.teacher_question
+    monkeypatch.setattr(loop, "teacher_question", lambda *pair: shown.append(pair) or plain(*pair))
     rows = train(model, tokenizer, dataclasses.replace(options, prompts=1, steps=1))
     assert rows[0]["sdpo_token_fraction"] > 0
     first = next(odd_problems())
@@ -139,8 +140,8 @@ def test_a_step_without_a_mixed_group_teaches_nothing(
 @pytest.fixture
 def stand_ins(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch) -> None:
     """The tiny model and its task in place of the real ones."""
-    monkeypatch.setattr(demo, "load_model", lambda path: (model, tokenizer))
-    monkeypatch.setattr(demo, "problems", odd_problems)
+    monkeypatch.setattr(rollouts, "load_model", lambda path: (model, tokenizer))
+    monkeypatch.setattr(tasks, "problems", odd_problems)
 
 
 @pytest.mark.usefixtures("stand_ins")
@@ -163,7 +164,7 @@ def test_an_interrupted_run_keeps_what_was_done(
                 raise KeyboardInterrupt
             yield problem
 
-    monkeypatch.setattr(demo, "problems", interrupted)
+    monkeypatch.setattr(tasks, "problems", interrupted)
     assert demo.main(options) == 130
     assert "interrupted" in capsys.readouterr().out
     assert (options.output / "curves.png").exists() == (steps_done > 0)

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import srpo_kernels as sk
-from examples import train_smollm2 as demo
+from examples.loop import teacher_question
 from examples.rollouts import Rollouts, encode_chats, reprompted_hidden, response_hidden, response_mask, sample_rollouts
 from examples.tasks import SETTINGS, TaskName, problems
 from tests.demo_model import make_model, make_tokenizer
@@ -48,7 +48,7 @@ def plain_log_probs(model: PreTrainedModel, prompt: list[int], response: list[in
 
 
 def test_the_teacher_prompt_shows_question_solution_and_request_in_this_order() -> None:
-    text = demo.teacher_question("What is 2 + 3?", "It is 5.")
+    text = teacher_question("What is 2 + 3?", "It is 5.")
     assert text == "What is 2 + 3?\n\nCorrect solution:\n\nIt is 5.\n\nCorrectly solve the original question."
 
 

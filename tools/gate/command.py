@@ -16,16 +16,13 @@ import pandas as pd
 from rich.console import Console
 from rich.progress import track
 
-from tools.documents import markdown_table, replace_marked, rich_table
+from tools.documents import markdown_table, print_table, replace_marked, rich_table
 from tools.gate.targets import ENTRIES_ISSUE_RATIO, ISSUE_RATIO, SOFTCAP_ISSUE_RATIO, TARGETS, TargetName
 
 if TYPE_CHECKING:
     from srpo_kernels.kernels.variants import Variant
     from tools.gate.__main__ import Options
     from tools.gate.rules import Line
-
-# Columns of output that goes to a file.
-_FILE_WIDTH = 200
 
 
 def gate(options: Options) -> None:
@@ -45,10 +42,8 @@ def gate(options: Options) -> None:
     if options.docs is not None:
         write_tables(options.docs, lines)
     console = Console()
-    if not console.is_terminal:
-        console.width = _FILE_WIDTH
     for title, (table, caption) in tables(lines).items():
-        console.print(rich_table(table, title, caption))
+        print_table(console, rich_table(table, title, caption))
     broken = lines[lines["broken"] != ""]
     for line in broken.itertuples():
         console.print(f"[red]{line.kernel}, {line.label}, {line.target}: {line.broken}")

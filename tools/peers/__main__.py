@@ -38,7 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
     import torch
     from rich.console import Console
 
-    from tools.documents import rich_table
+    from tools.documents import print_table, rich_table
     from tools.peers import prime_rl, trl, verl
     from tools.peers.batches import Comparison, compare
 
@@ -59,7 +59,7 @@ def main(arguments: list[str] | None = None) -> int:
             | {"": "FAILED" if failed else ""}
         )
     caption = f"largest difference over {options.batches} batches, relative to the largest element"
-    Console(highlight=False).print(rich_table(pd.DataFrame(lines).fillna("-"), "peers", caption))
+    print_table(Console(highlight=False), rich_table(pd.DataFrame(lines).fillna("-"), "peers", caption))
     return 1 if failures else 0
 
 

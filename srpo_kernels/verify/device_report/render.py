@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from srpo_kernels.verify.providers import OURS
+from srpo_kernels.verify.kinds import OURS
 
 _SMALL = "Small sizes: they show that everything runs here, and no time is a GPU's."
 _Sections = dict[str, dict[str, Any]]

@@ -7,7 +7,8 @@ from typing import Literal
 
 import torch
 
-from srpo_kernels.verify.batches import Case, DtypeName, HeadName, Workload
+from srpo_kernels.verify.batches import Case
+from srpo_kernels.verify.kinds import DtypeName, HeadName, Workload
 
 SizesName = Literal["gpu", "small"]
 

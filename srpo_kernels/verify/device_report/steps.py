@@ -13,7 +13,8 @@ from srpo_kernels.verify.agreement import TOLERANCES, Truth
 from srpo_kernels.verify.batches import Batch, Case, make_batch
 from srpo_kernels.verify.checks import describe
 from srpo_kernels.verify.data_sheets import data_sheet
-from srpo_kernels.verify.providers import PROVIDERS, ProviderName, Step, Unsupported, prepare
+from srpo_kernels.verify.kinds import PROVIDERS, ProviderName
+from srpo_kernels.verify.providers import Step, Unsupported, prepare
 from srpo_kernels.verify.roofline import work_of
 from srpo_kernels.verify.rounds import Rounds, interleave, quantiles
 from srpo_kernels.verify.timing import free_bytes, peak_mib

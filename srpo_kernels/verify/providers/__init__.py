@@ -4,30 +4,12 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple
 
 from torch import Tensor
 
 from srpo_kernels.verify.batches import Batch
-
-ProviderName = Literal[
-    "bare",
-    "srpo_kernels",
-    "srpo_kernels-triton",
-    "naive",
-    "naive-compiled",
-    "trl",
-    "trl-packed",
-    "liger",
-    "linear_cross_entropy",
-    "cut_cross_entropy",
-    "flash-attn",
-    "quack",
-]
-PROVIDERS: tuple[ProviderName, ...] = get_args(ProviderName)
-OURS: tuple[ProviderName, ...] = ("srpo_kernels", "srpo_kernels-triton")
-# All that compute a loss.
-COMPARED: tuple[ProviderName, ...] = tuple(name for name in PROVIDERS if name != "bare")
+from srpo_kernels.verify.kinds import ProviderName
 
 
 class Result(NamedTuple):

@@ -110,19 +110,19 @@ def show(outcomes: pd.DataFrame, backend: str) -> int:
     import pandas as pd
     from rich.console import Console
 
-    from tools.documents import rich_table
+    from tools.documents import print_table, rich_table
 
     console = Console(highlight=False)
     counts = outcomes.groupby(["peer", "file"], sort=False)["outcome"].value_counts().unstack(fill_value=0)
     counts = counts.reindex(columns=["passed", "no counterpart", "failed"], fill_value=0).reset_index()
-    console.print(rich_table(counts, "tests", f"the peers' tests with backend={backend!r}"))
+    print_table(console, rich_table(counts, "tests", f"the peers' tests with backend={backend!r}"))
     for outcome in ("no counterpart", "failed"):
         reasons = Counter(
             (row.peer, row.file, row.reason) for row in outcomes[outcomes["outcome"] == outcome].itertuples()
         )
         lines = [{"peer": p, "file": f, "reason": r, "tests": n} for (p, f, r), n in reasons.items()]
         if lines:
-            console.print(rich_table(pd.DataFrame(lines), outcome, ""))
+            print_table(console, rich_table(pd.DataFrame(lines), outcome, ""))
     return int((outcomes["outcome"] == "failed").any())
 
 
