@@ -6,26 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from srpo_kernels.verify.device_report.render import failures, steps_table, tables
-
-# Of the README: the torch backend, which is not the one of GPUs, and TRL without padding, which it drops there itself.
-_LEFT_OUT = ("srpo_kernels", "trl-packed")
-
-
-def summary(path: Path) -> str:
-    """The README's section of a GPU: its whole steps, or a line that says that there are none."""
-    if not path.exists():
-        return (
-            "No GPU has been measured. On one, `python -m srpo_kernels.verify --report DIR` takes ten minutes, and "
-            "`benchmarks/results/gpu.json` is where its `report.json` belongs."
-        )
-    content = _read(path)
-    if content["identity"]["sizes"] != "gpu":
-        raise SystemExit(f"{path} is a report of small sizes on {content['identity']['device']}, not of a GPU")
-    found = failures(content)
-    held = f"{len(found)} failures: {'; '.join(found)}" if found else "Every check held"
-    missing = f" Not measured: {', '.join(content['missing'])}." if content["missing"] else ""
-    return f"On {_where(content)}. {held}.{missing}\n\n{steps_table(content, _LEFT_OUT)}"
+from srpo_kernels.verify.device_report.render import tables
 
 
 def whole(path: Path) -> str:

@@ -245,7 +245,7 @@ class Cost:
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """Draw the pictures and write the tables of `docs/benchmarks.md`, `docs/gpu.md` and of the README from the results.
+    """Draw the pictures and write the tables of `docs/benchmarks.md` and `docs/gpu.md` from the results.
 
     Of the repository's own files, unless others are given.
     """
@@ -256,8 +256,6 @@ class Report:
     `python -m srpo_kernels.verify --report` wrote are gpu.json and small.json."""
     document: Path = _ROOT / "docs" / "benchmarks.md"
     """Takes every table, between its markers."""
-    readme: Path = _ROOT / "README.md"
-    """Takes the summary, between its markers."""
     figures: Path = _ROOT / "docs" / "figures"
     """Folder for the pictures."""
     gpu: Path = _ROOT / "docs" / "gpu.md"

@@ -18,7 +18,6 @@ from tools.documents import markdown_table, replace_marked
 
 _HEADS: tuple[HeadName, ...] = ("smollm2-135m", "qwen3-0.6b")
 _WORKLOADS: tuple[Workload, ...] = ("policy", "jsd", "routed")
-_PRODUCTS = ("bare", "srpo_kernels", "srpo_kernels-triton")
 _ERRORS = {
     "loss_error": "loss",
     "log_probs_error": "log-probs (nats)",
@@ -56,14 +55,6 @@ def report(options: Report) -> None:
             "trainers": _optional(results, "trainers", lambda cells: markdown_table(*trainers.table(cells))),
             "trainers:gpu": _optional(results, "trainers_gpu", lambda cells: markdown_table(*trainers.table(cells))),
             "objectives": _optional(results, "objectives", lambda cells: markdown_table(*objectives.table(cells))),
-        },
-    )
-    in_trainers, on_gpu = (_optional(results, name, trainers.summary) for name in ("trainers", "trainers_gpu"))
-    replace_marked(
-        options.readme,
-        {
-            "performance": f"{_summary(main)}\n\n{in_trainers}",
-            "performance:gpu": f"{device_reports.summary(results / 'gpu.json')}\n\n{on_gpu}",
         },
     )
     replace_marked(
@@ -147,35 +138,6 @@ def _scaling(scaling: pd.DataFrame) -> str:
         text,
         f"Exponents of a power law through the medians: routed batches on the head of {head}; {ranges}. "
         f"Measured on {describe_environment(scaling)}.",
-    )
-
-
-def _summary(main: pd.DataFrame) -> str:
-    """What each peer takes as a multiple of this library's time and memory."""
-    rows = []
-    medians = main.dropna(subset="median").set_index(["head", "workload", "metric", "provider"])["median"]
-    peers = [name for name in REGISTRY if name not in _PRODUCTS and (main["provider"] == name).any()]
-    for (head, workload), group in main.groupby(["head", "workload"], sort=False):
-        first = group.iloc[0]
-        row = {
-            "batch": f"{workload}, {first['hidden_size']:,} × {first['vocab_size']:,}, {first['rows']:,} rows",
-            "× bare": f"{medians[head, workload, 'ratio_to_bare', 'srpo_kernels']:.2f}",
-        }
-        for peer in peers:
-            ratios = []
-            for metric in ("seconds", "peak_bytes"):
-                theirs = medians.get((head, workload, metric, peer))
-                ours = medians.get((head, workload, metric, "srpo_kernels"))
-                ratios.append("-" if theirs is None or ours is None else f"{theirs / ours:.1f}")
-            row[peer] = "-" if ratios == ["-", "-"] else " / ".join(ratios)
-        rows.append(row)
-    cells = pd.DataFrame(rows)
-    cells = cells.loc[:, ~cells.apply(lambda column: (column == "-").all())]
-    return markdown_table(
-        cells,
-        "× bare: time of `srpo_loss`, forward and backward, as a multiple of the unavoidable matrix products on the "
-        "same active rows. The other columns: a peer's time / extra peak memory as a multiple of this library's, fp32. "
-        f"{describe_environment(main)}; providers interleaved, medians.",
     )
 
 

@@ -131,21 +131,6 @@ def table(cells: pd.DataFrame) -> tuple[pd.DataFrame, str]:
     return pd.DataFrame(lines), caption
 
 
-def summary(cells: pd.DataFrame) -> str:
-    """In a sentence, what a step takes as multiples of TRL's."""
-    parts = []
-    for step, medians in _by_step(cells):
-        ratios = (f"{values['srpo_kernels'] / values['trl']:.2f}" for values in medians.values())
-        where = "every group has a correct completion"
-        if step["silent"]:
-            where = f"{step['silent']:.0%} of the groups have no correct completion"
-        parts.append(f"{' / '.join(ratios)} beside `{_TRAINERS[step['branch']]}` where {where}")
-    return (
-        "A whole training step of `SRPOTrainer` after generation, as a multiple of the time / extra peak memory of "
-        f"TRL's: {'; '.join(parts)}."
-    )
-
-
 def _by_step(cells: pd.DataFrame) -> Iterator[tuple[pd.Series, dict[str, pd.Series]]]:
     """The labels of every step, and the medians of each metric that both sides have."""
     for _, group in cells.groupby(list(Step("grpo").labels), sort=False):

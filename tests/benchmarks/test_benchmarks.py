@@ -102,7 +102,7 @@ def test_scaling_and_report_make_the_documents(run: Run, tmp_path: Path) -> None
     two = ["--rounds", "1", "--no-memory", "--providers", "srpo_kernels", "naive", "--device", "cpu"]
     run("scaling", "--head", "tiny", *sweep, *two, "--out", tmp_path / "scaling.csv")
 
-    document, readme = tmp_path / "benchmarks.md", tmp_path / "README.md"
+    document = tmp_path / "benchmarks.md"
     markers = (
         "providers",
         "speed",
@@ -114,26 +114,19 @@ def test_scaling_and_report_make_the_documents(run: Run, tmp_path: Path) -> None
         "trainers:gpu",
         "objectives",
     )
-    document.write_text("".join(f"<!-- {name} -->\n<!-- /{name} -->\n" for name in markers))
+    document.write_text("before\n" + "".join(f"<!-- {name} -->\nold\n<!-- /{name} -->\n" for name in markers))
     gpu = tmp_path / "gpu.md"
     gpu.write_text("".join(f"<!-- {name} -->\n<!-- /{name} -->\n" for name in ("report:gpu", "report")))
-    readme.write_text(
-        "before\n<!-- performance -->\nold\n<!-- /performance -->\n"
-        "<!-- performance:gpu -->\n<!-- /performance:gpu -->\nafter\n"
-    )
-    options = Report(results=tmp_path, document=document, readme=readme, figures=tmp_path / "figures", gpu=gpu)
+    options = Report(results=tmp_path, document=document, figures=tmp_path / "figures", gpu=gpu)
     report(options)
     text = document.read_text()
+    assert text.startswith("before\n") and "old" not in text
     assert "Without a number here: `quack` (needs a GPU)." in text
     assert "| rows | seconds |" in text
     assert "Error of dW." in text
     for name in ("memory", "trainers"):
         assert f"Not measured yet: `python -m benchmarks {name}`." in text
-    summary = readme.read_text()
-    assert summary.startswith("before\n")
-    assert "old" not in summary
-    assert "| batch | × bare | naive | trl |" in summary
-    assert "No GPU has been measured." in summary
+    assert "None is here: `python -m srpo_kernels.verify --report DIR`" in gpu.read_text()
     for name in ("speed", "scaling", "accuracy"):
         assert (tmp_path / "figures" / f"{name}.png").stat().st_size > 10_000
         assert "</svg>" in (tmp_path / "figures" / f"{name}.svg").read_text()
@@ -159,7 +152,6 @@ def test_scaling_and_report_make_the_documents(run: Run, tmp_path: Path) -> None
     text = document.read_text()
     assert "| tiny (32 × 500), 64 rows, jsd, float32 | 3 | 6 (2.0×) |" in text
     assert "| GRPOTrainer, 2 × 4 completions | 50% | 2.00 | 1.00 (0.50×) | 4 | 3 (0.75×) |" in text
-    assert "0.50 / 0.75 beside `GRPOTrainer` where 50% of the groups have no correct completion" in readme.read_text()
 
 
 def test_memory_alone(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -214,7 +206,7 @@ def test_a_run_that_was_stopped_is_resumed(run: Run, tmp_path: Path) -> None:
 
 def test_a_report_without_results_says_what_to_run(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="run `python -m benchmarks speed` first"):
-        report(Report(results=tmp_path, document=tmp_path / "a.md", readme=tmp_path / "b.md", figures=tmp_path))
+        report(Report(results=tmp_path, document=tmp_path / "a.md", figures=tmp_path))
 
 
 def test_an_unchanged_picture_is_an_unchanged_file(tmp_path: Path) -> None:

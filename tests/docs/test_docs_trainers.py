@@ -14,7 +14,6 @@ from torch import Tensor, nn
 import srpo_kernels as sk
 
 ROOT = Path(__file__).parents[2]
-README = ROOT / "README.md"
 MASK = torch.tensor([[1, 1, 1, 1, 0], [1, 1, 0, 0, 0], [1, 1, 1, 1, 1], [1, 1, 1, 0, 0]]).bool()
 # Columns of padding before each prompt of the model and of the teacher.
 PADDING, TEACHER_PADDING = (0, 2, 1, 1), (2, 0, 3, 1)
@@ -95,30 +94,3 @@ def test_the_lines_for_a_loop_of_ones_own(config: sk.SRPOConfig) -> None:
     )
     assert names["out"].loss.item() == pytest.approx(expected.loss.item(), rel=1e-6)
     assert names["model"].lm_head.weight.grad.abs().sum() > 0
-
-
-@pytest.mark.parametrize("config", CONFIGS, ids=["default", "transformed"])
-def test_the_normalizers_of_readme_are_those_of_the_loss(config: sk.SRPOConfig) -> None:
-    (lines,) = re.findall(r"```python\n(teacher = .*?\nnorms = .*?\n)", README.read_text())
-    routed = torch.tensor([True, False, True])
-    names: dict[str, Any] = {
-        "sk": sk,
-        "config": config,
-        "teacher_hidden": 2.0 * torch.randn(3, 5, 6),
-        "ema_model": TinyModel(),
-        "response_mask": torch.rand(3, 5) < 0.7,
-        "routing": sk.Routing(routed, torch.tensor([1, -1, 1]), ~routed),
-    }
-    exec(lines, names)
-    out = sk.srpo_loss(
-        torch.randn(3, 5, 6),
-        names["ema_model"].lm_head.weight,
-        torch.randint(13, (3, 5)),
-        advantages=torch.ones(3),
-        mask=names["response_mask"],
-        sdpo_mask=routed,
-        teacher_hidden=names["teacher_hidden"],
-        normalizers=names["norms"],
-        config=config,
-    )
-    assert sk.summarize_metrics(out.metrics)["srpo/dw_weight_mean"] == pytest.approx(1.0, rel=1e-5)

@@ -21,7 +21,7 @@ DOCUMENTS = sorted(
 # Documents, and a section, about what is learnt. Their numbers are means and intervals over the runs of
 # studies/learning/results, which the tables of docs/learning.md have; the prose has no entries yet.
 LATER = ("docs/choosing.md", "docs/learning.md")
-LATER_SECTIONS = {"README.md": "## What is learnt"}
+LATER_SECTIONS = {"README.md": "## What it costs, and what is learnt"}
 # More than this many numbers of which nobody knows the source are not to be.
 MOST_UNSOURCED = 0
 

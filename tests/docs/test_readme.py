@@ -23,22 +23,6 @@ def block(word: str) -> str:
     return lines
 
 
-def names() -> dict[str, Any]:
-    hidden, teacher_hidden = torch.randn(2, 4, 5, 6, dtype=torch.float64)
-    model, ema_model = (torch.nn.ModuleDict({"lm_head": torch.nn.Linear(6, 13, False).double()}) for _ in range(2))
-    return {
-        "sk": sk,
-        "hidden": hidden.requires_grad_(),
-        "teacher_hidden": teacher_hidden,
-        "model": model,
-        "ema_model": ema_model,
-        "response_ids": torch.randint(13, (4, 5)),
-        "response_mask": torch.rand(4, 5) < 0.8,
-        "advantages": torch.randn(4, dtype=torch.float64),
-        "old_log_probs": -3.0 + torch.randn(4, 5, dtype=torch.float64),
-    }
-
-
 def test_the_first_lines_run_as_they_stand(capsys: pytest.CaptureFixture[str]) -> None:
     exec(BLOCKS[0], {})
     shown = README.split(BLOCKS[0])[1].split("```\n")[2]
@@ -46,33 +30,30 @@ def test_the_first_lines_run_as_they_stand(capsys: pytest.CaptureFixture[str]) -
 
 
 def test_the_lines_of_a_loss_of_ones_own() -> None:
-    given = names()
+    given: dict[str, Any] = {}
+    exec(BLOCKS[0], given)
+    hidden, weight = given["hidden"], given["weight"]
+    hidden.grad = weight.grad = None
     exec(block("fused_loss("), given)
-    weight, mask = given["model"].lm_head.weight, given["response_mask"]
-    gradients = [given["hidden"].grad, weight.grad]
     stats = reference.token_stats(
-        given["hidden"],
-        weight,
-        given["response_ids"],
-        mask=mask,
-        teacher_hidden=given["teacher_hidden"],
-        teacher_weight=given["ema_model"].lm_head.weight,
+        hidden, weight, given["response_ids"], teacher_hidden=given["teacher_hidden"], teacher_weight=weight.detach()
     )
     assert stats.divergence is not None
-    ratio = (stats.log_probs - given["old_log_probs"]).exp()
+    ratio = (stats.log_probs - given["out"].log_probs).exp()
     losses = 0.5 * stats.divergence - ratio * given["advantages"][:, None] - 0.01 * stats.entropy
-    expected = (losses * mask).sum() / mask.sum()
-    torch.testing.assert_close(gradients, list(torch.autograd.grad(expected, [given["hidden"], weight])))
+    expected = torch.autograd.grad(losses.mean(), [hidden, weight])
+    torch.testing.assert_close([hidden.grad, weight.grad], list(expected), rtol=1e-4, atol=1e-7)
 
 
 def test_the_lines_of_a_policy_loss_with_a_name() -> None:
-    given = names()
+    hidden, weight, advantages = torch.randn(4, 5, 6), torch.randn(13, 6), torch.randn(4)
+    ids, old_log_probs = torch.randint(13, (4, 5)), -3.0 + torch.randn(4, 5)
+    given: dict[str, Any] = {"sk": sk}
     try:
         exec(block("register_policy_loss("), given)
-        arguments = [given[name] for name in ("hidden", "response_ids", "advantages", "old_log_probs")]
-        hidden, ids, advantages, old_log_probs = arguments
-        rows = {"advantages": advantages, "old_log_probs": old_log_probs, "config": given["config"]}
-        out = sk.srpo_loss(hidden, given["model"].lm_head.weight, ids, **rows)
+        out = sk.srpo_loss(
+            hidden, weight, ids, advantages=advantages, old_log_probs=old_log_probs, config=given["config"]
+        )
     finally:
         sk.POLICY_LOSSES.pop("floored", None)
     ratio = (out.log_probs - old_log_probs).exp()

@@ -52,13 +52,13 @@ def failures(content: dict[str, Any]) -> list[str]:
     return lines
 
 
-def steps_table(content: dict[str, Any], left_out: Sequence[str] = ()) -> str:
+def steps_table(content: dict[str, Any]) -> str:
     """A line for each whole step, a column for each provider that has a number; empty where no step was measured."""
     sections = content["sections"].items()
     steps = [x["result"] for name, x in sections if name.startswith("step") and x["state"] == "done"]
     if not steps:
         return ""
-    names = [name for name in steps[0]["providers"] if name not in left_out]
+    names = list(steps[0]["providers"])
     ran = [x for x in names if x != "bare" and any("seconds" in step["providers"][x] for step in steps)]
     rows = []
     for step in steps:
