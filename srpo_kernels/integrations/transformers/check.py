@@ -7,12 +7,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Replicate
 
 import srpo_kernels as sk
 from srpo_kernels.integrations.transformers.adapters import SLICE, linear_head
-from srpo_kernels.integrations.transformers.head import Head, head_operands, resolve_config
+from srpo_kernels.integrations.transformers.head import head_operands, resolve_config
 from srpo_kernels.integrations.transformers.hidden import call_with_hidden, causal_model, evaluating, peft_model
 from srpo_kernels.integrations.transformers.shards import whole_shape
+from srpo_kernels.integrations.transformers.tensor_parallel import columns_of_all, shard_of
 
 
 def check_model(model: Any, config: sk.SRPOConfig | None = None, *, padding_free: bool = False) -> None:
@@ -99,6 +101,8 @@ class _Probe:
             self.head.forward = self._forward
 
     def _multiply(self, hidden: Tensor) -> Tensor:
+        mesh = hidden.device_mesh if isinstance(hidden, DTensor) else None
+        hidden = hidden if mesh is None else hidden.full_tensor()
         self.entered = hidden
         products, bias = self._products(hidden)
         if not isinstance(self.head, nn.Linear):
@@ -108,7 +112,8 @@ class _Probe:
             self.rounding = max(torch.finfo(dtype).eps for dtype in (own.dtype, hidden.dtype))
         reach = 4.0 ** torch.arange(hidden.shape[-2], device=hidden.device).remainder(8)[:, None]
         self._stretch = reach / products.abs().amax(-1, keepdim=True).clamp(min=1e-30)
-        return self.products(hidden)
+        products = self.products(hidden)
+        return products if mesh is None else DTensor.from_local(products, mesh, [Replicate()])
 
     def products(self, hidden: Tensor) -> Tensor:
         """``[..., V]`` in fp32, stretched as those of what has entered the head."""
@@ -118,10 +123,12 @@ class _Probe:
 
     def _products(self, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
         with torch.autocast(hidden.device.type, enabled=False):
-            operands: Head = head_operands(hidden, self.head)
-            wide = operands.hidden.float()
-            parts = [nn.functional.linear(wide, rows.float()) for rows in operands.weight.split(SLICE)]
-        return torch.cat(parts, -1), None if operands.bias is None else operands.bias.float()
+            operands = head_operands(hidden, self.head)
+            own, _ = shard_of(operands)
+            wide = own.hidden.float()
+            parts = [nn.functional.linear(wide, rows.float()) for rows in own.weight.split(SLICE)]
+        bias = operands.bias.full_tensor() if isinstance(operands.bias, DTensor) else operands.bias
+        return columns_of_all(torch.cat(parts, -1), operands.weight), None if bias is None else bias.float()
 
 
 def _check_rows(name: str, pairs: list[tuple[Tensor, Tensor]], tolerance: float, padding_free: bool) -> None:

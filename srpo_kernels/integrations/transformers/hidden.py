@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 import srpo_kernels as sk
@@ -165,8 +166,7 @@ def last_hidden_states(
     inputs = {name: value for name, value in inputs.items() if value is not None}
     backbone = backbone_of(model)
     if attention_mask is None:
-        hidden: Tensor = backbone(**inputs, use_cache=False)[0]
-        return hidden
+        return _states(backbone, inputs)
     if padding_free:
         return _packed_hidden_states(backbone, attention_mask.bool(), inputs)
     shape = _shape_of_tokens(inputs)
@@ -178,7 +178,7 @@ def last_hidden_states(
     tokens_first = order[:, :longest]
     inputs = _per_token(inputs, lambda value: _take(value, tokens_first))
     mask = torch.cat([prefix, _take(mask, tokens_first)], 1)
-    hidden = backbone(**inputs, attention_mask=mask, use_cache=False)[0]
+    hidden = _states(backbone, inputs | {"attention_mask": mask})
     return _take(hidden, order.argsort(dim=1).clamp(max=longest - 1))
 
 
@@ -194,8 +194,14 @@ def _packed_hidden_states(backbone: Any, attended: Tensor, inputs: dict[str, Any
     kept = attended if attended.any() else torch.ones_like(attended)
     inputs = _per_token(inputs, lambda value: value[kept][None])
     positions = (kept.cumsum(1) - 1)[kept][None]
-    packed: Tensor = backbone(**(inputs | {"position_ids": positions}), use_cache=False)[0][0]
+    packed = _states(backbone, inputs | {"position_ids": positions})[0]
     return packed.new_zeros(*kept.shape, packed.shape[1]).index_put(kept.nonzero(as_tuple=True), packed)
+
+
+def _states(backbone: Any, inputs: dict[str, Any]) -> Tensor:
+    """The hidden states of a forward, those of sequence parallelism too: every rank has their whole gradient."""
+    hidden: Tensor = backbone(**inputs, use_cache=False)[0]
+    return hidden.full_tensor() if isinstance(hidden, DTensor) else hidden
 
 
 def _shape_of_tokens(inputs: dict[str, Any]) -> torch.Size:

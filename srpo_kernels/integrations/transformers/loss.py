@@ -16,6 +16,7 @@ from srpo_kernels.integrations.transformers.responses import find_responses
 from srpo_kernels.integrations.transformers.shards import whole_parameters, whole_shape
 from srpo_kernels.integrations.transformers.statistics import TeacherRows, checked_config, teacher_rows
 from srpo_kernels.integrations.transformers.teacher import AverageTeacher, is_sharded
+from srpo_kernels.integrations.transformers.tensor_parallel import rows_of, shard_of
 
 
 def response_loss(
@@ -126,10 +127,11 @@ def response_loss(
             )
 
     def loss(hidden: Tensor, head: nn.Module) -> sk.SRPOOutput:
-        rows, weight, bias = head_operands(responses.hidden(hidden), head, in_head_dtype=in_head_dtype)
+        operands = head_operands(responses.hidden(hidden), head, in_head_dtype=in_head_dtype)
+        (rows, weight, bias), group = shard_of(operands)
         shown: dict[str, Any] = {}
         if taught is not None:
-            teacher_weight, teacher_bias = _teacher_head(model, taught, in_head_dtype) or (weight, bias)
+            teacher_weight, teacher_bias = _teacher_head(model, taught, operands.weight, in_head_dtype) or (weight, bias)
             if len(taught.hidden):
                 # FSDP2 gathers a parameter in another dtype than that of its shards.
                 dtype = taught.hidden.dtype
@@ -148,6 +150,7 @@ def response_loss(
             config=config,
             backend=backend,
             workspace_bytes=workspace_bytes,
+            vocab_parallel_group=group,
             **per_token,
             **shown,
         )
@@ -163,17 +166,21 @@ def _source(teacher: nn.Module | AverageTeacher | TeacherRows) -> nn.Module:
     return teacher.model if isinstance(teacher, AverageTeacher) else teacher
 
 
-def _teacher_head(model: nn.Module, taught: TeacherRows, in_head_dtype: bool) -> tuple[Tensor, Tensor | None] | None:
-    """Weight and bias of the teacher's head; None for those of ``model`` as it is."""
+def _teacher_head(
+    model: nn.Module, taught: TeacherRows, like: Tensor, in_head_dtype: bool
+) -> tuple[Tensor, Tensor | None] | None:
+    """Weight and bias of the teacher's head, in the shards of the student's; None for those of ``model`` as it is."""
     source = causal_model(_source(taught))
     head = source.get_output_embeddings()
     if isinstance(taught.teacher, AverageTeacher):
-        with taught.teacher.applied(head):
-            return head_weight(head, in_head_dtype=in_head_dtype)
-    if source is causal_model(model):
+        parameters = taught.teacher.applied(head, like)
+    elif source is causal_model(model):
         return None
-    with whole_parameters(head):
-        return head_weight(head, in_head_dtype=in_head_dtype)
+    else:
+        parameters = whole_parameters(head, like)
+    with parameters:
+        weight, bias = head_weight(head, in_head_dtype=in_head_dtype)
+        return rows_of(weight, like), None if bias is None else rows_of(bias, like)
 
 
 def _check_sdpo_mask(sdpo_mask: object, input_ids: Tensor) -> None:
