@@ -20,10 +20,13 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, init_device_mesh
 from torch.distributed.tensor.parallel import ColwiseParallel, PrepareModuleOutput, parallelize_module
 from transformers import AutoModelForCausalLM
 
+from srpo_kernels import token_stats
 from srpo_kernels.integrations.transformers import (
     AverageTeacher,
+    call_with_hidden,
     check_model,
     config_for,
+    head_operands,
     response_loss,
     response_normalizers,
     response_stats,
@@ -32,7 +35,7 @@ from srpo_kernels.integrations.transformers import (
 from tests.processes import needs_gloo, run_ranks
 from tests.tiny_models import tiny_model_of
 
-VOCAB, HIDDEN = 97, 32
+VOCAB = 97
 IDS = torch.randint(10, 90, (4, 8), generator=torch.Generator().manual_seed(1))
 MASK = torch.tensor([[0, 0, 1, 1, 1, 1, 1, 1], [1] * 8, [1] * 6 + [0] * 2, [0] + [1] * 7])
 RESPONSES = (MASK == 1) & (torch.arange(8) > 3)
@@ -117,12 +120,13 @@ CASES = {
 
 
 def saved(folder: Path) -> None:
+    sizes = {"vocab_size": VOCAB, "num_hidden_layers": 2}
+    layers = {"layer_types": ["sliding_attention", "full_attention"]}
     models = {
-        "llama": tiny_model_of("llama", vocab_size=VOCAB),
-        "tied": tiny_model_of("gemma2", vocab_size=VOCAB, tie_word_embeddings=True, final_logit_softcapping=5.0),
-        "phi": tiny_model_of("phi", vocab_size=VOCAB),
-        "narrow": tiny_model_of("gemma2", vocab_size=VOCAB, hidden_size=16),
-        "rows": tiny_model_of("llama", vocab_size=96),
+        "llama": tiny_model_of("llama", **sizes),
+        "tied": tiny_model_of("gemma2", tie_word_embeddings=True, final_logit_softcapping=5.0, **layers, **sizes),
+        "phi": tiny_model_of("phi", **sizes),
+        "narrow": tiny_model_of("llama", hidden_size=16, **sizes),
     }
     nn.init.normal_(models["phi"].get_output_embeddings().bias)
     for name, model in models.items():
@@ -143,7 +147,7 @@ def train(folder: Path, case: Case, *, in_shards: bool) -> dict[str, Any]:
     elif case.teacher != "live":
         teacher = by_name(folder, other, {} if in_shards and sharded else None)
     config, options = config_for(model, entropy_coef=0.01), case.options
-    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     losses, gradients = [], {}
     for _ in range(2):
         with torch.autocast("cpu", torch.bfloat16, enabled=case.autocast), gathered() as shapes:
@@ -164,21 +168,23 @@ def train(folder: Path, case: Case, *, in_shards: bool) -> dict[str, Any]:
         optimizer.zero_grad()
         if case.teacher == "average":
             teacher.update()
+            teacher.load_state_dict(teacher.state_dict())
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=case.autocast):
         stats = response_stats(model, IDS, MASK, response_mask=RESPONSES, config=config, **options)
+    averages = teacher.state_dict() if case.teacher == "average" else {}
     return {
         "losses": torch.stack(losses),
-        "gradients": gradients,
-        "averages": teacher.state_dict() if case.teacher == "average" else {},
-        "parameters": {name: whole(p.detach()) for name, p in model.named_parameters()},
         "log-probs": out.log_probs.detach(),
         "stats": torch.stack([stats.log_probs, stats.entropy]),
+        **{f"gradient of {name}": gradient for name, gradient in gradients.items()},
+        **{f"average of {name}": average for name, average in averages.items()},
+        **{name: whole(parameter.detach()) for name, parameter in model.named_parameters()},
     }
 
 
 @contextlib.contextmanager
 def gathered() -> Iterator[list[torch.Size]]:
-    """The shapes of the tensors that are gathered, but by ``check_model``'s first call."""
+    """The shapes of the DTensors that are gathered."""
     shapes: list[torch.Size] = []
     own = DTensor.full_tensor
 
@@ -194,18 +200,36 @@ def gathered() -> Iterator[list[torch.Size]]:
 
 
 def train_a_rank(rank: int, folder: Path) -> dict[str, Any]:
-    import time
-    results={}
-    print(rank, "start", time.process_time(), flush=True)
-    for name, case in CASES.items():
-        t=time.time(); results[name]= train(folder, case, in_shards=True); print(rank, name, time.time()-t, time.process_time(), flush=True)
-    model = by_name(folder, "rows", {"lm_head": "rowwise_split_input"})
-    with pytest.raises(ValueError, match=r"shards of its rows.*got S\(1\).*'colwise_gather_output'"):
+    results = {name: train(folder, case, in_shards=True) for name, case in CASES.items()}
+    refuses_other_heads(folder)
+    takes_operands(by_name(folder, "phi", {}))
+    return results
+
+
+def refuses_other_heads(folder: Path) -> None:
+    model = by_name(folder, "llama", {"lm_head": "rowwise_split_input"})
+    with pytest.raises(ValueError, match=r"in shards of its rows.*got S\(1\).*'colwise_gather_output'"):
         check_model(model)
     model = get_peft_model(by_name(folder, "llama", {}), LoraConfig(target_modules=["lm_head"]))
     with pytest.raises(ValueError, match="LM head without adapters where tensor parallelism has it in shards, got a L"):
         check_model(model)
-    return results
+
+
+def takes_operands(model: Any) -> None:
+    """A loss of one's own says itself what group has the shards, and is refused without."""
+
+    def log_probs(hidden: Tensor, head: nn.Module) -> Tensor:
+        hidden, weight, bias = head_operands(hidden[:, :-1], head)
+        with pytest.raises(ValueError, match="weight must be a whole tensor, got a DTensor"):
+            token_stats(hidden, weight, IDS[:, 1:], bias=bias)
+        group = weight.device_mesh.get_group()
+        return token_stats(
+            hidden, weight.to_local(), IDS[:, 1:], bias=bias.to_local(), vocab_parallel_group=group
+        ).log_probs
+
+    ours = call_with_hidden(model, log_probs, input_ids=IDS)
+    theirs = model(IDS).logits[:, :-1].log_softmax(-1).gather(2, IDS[:, 1:, None])[..., 0]
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
 @pytest.fixture(scope="module")
@@ -220,10 +244,8 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[s
 def test_two_ranks_train_as_one(name: str, results: tuple[Path, list[dict[str, Any]]]) -> None:
     folder, ranks = results
     expected = train(folder, CASES[name], in_shards=False)
-    close = {"rtol": 2e-2, "atol": 2e-2} if CASES[name].autocast else {"rtol": 1e-5, "atol": 1e-5}
+    tolerance = 3e-2 if CASES[name].autocast else 1e-5
     for rank in ranks:
         assert rank[name].keys() == expected.keys()
-        for key in expected:
-            torch.testing.assert_close(
-                rank[name][key], expected[key], msg=lambda text, key=key: f"{key}: {text}", **close
-            )
+        errors = {key: float((rank[name][key] - value).norm() / value.norm()) for key, value in expected.items()}
+        assert {key: error for key, error in errors.items() if not error <= tolerance} == {}
