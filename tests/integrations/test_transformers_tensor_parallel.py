@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import pytest
@@ -44,15 +45,15 @@ ADVANTAGES, ROUTED = torch.tensor([0.5, -0.3, 0.8, -1.0]), torch.tensor([False, 
 Load = Callable[..., Any]
 
 
-def by_name(folder: Path, name: str, plan: dict[str, str] | None) -> Any:
+def by_name(folder: Path, name: str, plan: Mapping[str, str] | None) -> Any:
     """A saved model: on two ranks in shards, unless ``plan`` is None."""
     from transformers.distributed import DistributedConfig
 
-    shards = {} if plan is None else {"distributed_config": DistributedConfig(tp_size=2, tp_plan=plan or None)}
+    shards = {} if plan is None else {"distributed_config": DistributedConfig(tp_size=2, tp_plan=dict(plan) or None)}
     return AutoModelForCausalLM.from_pretrained(folder / name, **shards)
 
 
-def of_torch(folder: Path, name: str, plan: dict[str, str] | None) -> Any:
+def of_torch(folder: Path, name: str, plan: Mapping[str, str] | None) -> Any:
     """torch's own, whose hidden states are in shards of the sequence."""
     model = by_name(folder, name, None)
     if plan is not None:
@@ -65,7 +66,7 @@ def of_torch(folder: Path, name: str, plan: dict[str, str] | None) -> Any:
     return model
 
 
-def with_fsdp(folder: Path, name: str, plan: dict[str, str] | None) -> Any:
+def with_fsdp(folder: Path, name: str, plan: Mapping[str, str] | None) -> Any:
     """In FSDP2's units, over a dimension that has one rank."""
     model = by_name(folder, name, plan)
     if plan is not None:
@@ -76,7 +77,7 @@ def with_fsdp(folder: Path, name: str, plan: dict[str, str] | None) -> Any:
     return model
 
 
-def with_lora(folder: Path, name: str, plan: dict[str, str] | None) -> Any:
+def with_lora(folder: Path, name: str, plan: Mapping[str, str] | None) -> Any:
     """The same one on the ranks and on one."""
     model = get_peft_model(by_name(folder, name, plan), LoraConfig(r=2, target_modules=["q_proj", "up_proj"]))
     with torch.no_grad():
@@ -94,10 +95,10 @@ class Case(NamedTuple):
 
     name: str = "llama"
     teacher: str = "average"
-    plan: dict[str, str] = {}
+    plan: Mapping[str, str] = MappingProxyType({})
     load: Load = by_name
     autocast: bool = False
-    options: dict[str, Any] = {}
+    options: Mapping[str, Any] = MappingProxyType({})
 
 
 CASES = {

@@ -101,8 +101,9 @@ class _Probe:
             self.head.forward = self._forward
 
     def _multiply(self, hidden: Tensor) -> Tensor:
-        mesh = hidden.device_mesh if isinstance(hidden, DTensor) else None
-        hidden = hidden if mesh is None else hidden.full_tensor()
+        if isinstance(hidden, DTensor):
+            # torch's parallelize_module gives a head one, and takes one from it.
+            return DTensor.from_local(self._multiply(hidden.full_tensor()), hidden.device_mesh, [Replicate()])
         self.entered = hidden
         products, bias = self._products(hidden)
         if not isinstance(self.head, nn.Linear):
@@ -112,8 +113,7 @@ class _Probe:
             self.rounding = max(torch.finfo(dtype).eps for dtype in (own.dtype, hidden.dtype))
         reach = 4.0 ** torch.arange(hidden.shape[-2], device=hidden.device).remainder(8)[:, None]
         self._stretch = reach / products.abs().amax(-1, keepdim=True).clamp(min=1e-30)
-        products = self.products(hidden)
-        return products if mesh is None else DTensor.from_local(products, mesh, [Replicate()])
+        return self.products(hidden)
 
     def products(self, hidden: Tensor) -> Tensor:
         """``[..., V]`` in fp32, stretched as those of what has entered the head."""

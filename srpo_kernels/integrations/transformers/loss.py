@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import srpo_kernels as sk
 from srpo_kernels.integrations.transformers.adapters import linear_head
-from srpo_kernels.integrations.transformers.head import head_operands, head_weight, teacher_config
+from srpo_kernels.integrations.transformers.head import Head, head_operands, head_weight, teacher_config
 from srpo_kernels.integrations.transformers.hidden import call_with_hidden, causal_model
 from srpo_kernels.integrations.transformers.responses import find_responses
 from srpo_kernels.integrations.transformers.shards import whole_parameters, whole_shape
@@ -131,7 +131,7 @@ def response_loss(
         (rows, weight, bias), group = shard_of(operands)
         shown: dict[str, Any] = {}
         if taught is not None:
-            teacher_weight, teacher_bias = _teacher_head(model, taught, operands.weight, in_head_dtype) or (weight, bias)
+            teacher_weight, teacher_bias = _teacher_head(model, taught, operands, in_head_dtype) or (weight, bias)
             if len(taught.hidden):
                 # FSDP2 gathers a parameter in another dtype than that of its shards.
                 dtype = taught.hidden.dtype
@@ -167,10 +167,10 @@ def _source(teacher: nn.Module | AverageTeacher | TeacherRows) -> nn.Module:
 
 
 def _teacher_head(
-    model: nn.Module, taught: TeacherRows, like: Tensor, in_head_dtype: bool
+    model: nn.Module, taught: TeacherRows, student: Head, in_head_dtype: bool
 ) -> tuple[Tensor, Tensor | None] | None:
     """Weight and bias of the teacher's head, in the shards of the student's; None for those of ``model`` as it is."""
-    source = causal_model(_source(taught))
+    source, like = causal_model(_source(taught)), student.weight
     head = source.get_output_embeddings()
     if isinstance(taught.teacher, AverageTeacher):
         parameters = taught.teacher.applied(head, like)

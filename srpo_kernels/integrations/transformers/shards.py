@@ -75,9 +75,12 @@ def from_parts(parameter: Any, part: Tensor, like: Tensor | None = None) -> Tens
     if isinstance(parameter, DTensor):
         mesh, placements = parameter.device_mesh, parameter.placements
         shards = DTensor.from_local(part, mesh, placements, shape=parameter.shape, stride=parameter.stride())
-        kept = [place if name == "tp" else Replicate() for name, place in zip(mesh.mesh_dim_names or (), placements)]
-        if is_tensor_parallel(like) and like.placements[0] in kept and mesh["tp"] == like.device_mesh:
-            return shards.redistribute(placements=kept)
+        names = mesh.mesh_dim_names or ()
+        if is_tensor_parallel(like) and "tp" in names and mesh["tp"] == like.device_mesh:
+            own = names.index("tp")
+            if placements[own] == like.placements[0]:
+                kept = [place if dim == own else Replicate() for dim, place in enumerate(placements)]
+                return shards.redistribute(placements=kept)
         return shards.full_tensor()
     return part
 

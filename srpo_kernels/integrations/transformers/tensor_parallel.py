@@ -35,9 +35,7 @@ def columns_of_all(products: Tensor, weight: Tensor) -> Tensor:
         return products
     placements = [Shard(products.ndim - 1) if weight.placements == (Shard(0),) else Replicate()]
     whole = torch.empty((*products.shape[:-1], len(weight)), device="meta")
-    columns = DTensor.from_local(
-        products, weight.device_mesh, placements, shape=whole.shape, stride=whole.stride()
-    )
+    columns = DTensor.from_local(products, weight.device_mesh, placements, shape=whole.shape, stride=whole.stride())
     return columns.full_tensor()
 
 
