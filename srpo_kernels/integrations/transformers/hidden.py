@@ -59,7 +59,8 @@ def call_with_hidden(
 
     Args:
         model: a causal language model of transformers, bare, of PEFT, compiled, in DDP, in DeepSpeed's engine, or
-            sharded by ``fully_shard``. What is compiled as a whole runs eagerly; compiled layers stay compiled.
+            sharded by ``fully_shard`` or tensor parallelism. What is compiled as a whole runs eagerly; compiled layers
+            stay compiled.
         function: is given the hidden states ``[B, S, H]`` of ``last_hidden_states`` and the module of the LM head,
             which ``head_operands`` reads.
         padding_free: as in ``last_hidden_states``.

@@ -65,7 +65,7 @@ def own_part(parameter: Any) -> Tensor:
 def from_parts(parameter: Any, part: Tensor, like: Tensor | None = None) -> Tensor:
     """The whole of ``part``, of which every rank has one as of the parameter. Every rank makes the call.
 
-    Of what tensor parallelism has in the shards that it has ``like`` in, those are left: it is a DTensor of them.
+    Where ``like`` is tensor parallelism's and the parameter is in the same shards, they stay: it is a DTensor, too.
     """
     if is_partitioned(parameter):
         group = parameter.ds_process_group
@@ -127,7 +127,7 @@ def swapped_parameters(values: list[tuple[Place, Tensor]]) -> Iterator[None]:
 
 @contextmanager
 def whole_parameters(module: nn.Module, like: Tensor | None = None) -> Iterator[None]:
-    """``module`` outside of its forward, with parameters of ``from_parts``. Every rank makes the call."""
+    """``module`` outside of its forward, with whole parameters; see ``from_parts``. Every rank makes the call."""
     parts = [
         ((owner, name), from_parts(parameter, own_part(parameter), like))
         for owner in module.modules()

@@ -33,7 +33,7 @@ class _Average(NamedTuple):
     value: Tensor
 
     def whole(self, like: Tensor | None = None) -> Tensor:
-        """The average of the whole parameter, in fp32 or wider, as of ``from_parts``."""
+        """The average of the whole parameter, in fp32 or wider; see ``from_parts``."""
         return from_parts(self.parameter, self.value, like)
 
 
@@ -91,7 +91,8 @@ class AverageTeacher:
     def applied(self, module: nn.Module | None = None, like: Tensor | None = None) -> Iterator[None]:
         """The model, or ``module`` of it alone, has the averages for its parameters, without gradient.
 
-        Shards are exchanged in place, and gathered again; those of ``module`` are gathered, unless ``like`` is in such.
+        Shards are exchanged in place, and gathered again; those of ``module`` are gathered, but for what tensor
+        parallelism has in the shards of ``like``.
         """
         within = None if module is None else set(module.modules())
         swapped, exchanged = [], []
