@@ -76,6 +76,15 @@ def test_what_is_listed_is_refused_by_name(name: str, tmp_path: Path) -> None:
         REFUSALS[name](tmp_path)
 
 
+def test_models_in_shards_of_tensor_parallelism_are_refused(tmp_path: Path) -> None:
+    model = tiny_model()
+    model._tp_size = 2
+    with pytest.raises(ValueError, match="model must be without tensor parallelism with SRPOTrainer, got tp_size=2"):
+        SRPOTrainer._refuse_models(state(model=model))
+    with pytest.raises(ValueError, match="teacher_model must be without tensor parallelism"):
+        tiny_trainer(ScriptedSRPO, tmp_path, teacher_model=model, teacher_model_kind="other")
+
+
 def test_what_is_refused_is_listed() -> None:
     options = {field.name for field in dataclasses.fields(GRPOConfig)} | OF_THE_TRAINER
     refused = set()

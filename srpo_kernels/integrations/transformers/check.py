@@ -7,12 +7,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Replicate
 
 import srpo_kernels as sk
 from srpo_kernels.integrations.transformers.adapters import SLICE, linear_head
-from srpo_kernels.integrations.transformers.head import Head, head_operands, resolve_config
+from srpo_kernels.integrations.transformers.head import head_operands, resolve_config
 from srpo_kernels.integrations.transformers.hidden import call_with_hidden, causal_model, evaluating, peft_model
 from srpo_kernels.integrations.transformers.shards import whole_shape
+from srpo_kernels.integrations.transformers.tensor_parallel import columns_of_all, shard_of
 
 
 def check_model(model: Any, config: sk.SRPOConfig | None = None, *, padding_free: bool = False) -> None:
@@ -100,6 +102,9 @@ class _Probe:
             self.head.forward = self._forward
 
     def _multiply(self, hidden: Tensor) -> Tensor:
+        if isinstance(hidden, DTensor):
+            # torch's parallelize_module gives a head one, and takes one from it.
+            return DTensor.from_local(self._multiply(hidden.full_tensor()), hidden.device_mesh, [Replicate()])
         self.entered = hidden
         products, bias = self._products(hidden)
         if not isinstance(self.head, nn.Linear):
@@ -119,10 +124,12 @@ class _Probe:
 
     def _products(self, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
         with torch.autocast(linear_head(self.head).weight.device.type, enabled=False):
-            operands: Head = head_operands(hidden, self.head)
-            wide = operands.hidden.float()
-            parts = [nn.functional.linear(wide, rows.float()) for rows in operands.weight.split(SLICE)]
-        return torch.cat(parts, -1), None if operands.bias is None else operands.bias.float()
+            operands = head_operands(hidden, self.head)
+            own, _ = shard_of(operands)
+            wide = own.hidden.float()
+            parts = [nn.functional.linear(wide, rows.float()) for rows in own.weight.split(SLICE)]
+        bias = operands.bias.full_tensor() if isinstance(operands.bias, DTensor) else operands.bias
+        return columns_of_all(torch.cat(parts, -1), operands.weight), None if bias is None else bias.float()
 
 
 def _check_rows(name: str, pairs: list[tuple[Tensor, Tensor]], tolerance: float, padding_free: bool) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import srpo_kernels as sk
 from srpo_kernels.integrations.transformers.adapters import linear_head
 from srpo_kernels.integrations.transformers.hidden import causal_model
+from srpo_kernels.integrations.transformers.shards import is_tensor_parallel
 
 # What the configs of transformers call a factor, a divisor and a softcap of the logits.
 FACTORS = ("logit_scale", "lm_head_multiplier", "output_multiplier")
@@ -113,12 +114,18 @@ def head_operands(hidden: Tensor, head: nn.Module, *, in_head_dtype: bool = Fals
         in_head_dtype: no autocast.
 
     Returns:
-        ``hidden``, ``[..., H + r]``; ``weight``, ``[V, H + r]``; ``bias``.
+        ``hidden``, ``[..., H + r]``; ``weight``, ``[V, H + r]``; ``bias``. Weight and bias are DTensors where tensor
+        parallelism has them: docs/vocabulary_parallel.md has what to do with them.
 
     Raises:
         ValueError: a head that is more than that, quantized or offloaded; it says what to do.
     """
     parts = linear_head(head)
+    if is_tensor_parallel(parts.weight) and any(head.children()):
+        raise ValueError(
+            "model must have an LM head without adapters where tensor parallelism has it in shards, got a "
+            f"{type(head).__name__}: PEFT's own forward fails with one"
+        )
     device = parts.weight.device.type
     hidden = hidden.to(parts.weight.device)
     autocast = torch.is_autocast_enabled(device) and not in_head_dtype
@@ -139,5 +146,6 @@ def head_weight(head: nn.Module, *, in_head_dtype: bool = False) -> tuple[Tensor
     """Weight and bias of ``head_operands``, detached."""
     weight = linear_head(head).weight
     with torch.no_grad():
-        operands = head_operands(weight.new_empty(0, weight.shape[1]), head, in_head_dtype=in_head_dtype)
+        hidden = torch.empty(0, weight.shape[1], dtype=weight.dtype, device=weight.device)
+        operands = head_operands(hidden, head, in_head_dtype=in_head_dtype)
     return operands.weight, operands.bias

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 import srpo_kernels as sk
@@ -58,7 +59,8 @@ def call_with_hidden(
 
     Args:
         model: a causal language model of transformers, bare, of PEFT, compiled, in DDP, in DeepSpeed's engine, or
-            sharded by ``fully_shard``. What is compiled as a whole runs eagerly; compiled layers stay compiled.
+            sharded by ``fully_shard`` or tensor parallelism. What is compiled as a whole runs eagerly; compiled layers
+            stay compiled.
         function: is given the hidden states ``[B, S, H]`` of ``last_hidden_states`` and the module of the LM head,
             which ``head_operands`` reads.
         padding_free: as in ``last_hidden_states``.
@@ -198,9 +200,13 @@ def _packed_hidden_states(backbone: Any, attended: Tensor, inputs: dict[str, Any
 
 
 def _states(backbone: Any, inputs: dict[str, Any]) -> Tensor:
-    """The hidden states of a forward, on the device of its inputs: a model may be on several."""
+    """The hidden states of a forward, whole and on the device of its inputs: a model may be on several.
+
+    Those of sequence parallelism are gathered: every rank has their whole gradient.
+    """
     hidden: Tensor = backbone(**inputs, use_cache=False)[0]
-    return hidden.to(_tokens(inputs).device)
+    whole = hidden.full_tensor() if isinstance(hidden, DTensor) else hidden
+    return whole.to(_tokens(inputs).device)
 
 
 def _tokens(inputs: dict[str, Any]) -> Tensor:

@@ -10,12 +10,13 @@ from torch import Tensor, nn
 
 import srpo_kernels as sk
 from srpo_kernels.integrations.transformers.adapters import linear_head
-from srpo_kernels.integrations.transformers.head import head_operands, head_weight, teacher_config
+from srpo_kernels.integrations.transformers.head import Head, head_operands, head_weight, teacher_config
 from srpo_kernels.integrations.transformers.hidden import call_with_hidden, causal_model
 from srpo_kernels.integrations.transformers.responses import find_responses, on_device
 from srpo_kernels.integrations.transformers.shards import whole_parameters, whole_shape
 from srpo_kernels.integrations.transformers.statistics import TeacherRows, checked_config, teacher_rows
 from srpo_kernels.integrations.transformers.teacher import AverageTeacher, is_sharded
+from srpo_kernels.integrations.transformers.tensor_parallel import rows_of, shard_of
 
 
 def response_loss(
@@ -126,10 +127,11 @@ def response_loss(
             )
 
     def loss(hidden: Tensor, head: nn.Module) -> sk.SRPOOutput:
-        rows, weight, bias = head_operands(responses.hidden(hidden), head, in_head_dtype=in_head_dtype)
+        operands = head_operands(responses.hidden(hidden), head, in_head_dtype=in_head_dtype)
+        (rows, weight, bias), group = shard_of(operands)
         shown: dict[str, Any] = {}
         if taught is not None:
-            teacher_weight, teacher_bias = _teacher_head(model, taught, in_head_dtype) or (weight, bias)
+            teacher_weight, teacher_bias = _teacher_head(model, taught, operands, in_head_dtype) or (weight, bias)
             if len(taught.hidden):
                 # FSDP2 gathers a parameter in another dtype than that of its shards.
                 dtype = taught.hidden.dtype
@@ -146,6 +148,7 @@ def response_loss(
             config=config,
             backend=backend,
             workspace_bytes=workspace_bytes,
+            vocab_parallel_group=group,
             **on_device(beside | per_token | shown, weight.device),
         )
         return on_device(out, input_ids.device)
@@ -161,17 +164,21 @@ def _source(teacher: nn.Module | AverageTeacher | TeacherRows) -> nn.Module:
     return teacher.model if isinstance(teacher, AverageTeacher) else teacher
 
 
-def _teacher_head(model: nn.Module, taught: TeacherRows, in_head_dtype: bool) -> tuple[Tensor, Tensor | None] | None:
-    """Weight and bias of the teacher's head; None for those of ``model`` as it is."""
-    source = causal_model(_source(taught))
+def _teacher_head(
+    model: nn.Module, taught: TeacherRows, student: Head, in_head_dtype: bool
+) -> tuple[Tensor, Tensor | None] | None:
+    """Weight and bias of the teacher's head, in the shards of the student's; None for those of ``model`` as it is."""
+    source, like = causal_model(_source(taught)), student.weight
     head = source.get_output_embeddings()
     if isinstance(taught.teacher, AverageTeacher):
-        with taught.teacher.applied(head):
-            return head_weight(head, in_head_dtype=in_head_dtype)
-    if source is causal_model(model):
+        parameters = taught.teacher.applied(head, like)
+    elif source is causal_model(model):
         return None
-    with whole_parameters(head):
-        return head_weight(head, in_head_dtype=in_head_dtype)
+    else:
+        parameters = whole_parameters(head, like)
+    with parameters:
+        weight, bias = head_weight(head, in_head_dtype=in_head_dtype)
+        return rows_of(weight, like), None if bias is None else rows_of(bias, like)
 
 
 def _check_sdpo_mask(sdpo_mask: object, input_ids: Tensor) -> None:

@@ -1,20 +1,21 @@
-"""Parameters of which a rank has a part: those of FSDP2's ``fully_shard`` and of DeepSpeed's ZeRO-3.
+"""Parameters of which a rank has a part: those of FSDP2, of DeepSpeed's ZeRO-3 and of tensor parallelism.
 
-FSDP2's are DTensors. ZeRO-3 has a flat part of each parameter on each rank, and makes a module's own parameters whole
-between the hooks of its forward and of its backward. The part of any other parameter is the whole.
+FSDP2's are DTensors outside of the forward, those of tensor parallelism are in it, too. ZeRO-3 has a flat part of each
+parameter on each rank, and makes a module's own parameters whole between the hooks of its forward and of its backward.
+The part of any other parameter is the whole.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 
 # A module, and the name that it has for a parameter.
 Place = tuple[nn.Module, str]
@@ -23,6 +24,14 @@ Place = tuple[nn.Module, str]
 def is_partitioned(parameter: Any) -> bool:
     """Whether ZeRO-3 has the parameter."""
     return hasattr(parameter, "ds_tensor")
+
+
+def is_tensor_parallel(parameter: Any) -> TypeGuard[DTensor]:
+    """Whether a parameter, as it is in the forward, is tensor parallelism's: its ranks read the same rows.
+
+    transformers names its mesh. What FSDP2 leaves in shards, outside of its forward, is over another one.
+    """
+    return isinstance(parameter, DTensor) and parameter.device_mesh.mesh_dim_names == ("tp",)
 
 
 def is_part(parameter: Any) -> bool:
@@ -53,8 +62,11 @@ def own_part(parameter: Any) -> Tensor:
 
 
 @torch.no_grad()
-def from_parts(parameter: Any, part: Tensor) -> Tensor:
-    """The whole of ``part``, of which every rank has one as of the parameter. Every rank makes the call."""
+def from_parts(parameter: Any, part: Tensor, like: Tensor | None = None) -> Tensor:
+    """The whole of ``part``, of which every rank has one as of the parameter. Every rank makes the call.
+
+    Where ``like`` is tensor parallelism's and the parameter is in the same shards, they stay: it is a DTensor, too.
+    """
     if is_partitioned(parameter):
         group = parameter.ds_process_group
         flat = part.new_empty(dist.get_world_size(group) * part.numel())
@@ -63,6 +75,12 @@ def from_parts(parameter: Any, part: Tensor) -> Tensor:
     if isinstance(parameter, DTensor):
         mesh, placements = parameter.device_mesh, parameter.placements
         shards = DTensor.from_local(part, mesh, placements, shape=parameter.shape, stride=parameter.stride())
+        names = mesh.mesh_dim_names or ()
+        if is_tensor_parallel(like) and "tp" in names and mesh["tp"] == like.device_mesh:
+            own = names.index("tp")
+            if placements[own] == like.placements[0]:
+                kept = [place if dim == own else Replicate() for dim, place in enumerate(placements)]
+                return shards.redistribute(placements=kept)
         return shards.full_tensor()
     return part
 
@@ -108,10 +126,10 @@ def swapped_parameters(values: list[tuple[Place, Tensor]]) -> Iterator[None]:
 
 
 @contextmanager
-def whole_parameters(module: nn.Module) -> Iterator[None]:
-    """``module`` outside of its forward, with whole parameters. Every rank makes the call."""
+def whole_parameters(module: nn.Module, like: Tensor | None = None) -> Iterator[None]:
+    """``module`` outside of its forward, with whole parameters; see ``from_parts``. Every rank makes the call."""
     parts = [
-        ((owner, name), from_parts(parameter, own_part(parameter)))
+        ((owner, name), from_parts(parameter, own_part(parameter), like))
         for owner in module.modules()
         for name, parameter in owner._parameters.items()
         if is_part(parameter)

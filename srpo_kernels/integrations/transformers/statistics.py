@@ -15,6 +15,7 @@ from srpo_kernels.integrations.transformers.head import head_operands, resolve_c
 from srpo_kernels.integrations.transformers.hidden import call_with_hidden, causal_model, evaluating
 from srpo_kernels.integrations.transformers.responses import find_responses, on_device
 from srpo_kernels.integrations.transformers.teacher import AverageTeacher, is_sharded
+from srpo_kernels.integrations.transformers.tensor_parallel import shard_of
 
 # By ``padding_free``.
 _CHECKED: dict[bool, WeakSet[Any]] = {False: WeakSet(), True: WeakSet()}
@@ -59,7 +60,8 @@ def response_stats(
     responses = find_responses(input_ids, attention_mask, response_mask, labels)
 
     def stats(hidden: Tensor, head: nn.Module) -> sk.TokenStats:
-        rows, weight, bias = head_operands(responses.hidden(hidden), head, in_head_dtype=in_head_dtype)
+        operands = head_operands(responses.hidden(hidden), head, in_head_dtype=in_head_dtype)
+        (rows, weight, bias), group = shard_of(operands)
         found = sk.token_stats(
             rows,
             weight,
@@ -68,6 +70,7 @@ def response_stats(
             config=config,
             backend=backend,
             workspace_bytes=workspace_bytes,
+            vocab_parallel_group=group,
         )
         return on_device(found, input_ids.device)
 
@@ -119,7 +122,7 @@ def teacher_rows(
     }
 
     def rows(hidden: Tensor, head: nn.Module) -> TeacherRows:
-        operands = head_operands(responses.hidden(hidden), head, in_head_dtype=in_head_dtype)
+        operands, group = shard_of(head_operands(responses.hidden(hidden), head, in_head_dtype=in_head_dtype))
         entropies = None
         if entropy and config.dw_beta != 0.0:
             entropies = sk.teacher_stats(
@@ -129,6 +132,7 @@ def teacher_rows(
                 config=config,
                 backend=backend,
                 workspace_bytes=workspace_bytes,
+                vocab_parallel_group=group,
             ).entropy
         return TeacherRows(operands.hidden, responses.target_ids, on_device(entropies, input_ids.device), teacher)
 

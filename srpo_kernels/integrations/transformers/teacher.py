@@ -32,9 +32,9 @@ class _Average(NamedTuple):
     places: list[Place]
     value: Tensor
 
-    def whole(self) -> Tensor:
-        """The average of the whole parameter, in fp32 or wider. Of a sharded one, every rank makes the call."""
-        return from_parts(self.parameter, self.value)
+    def whole(self, like: Tensor | None = None) -> Tensor:
+        """The average of the whole parameter, in fp32 or wider; see ``from_parts``."""
+        return from_parts(self.parameter, self.value, like)
 
 
 class AverageTeacher:
@@ -42,8 +42,8 @@ class AverageTeacher:
 
     Only parameters that are trained have an average, so that LoRA pays for its adapters alone; it is kept in fp32 or
     wider, where small steps are not rounded away. There is no second model: a call swaps the averages in. Of parameters
-    that ``fully_shard`` or DeepSpeed's ZeRO-3 has sharded, a rank averages its shards; calls are then those of every
-    rank.
+    that ``fully_shard``, DeepSpeed's ZeRO-3 or tensor parallelism has sharded, a rank averages its shards; calls are
+    then those of every rank.
 
     ``state_dict`` and ``load_state_dict`` are what a checkpoint needs, and what accelerate's
     ``register_for_checkpointing(teacher)`` calls.
@@ -88,10 +88,11 @@ class AverageTeacher:
             average.value.lerp_(own_part(average.parameter).to(average.value), self.rate)
 
     @contextmanager
-    def applied(self, module: nn.Module | None = None) -> Iterator[None]:
+    def applied(self, module: nn.Module | None = None, like: Tensor | None = None) -> Iterator[None]:
         """The model, or ``module`` of it alone, has the averages for its parameters, without gradient.
 
-        Shards are exchanged in place, and gathered again; those of ``module`` are gathered.
+        Shards are exchanged in place, and gathered again; those of ``module`` are gathered, but for what tensor
+        parallelism has in the shards of ``like``.
         """
         within = None if module is None else set(module.modules())
         swapped, exchanged = [], []
@@ -100,7 +101,7 @@ class AverageTeacher:
             if within is None and is_part(average.parameter):
                 exchanged.append((average, own_part(average.parameter).clone()))
             elif places:
-                value = average.whole().to(average.parameter.dtype)
+                value = average.whole(like).to(average.parameter.dtype)
                 swapped += [(place, value) for place in places]
         with swapped_parameters(swapped):
             try:

@@ -24,6 +24,15 @@ TeacherKind = Literal["ema", "live", "frozen", "other"]
 _NO_TRANSFORM = sk.LogitTransform()
 
 
+def refuse_tensor_parallelism(name: str, size: int | None) -> None:
+    """Raise ValueError for a ``size`` of more than one rank."""
+    if (size or 1) > 1:
+        raise ValueError(
+            f"{name} must be without tensor parallelism with SRPOTrainer, got tp_size={size}: TRL samples other "
+            "completions on each rank, and the ranks of a model in shards have to read the same ones"
+        )
+
+
 @dataclass
 class SRPOTrainerConfig(GRPOConfig):
     """`GRPOConfig` and the options of SRPO's distillation branch, with the paper's hyperparameters.
@@ -144,11 +153,8 @@ class SRPOTrainerConfig(GRPOConfig):
             )
 
     def _check_inherited_options(self) -> None:
-        if self.parallelism_config is not None and self.parallelism_config.tp_enabled:
-            raise ValueError(
-                "parallelism_config must be without tensor parallelism with SRPOTrainer, which takes the whole LM head "
-                f"in a forward, got tp_size={self.parallelism_config.tp_size}"
-            )
+        if self.parallelism_config is not None:
+            refuse_tensor_parallelism("parallelism_config", self.parallelism_config.tp_size)
         if self.importance_sampling_level == "sequence" and not is_trls(self.loss_type):
             raise ValueError(
                 f"importance_sampling_level must be 'token' with loss_type={self.loss_type!r}, which says itself what "

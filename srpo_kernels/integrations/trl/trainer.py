@@ -12,7 +12,7 @@ from trl.trainer.utils import create_model_from_path
 
 from srpo_kernels.integrations.transformers import causal_model, check_model, logit_transform
 from srpo_kernels.integrations.transformers.solutions import Solutions
-from srpo_kernels.integrations.trl.config import SRPOTrainerConfig
+from srpo_kernels.integrations.trl.config import SRPOTrainerConfig, refuse_tensor_parallelism
 from srpo_kernels.integrations.trl.forwards import Forwards
 from srpo_kernels.integrations.trl.images import media_tokens
 from srpo_kernels.integrations.trl.losses import reasons_for_log_probs
@@ -101,6 +101,7 @@ class SRPOTrainer(SteppingTrainer):
         self._metric_sums = {}
 
     def _refuse_models(self) -> None:
+        refuse_tensor_parallelism("model", causal_model(self.model).tp_size)
         if self._is_vlm and self.args.padding_free:
             raise ValueError("padding_free must be False with a processor: the positions of images are the model's own")
         if self.is_fsdp_enabled and self.accelerator.state.fsdp_plugin.fsdp_version != 2:
@@ -133,6 +134,7 @@ class SRPOTrainer(SteppingTrainer):
         if given is None:
             options = {"dtype": self.model.dtype, "device_map": None} | dict(args.model_init_kwargs or {})
             given = create_model_from_path(args.teacher_model_name_or_path, **options)
+        refuse_tensor_parallelism("teacher_model", given.tp_size)
         sizes = [len(one.get_output_embeddings().weight) for one in (given, self.model)]
         if sizes[0] != sizes[1]:
             raise ValueError(f"teacher_model must have the vocabulary of model, {sizes[1]} tokens, got {sizes[0]}")
