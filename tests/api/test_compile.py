@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._inductor.config
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -15,7 +16,8 @@ from srpo_kernels import Normalizers, SRPOConfig, SRPOLoss, srpo_loss, teacher_s
 from tests.comparison import Results, assert_same, gradients, run_loss, with_leaves
 from tests.inputs import Inputs, cast, head_inputs, loss_inputs
 
-LENGTHS = (17, 23, 5, 40, 2, 33)
+# Among them the sizes of both models' hidden states.
+LENGTHS = (7, 11, 5, 16, 2, 8)
 OPERATORS = torch.ops.srpo_kernels
 ONE_TEACHER = {"teacher_weight": None, "teacher_bias": None}
 
@@ -75,7 +77,7 @@ def test_the_loss_with_rows_marked_dynamic_is_compiled_once() -> None:
 
 def test_padded_batches_of_any_shape_and_number_of_routed_sequences() -> None:
     function, counter = compiled(srpo_loss)
-    for seed, rows in enumerate([(4, 6), (5, 9), (3, 11), (6, 2), (7, 13)]):
+    for seed, rows in enumerate([(2, 3), (3, 5), (4, 2), (5, 4), (3, 7)]):
         inputs = cast(loss_inputs(seed, rows), torch.float32)
         inputs["sdpo_mask"] = torch.arange(rows[0]) % 2 == 0
         inputs["teacher_hidden"] = inputs["teacher_hidden"][inputs["sdpo_mask"]]
@@ -223,6 +225,8 @@ def test_a_compiled_train_step() -> None:
 
 
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="inductor needs a C++ compiler")
+# Else it first compiles a file for each of a CPU's instruction sets, to see which of them work.
+@torch._inductor.config.patch({"cpp.vec_isa_ok": False})
 def test_inductor() -> None:
     expected, _ = train(None)
     actual, compilations = train("inductor")

@@ -110,4 +110,4 @@ def test_a_rank_that_fails_is_reported_with_its_reason() -> None:
 
 def test_ranks_that_never_end_are_ended() -> None:
     with pytest.raises(TimeoutError, match=r"ranks \[0, 1\]"):
-        run_ranks(misbehave, 2, "sleep", timeout_seconds=8)
+        run_ranks(misbehave, 2, "sleep", timeout_seconds=4)

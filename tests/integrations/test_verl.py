@@ -184,18 +184,9 @@ def test_the_distillation_loss_goes_through_verls_own_function(plugin: ModuleTyp
             losses.distillation_loss(actor_config(), config, {"log_probs": student}, data)
 
 
-def self_check(folder: Path, plugins: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    path = os.pathsep.join([str(ROOT), str(folder), *verl_path.PATHS])
-    return subprocess.run(
-        [sys.executable, "-m", "srpo_kernels.integrations.verl"],
-        env=os.environ | {"PYTHONPATH": path, "VERL_USE_EXTERNAL_PLUGINS": plugins} | environment,
-        cwd=folder,
-        capture_output=True,
-        text=True,
-    )
-
-
-def test_verl_finds_the_plugin_by_its_entry_point(tmp_path: Path) -> None:
+def test_verl_finds_the_plugin_by_its_entry_point(
+    plugin: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     # The metadata that an installation writes.
     metadata = tmp_path / "srpo_kernels_test-0.dist-info"
     metadata.mkdir()
@@ -203,18 +194,27 @@ def test_verl_finds_the_plugin_by_its_entry_point(tmp_path: Path) -> None:
     group = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"]["verl.plugins"]
     lines = ["[verl.plugins]", *(f"{name} = {value}" for name, value in group.items())]
     (metadata / "entry_points.txt").write_text("\n".join(lines))
-
-    found = self_check(tmp_path, "auto")
-    assert found.returncode == 0, found.stdout + found.stderr
-    for name in (*(f"srpo_{name}" for name in LOSS_TYPES), "srpo_sampled"):
-        assert name in found.stdout
-
     # Modules of the environment come before the plugins.
     (tmp_path / "my_losses.py").write_text(
         "import srpo_kernels as sk\nsk.register_policy_loss('mine', lambda rows: -rows.advantages * rows.log_probs)\n"
     )
-    assert "srpo_mine" in self_check(tmp_path, "auto", VERL_USE_EXTERNAL_MODULES="my_losses").stdout
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(tmp_path), *verl_path.PATHS]))
+    monkeypatch.setenv("VERL_USE_EXTERNAL_MODULES", "my_losses")
 
-    switched_off = self_check(tmp_path, "none")
-    assert switched_off.returncode == 1
-    assert "has not loaded the plugin" in switched_off.stdout
+    monkeypatch.setenv("VERL_USE_EXTERNAL_PLUGINS", "auto")
+    command = [sys.executable, "-m", "srpo_kernels.integrations.verl"]
+    found = subprocess.run(command, capture_output=True, text=True)
+    assert found.returncode == 0, found.stdout + found.stderr
+    for name in (*(f"srpo_{name}" for name in LOSS_TYPES), "srpo_sampled", "srpo_mine"):
+        assert name in found.stdout
+
+    # Every question is a process that imports verl: whether the trainer is there has been asked.
+    self_check = importlib.import_module(f"{command[-1]}.__main__")
+    monkeypatch.setattr(self_check, "_report_trainer", lambda: True)
+    monkeypatch.setattr(sys, "argv", command[-1:])
+    monkeypatch.delenv("VERL_USE_EXTERNAL_MODULES")
+    monkeypatch.setenv("VERL_USE_EXTERNAL_PLUGINS", "none")
+    assert self_check.main() == 1
+    assert "has not loaded the plugin" in capsys.readouterr().out
