@@ -110,8 +110,6 @@ class SRPOTrainer(SteppingTrainer):
                 f"head together, got {sorted(map(str, devices))}: TRL's default is 'auto', "
                 "model_init_kwargs={'device_map': None} or a launcher with a process per device has one"
             )
-        if self.is_fsdp_enabled and self.accelerator.state.fsdp_plugin.fsdp_version != 2:
-            raise ValueError("fsdp must be of version 2 with SRPOTrainer: FSDP1's flat parameters hide the LM head")
         if self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage == 3:
             head = causal_model(self.model).get_output_embeddings()
             if any(head.children()):
