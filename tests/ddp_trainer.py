@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from accelerate.utils import DistributedType
 from peft import LoraConfig
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.fsdp import _init_utils as fsdp_init
+from torch.distributed.fsdp._flat_param import FlatParamHandle
 from torch.distributed.tensor import DTensor
 
 from tests import tiny_trainer
@@ -27,9 +29,10 @@ from tests import tiny_trainer
 def shard_on_cpu() -> None:
     """accelerate takes FSDP for processes with an accelerator alone: what it then sets is set for those without.
 
-    It gives FSDP1 the id of a device, which is one that FSDP1 takes no CPU to have.
+    FSDP1 is given the id of a device, of which a CPU has none, and moves what it saves to the CPU, where it is already.
     """
     fsdp_init._get_device_from_device_id = lambda *_: None  # type: ignore[attr-defined]
+    FlatParamHandle.to_cpu = nullcontext  # type: ignore[method-assign]
     prepare = AcceleratorState.__init__
 
     def prepared(self: Any, *args: Any, **kwargs: Any) -> None:
