@@ -1,7 +1,8 @@
 """One process of distributed training runs: `python -m tests.ddp_trainer FOLDER RUNS`, options by name as JSON.
 
-Classes and rewards are those of `tests.tiny_trainer`, by their names. A run with ``"shards": true`` is one of FSDP2,
-with ``"zero": 3`` one of DeepSpeed at that stage; ``"resume": 2`` goes on from the checkpoint of a run of two steps.
+Classes and rewards are those of `tests.tiny_trainer`, by their names. A run with ``"shards"`` is one of FSDP with that
+config, with ``"zero": 3`` one of DeepSpeed at that stage; ``"resume": 2`` goes on from the checkpoint of a run of two
+steps.
 """
 
 from __future__ import annotations
@@ -10,28 +11,36 @@ import gc
 import json
 import os
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import FullyShardedDataParallelPlugin
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from peft import LoraConfig
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.fsdp import _init_utils as fsdp_init
+from torch.distributed.fsdp._flat_param import FlatParamHandle
 from torch.distributed.tensor import DTensor
 
 from tests import tiny_trainer
 
 
 def shard_on_cpu() -> None:
-    """accelerate takes FSDP for processes with an accelerator alone: what it then sets is set for those without."""
+    """accelerate takes FSDP for processes with an accelerator alone: what it then sets is set for those without.
+
+    FSDP1 is given the id of a device, of which a CPU has none, and moves what it saves to the CPU, where it is already.
+    """
+    fsdp_init._get_device_from_device_id = lambda *_: None  # type: ignore[attr-defined]
+    FlatParamHandle.to_cpu = nullcontext  # type: ignore[method-assign]
     prepare = AcceleratorState.__init__
 
     def prepared(self: Any, *args: Any, **kwargs: Any) -> None:
         prepare(self, *args, **kwargs)
         if os.environ.get("ACCELERATE_USE_FSDP") == "true" and self.distributed_type == DistributedType.MULTI_CPU:
             self.distributed_type = DistributedType.FSDP
-            self.fsdp_plugin = kwargs.get("fsdp_plugin") or FullyShardedDataParallelPlugin(fsdp_version=2)
+            self.fsdp_plugin = kwargs.get("fsdp_plugin") or self.fsdp_plugin
 
     AcceleratorState.__init__ = prepared
 
@@ -49,8 +58,8 @@ def run(folder: Path, name: str, options: dict[str, Any]) -> Any:
     cls = getattr(tiny_trainer, options.pop("trainer", "ScriptedSRPO"))
     options["reward"] = getattr(tiny_trainer, options.pop("reward", "graded"))
     sharding: dict[str, Any] = {}
-    if options.pop("shards", False):
-        sharding = {"fsdp": True, "fsdp_config": {"version": 2, "reshard_after_forward": True}}
+    if (shards := options.pop("shards", None)) is not None:
+        sharding = {"fsdp": True, "fsdp_config": shards}
     stage, whole = options.pop("zero", 0), options.pop("persistent", 0)
     if stage:
         without_shared_memory()
@@ -68,7 +77,9 @@ def run(folder: Path, name: str, options: dict[str, Any]) -> Any:
         trainer.train(resume_from_checkpoint=str(folder / name / f"checkpoint-{step}"))
     else:
         trainer = tiny_trainer.train(cls, folder / name, **options)
-    assert all(isinstance(parameter, DTensor) == ("fsdp" in sharding) for parameter in trainer.model.parameters())
+    version = shards["version"] if shards is not None else None
+    assert isinstance(trainer.model, FullyShardedDataParallel) == (version == 1)
+    assert all(isinstance(parameter, DTensor) == (version == 2) for parameter in trainer.model.parameters())
     assert all(hasattr(parameter, "ds_tensor") == (stage == 3) for parameter in trainer.model.parameters())
     return trainer
 

@@ -171,13 +171,14 @@ def free_port() -> int:
 
 # One group over both processes: a teacher may have to show what the other process generated.
 SHARED = {"num_generations": 16, "gradient_accumulation_steps": 2, "max_steps": 3}
+SHARDS = {"version": 2, "reshard_after_forward": True}
 RUNS: dict[str, dict[str, Any]] = {
     "tokens": SHARED,
     "sequences": SHARED | {"loss_type": "grpo"},
     "sdpo": SHARED | {"method": "sdpo"},
     "log-probs": SHARED | {"off_policy_mask_threshold": 1e6},
-    "shards": SHARED | {"shards": True},
-    "shards, log-probs": SHARED | {"shards": True, "off_policy_mask_threshold": 1e6},
+    "shards": SHARED | {"shards": SHARDS},
+    "shards, log-probs": SHARED | {"shards": SHARDS, "off_policy_mask_threshold": 1e6},
 }
 # The ratios move far enough for the clips.
 CLIPPED = SHARED | {"num_iterations": 2, "learning_rate": 3e-2, "epsilon": 0.02, "epsilon_high": 0.03}

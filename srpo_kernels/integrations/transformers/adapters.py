@@ -8,6 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+# The layers of PEFT that adapt a head.
+LORA = "peft.tuners.lora.layer.Linear"
+TOKENS = "peft.tuners.trainable_tokens.layer.TrainableTokensLayer"
 # Rows of the head that are in fp32 at a time.
 SLICE = 8192
 
@@ -35,18 +38,30 @@ def linear_head(head: Any) -> LinearHead:
 
     An adapter is known by its type: while it is new, the logits do not show it.
     """
+    linear, adapter = _parts_of(head)
+    if adapter is None:
+        return LinearHead(linear.weight, linear.bias)
+    return _with_lora(adapter) if _kind(adapter) == LORA else _with_tokens(adapter)
+
+
+def linear_of(head: Any) -> nn.Linear:
+    """The linear layer of an LM head, of which a rank may have a part. Raises ValueError as ``linear_head`` does."""
+    linear: nn.Linear = _parts_of(head)[0]
+    return linear
+
+
+def _parts_of(head: Any) -> tuple[Any, Any]:
+    """The linear layer of a head, and the adapter of it that is more than another linear layer; None without one."""
     kind = _kind(head)
     if kind == "peft.utils.other.ModulesToSaveWrapper":
         active = () if head.disable_adapters else head.active_adapters
-        return linear_head(head.modules_to_save[active[0]] if active else head.original_module)
-    if kind == "peft.utils.other.TrainableTokensWrapper":
-        return _with_tokens(head.token_adapter, head)
-    if kind == "peft.tuners.trainable_tokens.layer.TrainableTokensLayer":
-        return _with_tokens(head, head)
-    if kind == "peft.tuners.lora.layer.Linear":
-        return _with_lora(head)
-    _check_is_plain(head, head)
-    return LinearHead(head.weight, head.bias)
+        return _parts_of(head.modules_to_save[active[0]] if active else head.original_module)
+    adapter = head.token_adapter if kind == "peft.utils.other.TrainableTokensWrapper" else head
+    if _kind(adapter) not in (TOKENS, LORA):
+        adapter = None
+    linear = head if adapter is None else adapter.base_layer
+    _check_is_plain(linear, head)
+    return linear, adapter
 
 
 def _kind(module: Any) -> str:
@@ -79,13 +94,11 @@ def _check_is_plain(linear: Any, head: Any) -> None:
 
 
 def _is_flat(linear: nn.Linear) -> bool:
-    """Whether FSDP1 has made the weight a view of its flat parameter; pruning, which sets one too, has a hook."""
-    weight = vars(linear).get("weight")
-    return type(weight) is Tensor and weight._is_view() and not linear._forward_pre_hooks
+    """Whether FSDP1 has made the weight a tensor, of its flat parameter; pruning, which sets one too, has a hook."""
+    return type(vars(linear).get("weight")) is Tensor and not linear._forward_pre_hooks
 
 
-def _with_tokens(layer: Any, head: Any) -> LinearHead:
-    _check_is_plain(layer.base_layer, head)
+def _with_tokens(layer: Any) -> LinearHead:
     if layer.disable_adapters or layer.merged or not layer.active_adapters:
         return LinearHead(layer.base_layer.weight, layer.base_layer.bias)
     # PEFT's own product has no bias.
@@ -94,7 +107,6 @@ def _with_tokens(layer: Any, head: Any) -> LinearHead:
 
 def _with_lora(layer: Any) -> LinearHead:
     linear = layer.base_layer
-    _check_is_plain(linear, layer)
     weight, bias = linear.weight, linear.bias
     if layer.disable_adapters or layer.merged:
         if layer.disable_adapters and layer.merged:

@@ -10,10 +10,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
 
 import srpo_kernels as sk
-from srpo_kernels.integrations.transformers.adapters import SLICE, linear_head
+from srpo_kernels.integrations.transformers.adapters import SLICE, linear_head, linear_of
 from srpo_kernels.integrations.transformers.head import head_operands, resolve_config
-from srpo_kernels.integrations.transformers.hidden import call_with_hidden, causal_model, evaluating, peft_model
-from srpo_kernels.integrations.transformers.shards import whole_shape
+from srpo_kernels.integrations.transformers.hidden import call_with_hidden, causal_model, evaluating, lm_head, outermost
 from srpo_kernels.integrations.transformers.tensor_parallel import columns_of_all, shard_of
 
 
@@ -38,15 +37,14 @@ def check_model(model: Any, config: sk.SRPOConfig | None = None, *, padding_free
         ValueError: a model that is different, with what it does instead.
     """
     base = causal_model(model)
-    # Without the wrappers that talk to other ranks, or compile for eight tokens.
-    model = peft_model(model) or base
+    # Without the wrappers that compile for eight tokens, or talk to other ranks of which they need nothing.
+    model = outermost(model)
     if config is None:
         config = resolve_config(model, None)
-    head = base.get_output_embeddings()
-    weight = linear_head(head).weight
+    head = lm_head(base)
     # Where a model's parts are on several devices, its inputs go to the first one.
     name, device = type(base).__name__, base.device
-    ids = torch.arange(1, 9, device=device).remainder(whole_shape(weight)[0])[None]
+    ids = torch.arange(1, 9, device=device).remainder(linear_of(head).out_features)[None]
     # The first row is the first five tokens of the second one, behind padding that is no token of its end: where rows
     # are read without padding, the second one begins at an odd place, which no block of a power of two does.
     rows, mask = torch.cat([ids.roll(3), ids]), torch.ones(2, 8, dtype=torch.long, device=device)

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 import srpo_kernels as sk
-from srpo_kernels.integrations.transformers.shards import is_partitioned, whole_parameters
+from srpo_kernels.integrations.transformers.shards import UNITS, is_partitioned, whole_parameters
 
 T = TypeVar("T")
 
@@ -23,16 +23,11 @@ T = TypeVar("T")
 def causal_model(model: Any) -> PreTrainedModel:
     """The language model of transformers that ``model`` is, or that its wrappers hold.
 
-    Raises TypeError where there is none, ValueError for one without an LM head, for an encoder-decoder, and for FSDP1.
+    Raises TypeError where there is none, ValueError for one without an LM head, and for an encoder-decoder.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a model of transformers, bare or wrapped, got {type(model).__name__}")
     for module in model.modules():
-        if isinstance(module, FullyShardedDataParallel):
-            raise ValueError(
-                "model must not be in FSDP1's FullyShardedDataParallel, whose flat parameters hide the LM head; "
-                "FSDP2's fully_shard is supported"
-            )
         if isinstance(module, PreTrainedModel):
             name = type(module).__name__
             if module.config.is_encoder_decoder:
@@ -49,18 +44,42 @@ def peft_model(model: nn.Module) -> Any:
     return next((x for x in model.modules() if isinstance(x, peft.PeftModel)), None) if peft is not None else None
 
 
+def outermost(model: nn.Module) -> Any:
+    """What of ``model`` a forward needs on any rank: FSDP1's wrapper, a PEFT model or the language model."""
+    base, adapted = causal_model(model), peft_model(model)
+    return next(x for x in model.modules() if x is base or x is adapted or isinstance(x, FullyShardedDataParallel))
+
+
+def lm_head(model: Any) -> Any:
+    """The module of the LM head of a model of transformers, without FSDP1's wrapper.
+
+    Raises ValueError where FSDP has units within it: their parameters are whole in their own forwards alone.
+    """
+    head = _unwrapped(model.get_output_embeddings())
+    if any(isinstance(module, UNITS) for child in head.children() for module in child.modules()):
+        raise ValueError(
+            f"model must not have adapters of its LM head that FSDP shards by themselves, got {type(head).__name__}: "
+            "keep them off the head or out of the units of FSDP"
+        )
+    return head
+
+
+def _unwrapped(module: Any) -> Any:
+    return module.module if isinstance(module, FullyShardedDataParallel) else module
+
+
 def call_with_hidden(
     model: nn.Module, function: Callable[[Tensor, nn.Module], T], *, padding_free: bool = False, **inputs: Any
 ) -> T:
     """``function(hidden, head)``, in the place of the model's forward.
 
-    It runs where wrappers have their hooks: a parameter that FSDP2 has sharded is whole there, DDP reduces the
+    It runs where wrappers have their hooks: a parameter that FSDP has sharded is whole there, DDP reduces the
     gradients of what is returned, and PEFT has put its virtual tokens before the others.
 
     Args:
-        model: a causal language model of transformers, bare, of PEFT, compiled, in DDP, in DeepSpeed's engine, or
-            sharded by ``fully_shard`` or tensor parallelism. What is compiled as a whole runs eagerly; compiled layers
-            stay compiled.
+        model: a causal language model of transformers, bare, of PEFT, compiled, in DDP, in DeepSpeed's engine, in
+            FSDP1, or sharded by ``fully_shard`` or tensor parallelism. What is compiled as a whole runs eagerly;
+            compiled layers stay compiled.
         function: is given the hidden states ``[B, S, H]`` of ``last_hidden_states`` and the module of the LM head,
             which ``head_operands`` reads.
         padding_free: as in ``last_hidden_states``.
@@ -84,7 +103,7 @@ def call_with_hidden(
 
     def run(**inputs: Any) -> T:
         hidden = last_hidden_states(base, padding_free=padding_free, **inputs)
-        return _with_whole_head(function, hidden, base.get_output_embeddings())
+        return _with_whole_head(function, hidden, base)
 
     def run_adapted(**inputs: Any) -> T:
         with _forward_of(base, run):
@@ -94,8 +113,14 @@ def call_with_hidden(
     return sk.call_as_forward(model, run if adapted is None else run_adapted, **inputs)
 
 
-def _with_whole_head(function: Callable[[Tensor, nn.Module], T], hidden: Tensor, head: Any) -> T:
-    """``function(hidden, head)``; a head that ZeRO-3 has partitioned is whole there, and again in the backward."""
+def _with_whole_head(function: Callable[[Tensor, nn.Module], T], hidden: Tensor, model: Any) -> T:
+    """``function(hidden, head)``; a head in a unit of FSDP of its own, or that ZeRO-3 has partitioned, is whole there.
+
+    In the backward it is whole again.
+    """
+    head, unit = lm_head(model), model.get_output_embeddings()
+    if isinstance(unit, UNITS):
+        return sk.call_as_forward(unit, lambda hidden: function(hidden, head), hidden)
     if not any(map(is_partitioned, head.parameters())):
         return function(hidden, head)
     if not torch.is_grad_enabled():
@@ -185,7 +210,7 @@ def last_hidden_states(
 
 def _packed_hidden_states(backbone: Any, attended: Tensor, inputs: dict[str, Any]) -> Tensor:
     """``[B, S, H]`` of the tokens in ``attended``, ``[B, S]``, by a forward of one row; 0 elsewhere."""
-    if "position_ids" not in inspect.signature(backbone.forward).parameters:
+    if "position_ids" not in inspect.signature(_unwrapped(backbone).forward).parameters:
         raise ValueError(f"padding_free must be False with {type(backbone).__name__}, which takes no position_ids")
     if "position_ids" in inputs:
         raise ValueError("position_ids must not be given with padding_free, which counts them itself")

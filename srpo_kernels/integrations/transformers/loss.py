@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 import srpo_kernels as sk
-from srpo_kernels.integrations.transformers.adapters import linear_head
+from srpo_kernels.integrations.transformers.adapters import linear_of
 from srpo_kernels.integrations.transformers.head import Head, head_operands, head_weight, teacher_config
-from srpo_kernels.integrations.transformers.hidden import call_with_hidden, causal_model
+from srpo_kernels.integrations.transformers.hidden import call_with_hidden, causal_model, lm_head
 from srpo_kernels.integrations.transformers.responses import find_responses, on_device
-from srpo_kernels.integrations.transformers.shards import whole_parameters, whole_shape
+from srpo_kernels.integrations.transformers.shards import whole_parameters
 from srpo_kernels.integrations.transformers.statistics import TeacherRows, checked_config, teacher_rows
 from srpo_kernels.integrations.transformers.teacher import AverageTeacher, is_sharded
 from srpo_kernels.integrations.transformers.tensor_parallel import rows_of, shard_of
@@ -49,7 +49,7 @@ def response_loss(
     are the ``old_log_probs`` of another. The first call with a model runs ``check_model`` on it.
 
     Args:
-        model: bare, of PEFT, in DDP, after ``fully_shard``: see ``call_with_hidden``. Its mode, autocast and gradient
+        model: bare, of PEFT, in DDP, in FSDP1, after ``fully_shard``: see ``call_with_hidden``. Its mode, autocast and gradient
             checkpointing are those of a forward.
         input_ids: ``[B, S]``: prompts and responses.
         attention_mask: ``[B, S]``: 0 at padding. None: there is none.
@@ -133,7 +133,7 @@ def response_loss(
         if taught is not None:
             teacher_weight, teacher_bias = _teacher_head(model, taught, operands, in_head_dtype) or (weight, bias)
             if len(taught.hidden):
-                # FSDP2 gathers a parameter in another dtype than that of its shards.
+                # FSDP gathers a parameter in another dtype than that of its shards.
                 dtype = taught.hidden.dtype
                 shown = {
                     "teacher_hidden": taught.hidden,
@@ -169,13 +169,13 @@ def _teacher_head(
 ) -> tuple[Tensor, Tensor | None] | None:
     """Weight and bias of the teacher's head, in the shards of the student's; None for those of ``model`` as it is."""
     source, like = causal_model(_source(taught)), student.weight
-    head = source.get_output_embeddings()
+    head = lm_head(source)
     if isinstance(taught.teacher, AverageTeacher):
         parameters = taught.teacher.applied(head, like)
     elif source is causal_model(model):
         return None
     else:
-        parameters = whole_parameters(head, like)
+        parameters = whole_parameters(head, _source(taught), like)
     with parameters:
         weight, bias = head_weight(head, in_head_dtype=in_head_dtype)
         return rows_of(weight, like), None if bias is None else rows_of(bias, like)
@@ -191,8 +191,7 @@ def _check_sdpo_mask(sdpo_mask: object, input_ids: Tensor) -> None:
 
 def _check_teacher(model: nn.Module, teacher: Any) -> None:
     source = _source(teacher)
-    weights = [linear_head(causal_model(x).get_output_embeddings()).weight for x in (source, model)]
-    sizes = [whole_shape(weight)[0] for weight in weights]
+    sizes = [linear_of(lm_head(causal_model(x))).out_features for x in (source, model)]
     if sizes[0] != sizes[1]:
         raise ValueError(
             f"teacher must have the tokenizer of model, whose vocabulary has {sizes[1]} tokens, got one with {sizes[0]}"

@@ -1,8 +1,9 @@
-"""Parameters of which a rank has a part: those of FSDP2, of DeepSpeed's ZeRO-3 and of tensor parallelism.
+"""Parameters of which a rank has a part: those of FSDP1 and 2, of DeepSpeed's ZeRO-3 and of tensor parallelism.
 
-FSDP2's are DTensors outside of the forward, those of tensor parallelism are in it, too. ZeRO-3 has a flat part of each
-parameter on each rank, and makes a module's own parameters whole between the hooks of its forward and of its backward.
-The part of any other parameter is the whole.
+FSDP1's are slices of one flat parameter per unit, and tensors of modules within its forward. FSDP2's are DTensors
+outside of the forward, those of tensor parallelism are in it, too. ZeRO-3 has a flat part of each parameter on each
+rank, and makes a module's own parameters whole between the hooks of its forward and of its backward. The part of any
+other parameter is the whole.
 """
 
 from __future__ import annotations
@@ -14,11 +15,16 @@ from typing import Any, TypeGuard
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
+
+from srpo_kernels.integrations.transformers.flat import FLAT_NAME, FlatPart, flat_parts, reshard_flat
 
 # A module, and the name that it has for a parameter.
 Place = tuple[nn.Module, str]
+UNITS = (FSDPModule, FullyShardedDataParallel)
+# What wrappers put before the names of what they wrap.
+WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 
 
 def is_partitioned(parameter: Any) -> bool:
@@ -36,12 +42,27 @@ def is_tensor_parallel(parameter: Any) -> TypeGuard[DTensor]:
 
 def is_part(parameter: Any) -> bool:
     """Whether a rank has a part of the parameter, not the whole."""
-    return isinstance(parameter, DTensor) or is_partitioned(parameter)
+    return isinstance(parameter, DTensor | FlatPart) or is_partitioned(parameter)
 
 
 def has_parts(module: nn.Module) -> bool:
     """Whether every rank has to make the calls of a module."""
-    return any(isinstance(unit, FSDPModule) for unit in module.modules()) or any(map(is_part, module.parameters()))
+    return any(isinstance(unit, UNITS) for unit in module.modules()) or any(map(is_part, module.parameters()))
+
+
+def parameters_of(model: nn.Module) -> Iterator[tuple[str, Place, Any]]:
+    """Every place of a parameter: its name in the model without wrappers, the place, and the parameter.
+
+    Of a parameter that FSDP1 has made flat, that is a `FlatPart`.
+    """
+    flat = flat_parts(model)
+    for prefix, module in model.named_modules():
+        own = {name: x for name, x in module._parameters.items() if x is not None and name != FLAT_NAME}
+        for name, parameter in (own | flat.get(module, {})).items():
+            whole_name = f"{prefix}.{name}" if prefix else name
+            for wrapper in WRAPPERS:
+                whole_name = whole_name.replace(wrapper, "")
+            yield whole_name, (module, name), parameter
 
 
 def whole_shape(parameter: Any) -> torch.Size:
@@ -53,6 +74,8 @@ def whole_shape(parameter: Any) -> torch.Size:
 @torch.no_grad()
 def own_part(parameter: Any) -> Tensor:
     """What this rank has of it, detached and in place: what an optimizer updates, and what is gathered."""
+    if isinstance(parameter, FlatPart):
+        return parameter.own()
     part: Tensor = parameter.detach()
     if is_partitioned(parameter):
         part = parameter.ds_tensor.data
@@ -67,6 +90,8 @@ def from_parts(parameter: Any, part: Tensor, like: Tensor | None = None) -> Tens
 
     Where ``like`` is tensor parallelism's and the parameter is in the same shards, they stay: it is a DTensor, too.
     """
+    if isinstance(parameter, FlatPart):
+        return parameter.whole_of(part)
     if is_partitioned(parameter):
         group = parameter.ds_process_group
         flat = part.new_empty(dist.get_world_size(group) * part.numel())
@@ -88,6 +113,8 @@ def from_parts(parameter: Any, part: Tensor, like: Tensor | None = None) -> Tens
 @torch.no_grad()
 def to_part(parameter: Any, whole: Tensor) -> Tensor:
     """This rank's part of a ``whole`` that every rank has."""
+    if isinstance(parameter, FlatPart):
+        return parameter.part_of(whole)
     if is_partitioned(parameter):
         part = torch.zeros_like(own_part(parameter), dtype=whole.dtype)
         start = dist.get_rank(parameter.ds_process_group) * part.numel()
@@ -106,6 +133,8 @@ def release(module: nn.Module) -> None:
     for unit in module.modules():
         if isinstance(unit, FSDPModule):
             unit.reshard()
+        elif isinstance(unit, FullyShardedDataParallel):
+            reshard_flat(unit)
     parameter: Any
     for parameter in module.parameters():
         if is_partitioned(parameter) and parameter.ds_status.name == "AVAILABLE":
@@ -115,24 +144,30 @@ def release(module: nn.Module) -> None:
 @contextmanager
 def swapped_parameters(values: list[tuple[Place, Tensor]]) -> Iterator[None]:
     """Modules have these values for their parameters."""
-    kept = [(module, name, module._parameters[name]) for (module, name), _ in values]
+    kept: list[tuple[dict[str, Any], str, Any]] = []
     try:
         for (module, name), value in values:
-            module._parameters[name] = nn.Parameter(value, requires_grad=False)
+            # An attribute, which FSDP1 sets, comes before a parameter.
+            held: dict[str, Any] = vars(module) if name in vars(module) else module._parameters
+            kept.append((held, name, held[name]))
+            held[name] = value if held is vars(module) else nn.Parameter(value, requires_grad=False)
         yield
     finally:
-        for module, name, parameter in kept:
-            module._parameters[name] = parameter
+        for held, name, parameter in reversed(kept):
+            held[name] = parameter
 
 
 @contextmanager
-def whole_parameters(module: nn.Module, like: Tensor | None = None) -> Iterator[None]:
-    """``module`` outside of its forward, with whole parameters; see ``from_parts``. Every rank makes the call."""
+def whole_parameters(module: nn.Module, model: nn.Module | None = None, like: Tensor | None = None) -> Iterator[None]:
+    """``module`` of ``model``, outside of its forward, with whole parameters; see ``from_parts``.
+
+    Every rank makes the call.
+    """
+    within = set(module.modules())
     parts = [
-        ((owner, name), from_parts(parameter, own_part(parameter), like))
-        for owner in module.modules()
-        for name, parameter in owner._parameters.items()
-        if is_part(parameter)
+        (place, from_parts(parameter, own_part(parameter), like))
+        for _, place, parameter in parameters_of(module if model is None else model)
+        if place[0] in within and is_part(parameter)
     ]
     with swapped_parameters(parts):
         yield

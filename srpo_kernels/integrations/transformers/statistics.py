@@ -12,7 +12,7 @@ import srpo_kernels as sk
 from srpo_kernels.integrations.transformers.adapters import linear_head
 from srpo_kernels.integrations.transformers.check import check_model
 from srpo_kernels.integrations.transformers.head import head_operands, resolve_config, teacher_config
-from srpo_kernels.integrations.transformers.hidden import call_with_hidden, causal_model, evaluating
+from srpo_kernels.integrations.transformers.hidden import call_with_hidden, causal_model, evaluating, lm_head
 from srpo_kernels.integrations.transformers.responses import find_responses, on_device
 from srpo_kernels.integrations.transformers.teacher import AverageTeacher, is_sharded
 from srpo_kernels.integrations.transformers.tensor_parallel import shard_of
@@ -142,7 +142,7 @@ def teacher_rows(
                 "input_ids must have a row of a teacher that is sharded, whose forward every rank takes part in; its "
                 "response_mask may be False"
             )
-        head = causal_model(source).get_output_embeddings()
+        head = lm_head(causal_model(source))
         weight = linear_head(head).weight
         return rows(weight.new_empty(0, input_ids.shape[1], weight.shape[1]), head)
     if isinstance(teacher, AverageTeacher):

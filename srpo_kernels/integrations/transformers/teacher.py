@@ -9,13 +9,14 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from srpo_kernels.integrations.transformers.hidden import call_with_hidden, causal_model, evaluating, peft_model
+from srpo_kernels.integrations.transformers.hidden import call_with_hidden, evaluating, outermost
 from srpo_kernels.integrations.transformers.shards import (
     Place,
     from_parts,
     has_parts,
     is_part,
     own_part,
+    parameters_of,
     release,
     swapped_parameters,
     to_part,
@@ -28,7 +29,7 @@ T = TypeVar("T")
 class _Average(NamedTuple):
     """A trained parameter, all of its places, and the average of this rank's part of it."""
 
-    parameter: nn.Parameter
+    parameter: Any
     places: list[Place]
     value: Tensor
 
@@ -42,14 +43,14 @@ class AverageTeacher:
 
     Only parameters that are trained have an average, so that LoRA pays for its adapters alone; it is kept in fp32 or
     wider, where small steps are not rounded away. There is no second model: a call swaps the averages in. Of parameters
-    that ``fully_shard``, DeepSpeed's ZeRO-3 or tensor parallelism has sharded, a rank averages its shards; calls are
-    then those of every rank.
+    that FSDP1, ``fully_shard``, DeepSpeed's ZeRO-3 or tensor parallelism has sharded, a rank averages its shards; calls
+    are then those of every rank.
 
     ``state_dict`` and ``load_state_dict`` are what a checkpoint needs, and what accelerate's
     ``register_for_checkpointing(teacher)`` calls.
 
     Args:
-        model: the trained model, bare, of PEFT, in DDP, after ``fully_shard``, or in DeepSpeed's engine.
+        model: the trained model, bare, of PEFT, in DDP, in FSDP1, after ``fully_shard``, or in DeepSpeed's engine.
         rate: in [0, 1]. 0 is a frozen teacher, the model as it is now.
 
     Raises:
@@ -63,21 +64,19 @@ class AverageTeacher:
         if not 0.0 <= rate <= 1.0:
             raise ValueError(f"rate must be in [0, 1], got {rate!r}")
         # The averages are the same on every rank of DDP, whose hooks a teacher does not need.
-        self.model: Any = peft_model(model) or causal_model(model)
+        self.model: Any = outermost(model)
         self.rate = float(rate)
         release(self.model)
-        places: dict[nn.Parameter, list[Place]] = {}
-        for module in self.model.modules():
-            for attribute, parameter in module._parameters.items():
-                if parameter is not None and parameter.requires_grad:
-                    places.setdefault(parameter, []).append((module, attribute))
+        places: dict[Any, list[Place]] = {}
         self._averages: dict[str, _Average] = {}
-        for name, parameter in self.model.named_parameters():
-            if parameter not in places:
+        for name, place, parameter in parameters_of(self.model):
+            if not parameter.requires_grad:
                 continue
-            wide = torch.promote_types(parameter.dtype, torch.float32)
-            value = own_part(parameter).to(wide, copy=True)
-            self._averages[name.replace("_orig_mod.", "")] = _Average(parameter, places[parameter], value)
+            if parameter not in places:
+                wide = torch.promote_types(parameter.dtype, torch.float32)
+                value = own_part(parameter).to(wide, copy=True)
+                self._averages[name] = _Average(parameter, places.setdefault(parameter, []), value)
+            places[parameter].append(place)
         if not self._averages:
             raise ValueError("model must have a parameter that is trained, for an average of it, got none")
 

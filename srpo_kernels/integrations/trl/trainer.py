@@ -104,8 +104,6 @@ class SRPOTrainer(SteppingTrainer):
         refuse_tensor_parallelism("model", causal_model(self.model).tp_size)
         if self._is_vlm and self.args.padding_free:
             raise ValueError("padding_free must be False with a processor: the positions of images are the model's own")
-        if self.is_fsdp_enabled and self.accelerator.state.fsdp_plugin.fsdp_version != 2:
-            raise ValueError("fsdp must be of version 2 with SRPOTrainer: FSDP1's flat parameters hide the LM head")
         if self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage == 3:
             head = causal_model(self.model).get_output_embeddings()
             if any(head.children()):
