@@ -33,7 +33,8 @@ class Options:
     json: Path | None = None
     """File to write everything to; - is the standard output, and the tables go to the standard error."""
     only: tuple[str, ...] = ()
-    """Checks whose function, group or case contains one of these: token_stats, or loss_type=gspo. Default: all."""
+    """Checks whose function or group contains one of these, such as token_stats, or whose case is one of them, such as
+    loss_type=gspo. Default: all."""
     quick: bool = False
     """One case of each group and policy loss, in fp32 and bf16."""
     full: bool = False

@@ -15,6 +15,7 @@ from rich.progress import Progress
 from srpo_kernels.verify import report, timing, tuning
 from srpo_kernels.verify.checks import Check
 from srpo_kernels.verify.device_report.command import Job, write_report
+from srpo_kernels.verify.inputs import Case
 from srpo_kernels.verify.machine import Machine, inspect
 from srpo_kernels.verify.tasks import Task, determinism_tasks, parity_tasks
 
@@ -113,4 +114,8 @@ def _tasks(machine: Machine, options: Options) -> list[Task]:
     if options.quick:
         parity = [task for task in parity if task.dtype in (torch.float32, torch.bfloat16)]
     every = [*parity, *determinism_tasks(machine, full=options.full)]
-    return [task for task in every if not options.only or any(part in task.name for part in options.only)]
+    return [x for x in every if not options.only or any(_is_meant(x.case, part) for part in options.only)]
+
+
+def _is_meant(case: Case, part: str) -> bool:
+    return part in case.op or part in case.group or part == case.name
