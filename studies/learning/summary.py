@@ -1,4 +1,4 @@
-"""The statistics that the documents' prose has, as rows: `docs/numbers.toml` refers to them."""
+"""The statistics that the prose of documents has, as rows of a CSV file to which `docs/numbers.toml` refers."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ _FIRST_STUDY = "first study"
 _COLUMNS = ("cell", "method", "less", "step", "lr", "statistic", "mean", "low", "high", "p", "holm")
 _OUTCOMES = ("start", "early", "end", "best", "area")
 _COMPARED = ("early", "end", "area")
+# Of the first study: means over the last fifth, and at these steps. A run without a teacher has no entropy of one.
 _LOGGED = ("teacher_entropy", "mixed_groups", "sdpo_rollouts")
 _EARLY_STEPS = (10, 100)
 Row = dict[str, Any]
@@ -46,10 +47,9 @@ def cell_rows(rows: pd.DataFrame) -> Iterator[Row]:
         for method, other in permutations(own["method"].unique(), 2):
             if pairs(own, method, other) > 1:
                 for outcome in _COMPARED:
-                    found = difference(own, outcome, method, other)._asdict() | {
-                        "holm": corrected.get((cell, outcome, method, other))
-                    }
-                    yield {"cell": cell, "method": method, "less": other, "statistic": outcome} | found
+                    key = {"cell": cell, "method": method, "less": other, "statistic": outcome}
+                    holm = corrected.get((cell, outcome, method, other))
+                    yield key | difference(own, outcome, method, other)._asdict() | {"holm": holm}
 
 
 def mechanism_rows(rows: pd.DataFrame) -> Iterator[Row]:
@@ -61,10 +61,8 @@ def mechanism_rows(rows: pd.DataFrame) -> Iterator[Row]:
 
 
 def study_rows(runs: pd.DataFrame, scores: pd.DataFrame) -> Iterator[Row]:
-    """Of the first study: stages with their differences, seconds a step, entropies and shares, at the end of the run
-    and at early steps.
-    """
-    late = runs[runs["step"] > 0.8 * runs["step"].max()]
+    """Of the first study: stages with their differences, median seconds a step, and what was logged."""
+    last = 0.8 * runs["step"].max()
     yield {"cell": _FIRST_STUDY, "statistic": "start", "mean": runs.loc[runs["step"] == 0, "accuracy"].mean()}
     for method, own in scores.groupby("method", sort=False):
         key, logged = {"cell": _FIRST_STUDY, "method": method}, runs[runs["method"] == method]
@@ -74,11 +72,10 @@ def study_rows(runs: pd.DataFrame, scores: pd.DataFrame) -> Iterator[Row]:
                 found = zip(("mean", "low", "high", "p"), analysis.differences(scores, stage, str(method)), strict=True)
                 yield {"cell": _FIRST_STUDY, "method": "srpo", "less": method, "statistic": stage} | dict(found)
         yield key | {"statistic": "median_seconds_per_step", "mean": logged["seconds_per_step"].median()}
-        for name in _LOGGED:
-            yield key | {"statistic": name, "mean": late.loc[late["method"] == method, name].mean()}
+        for name in logged.columns.intersection(_LOGGED):
+            yield key | {"statistic": name, "mean": logged.loc[logged["step"] > last, name].mean()}
             for step in _EARLY_STEPS:
-                mean = logged.loc[logged["step"] == step, name].mean()
-                yield key | {"statistic": name, "step": step, "mean": mean}
+                yield key | {"statistic": name, "step": step, "mean": logged.loc[logged["step"] == step, name].mean()}
 
 
 def _interval(values: pd.Series) -> Row:
