@@ -11,12 +11,22 @@ from matplotlib.axes import Axes
 from benchmarks.pictures import STYLE, legend_above, legend_entries
 from benchmarks.results import describe_environment
 from studies.learning.analysis import COLOURS, band_line, interval
-from studies.learning.comparison import PRIMARY, Difference, difference, holm, is_choice, outcomes
+from studies.learning.comparison import (
+    PLACES,
+    PRIMARY,
+    Difference,
+    by_place,
+    difference,
+    holm,
+    is_choice,
+    mechanism_means,
+    outcomes,
+    pairs,
+)
 from studies.learning.options import Method
 from tools.documents import markdown_table
 
 _NOTHING = "No comparison has been run yet."
-_PLACES = ("before", "at", "after")
 _WHERE = {"before": "before the first wrong token", "at": "at it", "after": "after it"}
 # What is held, of which kind of token, and how it is drawn.
 _HELD = {
@@ -80,7 +90,7 @@ def primary_differences(rows: pd.DataFrame) -> list[tuple[str, str, str, str, Di
     compared, found = scores[~is_choice(scores)], []
     for cell, own in compared.groupby("cell", sort=False):
         for outcome, method, other in PRIMARY:
-            if _pairs(own, method, other) > 1:
+            if pairs(own, method, other) > 1:
                 found.append((str(cell), outcome, method, other, difference(own, outcome, method, other)))
     corrected = holm([entry[-1].p for entry in found])
     return [(*entry, p) for entry, p in zip(found, corrected, strict=True)]
@@ -90,7 +100,7 @@ def difference_figure(rows: pd.DataFrame) -> Any:
     """Of every cell with pairs, SRPO's and SDPO's lead over GRPO in the first fifth of a run and at its end."""
     scores = outcomes(rows)
     compared = scores[~is_choice(scores)]
-    cells = [cell for cell, own in compared.groupby("cell", sort=False) if _pairs(own, "srpo", "grpo") > 1]
+    cells = [cell for cell, own in compared.groupby("cell", sort=False) if pairs(own, "srpo", "grpo") > 1]
     methods: tuple[Method, ...] = ("srpo", "sdpo")
     with plt.rc_context(STYLE):
         size = (9, 1.4 + 0.42 * len(cells))
@@ -100,7 +110,7 @@ def difference_figure(rows: pd.DataFrame) -> Any:
                 shown = [
                     (place + shift, difference(own, outcome, method, "grpo"))
                     for place, cell in enumerate(cells)
-                    if _pairs(own := compared[compared["cell"] == cell], method, "grpo") > 1
+                    if pairs(own := compared[compared["cell"] == cell], method, "grpo") > 1
                 ]
                 points = [100 * d.mean for _, d in shown]
                 reach = [[100 * (d.mean - d.low) for _, d in shown], [100 * (d.high - d.mean) for _, d in shown]]
@@ -114,11 +124,6 @@ def difference_figure(rows: pd.DataFrame) -> Any:
         panels[0][0].set_ylim(len(cells) - 0.5, -0.5)
         legend_above(figure)
     return figure
-
-
-def _pairs(compared: pd.DataFrame, method: str, other: str) -> int:
-    """Seeds of a cell that both methods have."""
-    return len(set.intersection(*(set(compared.loc[compared["method"] == name, "seed"]) for name in (method, other))))
 
 
 def difference_table(rows: pd.DataFrame) -> str:
@@ -209,11 +214,11 @@ def mechanism_figure(rows: pd.DataFrame) -> Any:
             own = rows[rows["cell"] == cell]
             start, last = own[own["method"] == "start"], own[own["step"] == own["step"].max()]
             for (name, kind), (label, colour, style) in _HELD.items():
-                at = _by_place(start[start["kind"] == kind], name)
-                held.plot(_PLACES, at, style, marker="o", color=colour, label=label)
+                at = by_place(start[start["kind"] == kind], name)
+                held.plot(PLACES, at, style, marker="o", color=colour, label=label)
             for method in ("srpo", "grpo"):
-                at = _by_place(start, f"gradient_{method}")
-                gradients.plot(_PLACES, at, "o-", color=COLOURS[method], label=method)
+                at = by_place(start, f"gradient_{method}")
+                gradients.plot(PLACES, at, "o-", color=COLOURS[method], label=method)
             for name, trained in last[last["method"] != "start"].groupby("method", sort=False):
                 _cosines(cosines, trained, COLOURS[name], f"trained with {name}")
             _cosines(cosines, start, "black", "first model")
@@ -235,38 +240,24 @@ def _cosines(panel: Axes, rows: pd.DataFrame, colour: str, label: str) -> None:
     panel.plot(list(_COSINES.values()), [whole[name].mean() for name in _COSINES], "o-", color=colour, label=label)
 
 
-def _by_place(rows: pd.DataFrame, name: str) -> list[float]:
-    """Means over runs, weighted by their tokens."""
-    values = []
-    for place in _PLACES:
-        own = rows[rows["place"] == place]
-        values.append(float((own[name] * own["tokens"]).sum() / own["tokens"].sum()) if len(own) else float("nan"))
-    return values
-
-
 def mechanism_table(rows: pd.DataFrame) -> str:
     """Of the first models, and of every method's runs at every probed step, as Markdown."""
     lines = []
-    for (cell, method, step), own in rows.groupby(["cell", "method", "step"], sort=False):
-        whole, digits = own[own["place"] == "reply"], own[own["place"] != "reply"]
-        mass = (digits["gradient_srpo"] * digits["tokens"]).groupby(digits["place"]).sum().reindex(_PLACES)
-        copied, totals = (digits[digits["kind"] == kind] for kind in ("copied", "total"))
-        first = digits.loc[digits["place"] == "at"].groupby("kind")["tokens"].sum()
+    for own in mechanism_means(rows).to_dict("records"):
         lines.append(
             {
-                "cell": f"`{cell}`",
-                "trained with": f"`{method}`, {step} steps" if step else "-",
-                "right alone, shown": f"{100 * whole['student_accuracy'].mean():.0f}, "
-                f"{100 * whole['teacher_accuracy'].mean():.0f}",
-                "first error is copied": f"{100 * first.get('copied', 0) / first.sum():.0f}",
-                "teacher: shown digit": _three(_by_place(copied, "teacher_shown")),
-                "teacher: consistent total": _three(_by_place(totals, "teacher_consistent")),
-                "teacher: shown total": _three(_by_place(totals, "teacher_shown")),
-                "share of the gradient": _three(mass / mass.sum()),
-                "cosine": _three([whole[f"cosine_distillation_{place}"].mean() for place in _PLACES]),
-                "whole": _percent(whole["cosine_distillation"].mean()),
-                "GRPO's": _percent(whole["cosine_grpo"].mean()),
-                "norm": _percent((whole["norm_distillation"] / whole["norm_grpo"]).mean()),
+                "cell": f"`{own['cell']}`",
+                "trained with": f"`{own['method']}`, {own['step']} steps" if own["step"] else "-",
+                "right alone, shown": f"{_percent(own['student_accuracy'])}, {_percent(own['teacher_accuracy'])}",
+                "first error is copied": _percent(own["first_copied"]),
+                "teacher: shown digit": _three(own, "teacher_shown_copied"),
+                "teacher: consistent total": _three(own, "teacher_consistent_total"),
+                "teacher: shown total": _three(own, "teacher_shown_total"),
+                "share of the gradient": _three(own, "gradient_srpo"),
+                "cosine": _three(own, "cosine_distillation"),
+                "whole": _percent(own["cosine_distillation"]),
+                "GRPO's": _percent(own["cosine_grpo"]),
+                "norm": _percent(own["norm"]),
             }
         )
     return markdown_table(
@@ -276,8 +267,8 @@ def mechanism_table(rows: pd.DataFrame) -> str:
     )
 
 
-def _three(values: Any) -> str:
-    return " / ".join(map(_percent, values))
+def _three(means: dict[Any, Any], name: str) -> str:
+    return " / ".join(_percent(means[f"{name}_{place}"]) for place in PLACES)
 
 
 def _percent(value: float) -> str:

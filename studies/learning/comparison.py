@@ -22,6 +22,8 @@ PRIMARY = (
     ("end", "srpo", "grpo"),
     ("end", "srpo", "sdpo"),
 )
+# Of a failed reply's tokens, around the first wrong one.
+PLACES = ("before", "at", "after")
 
 
 class Difference(NamedTuple):
@@ -90,9 +92,43 @@ def difference(scores: pd.DataFrame, outcome: str, method: str, other: str) -> D
     return Difference(float(gaps.mean()), float(low), float(high), float(test.pvalue), len(gaps))
 
 
+def pairs(compared: pd.DataFrame, method: str, other: str) -> int:
+    """Seeds of a cell that both methods have."""
+    return len(set.intersection(*(set(compared.loc[compared["method"] == name, "seed"]) for name in (method, other))))
+
+
 def holm(p: list[float]) -> list[float]:
     """p-values of Holm's step-down correction."""
     order = np.argsort(p)
     corrected = np.empty(len(p))
     corrected[order] = np.maximum.accumulate(np.asarray(p)[order] * (len(p) - np.arange(len(p)))).clip(max=1.0)
     return corrected.tolist()
+
+
+def mechanism_means(rows: pd.DataFrame) -> pd.DataFrame:
+    """A line per cell, method and probed step: means over runs of what the probe has seen, and shares of places."""
+    lines = []
+    for key, own in rows.groupby(["cell", "method", "step"], sort=False):
+        whole, digits = own[own["place"] == "reply"], own[own["place"] != "reply"]
+        first = digits.loc[digits["place"] == "at"].groupby("kind")["tokens"].sum()
+        mass = (digits["gradient_srpo"] * digits["tokens"]).groupby(digits["place"]).sum().reindex(PLACES)
+        line = dict(zip(("cell", "method", "step"), key, strict=True))
+        line |= {name: whole[name].mean() for name in ("student_accuracy", "teacher_accuracy")}
+        line |= {f"first_{kind}": first.get(kind, 0) / first.sum() for kind in ("copied", "total")}
+        for name, kind in (("teacher_shown", "copied"), ("teacher_consistent", "total"), ("teacher_shown", "total")):
+            means = by_place(digits[digits["kind"] == kind], name)
+            line |= {f"{name}_{kind}_{place}": mean for place, mean in zip(PLACES, means, strict=True)}
+        line |= {f"gradient_srpo_{place}": mass[place] / mass.sum() for place in PLACES}
+        cosines = (*(f"cosine_distillation_{place}" for place in PLACES), "cosine_distillation", "cosine_grpo")
+        line |= {name: whole[name].mean() for name in cosines}
+        lines.append(line | {"norm": (whole["norm_distillation"] / whole["norm_grpo"]).mean()})
+    return pd.DataFrame(lines)
+
+
+def by_place(rows: pd.DataFrame, name: str) -> list[float]:
+    """Means over runs before the first wrong token, at it and after it, weighted by their tokens."""
+    values = []
+    for place in PLACES:
+        own = rows[rows["place"] == place]
+        values.append(float((own[name] * own["tokens"]).sum() / own["tokens"].sum()) if len(own) else float("nan"))
+    return values

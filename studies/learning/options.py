@@ -154,7 +154,7 @@ class Pretrained:
 
 @dataclass(frozen=True, kw_only=True)
 class Draw:
-    """Draw the curves and write the tables of `docs/learning.md`."""
+    """Draw the curves, write the tables of `docs/learning.md` and the statistics of its prose."""
 
     cells: Path = RESULTS / "cells.csv"
     """CSV file that `sweep` wrote."""
@@ -164,6 +164,8 @@ class Draw:
     """CSV file that `study` wrote."""
     pretrained: Path = RESULTS / "smollm2.csv"
     """CSV file that `pretrained` wrote."""
+    summary: Path = RESULTS / "summary.csv"
+    """CSV file that takes the statistics to which `docs/numbers.toml` refers."""
     document: Path = _DOCS / "learning.md"
     """Takes the tables, between its markers."""
     figures: Path = _DOCS / "figures"

@@ -31,6 +31,7 @@ from studies.learning.cells import CHOICE_SEEDS, Cell, Stage, comparison_runs
 from studies.learning.comparison import chosen_lr, holm, outcomes
 from studies.learning.mechanism import consistent_ids, first_error
 from studies.learning.options import Choices, Sweep
+from studies.learning.summary import cell_rows
 from studies.learning.tasks import draw, max_reply
 
 
@@ -77,7 +78,14 @@ def test_the_sampler_follows_the_model(monkeypatch):
 
 def curve(values, **labels):
     steps = np.linspace(0, 120, len(values))
-    key = {"cell": "chain-6@10", "method": "grpo", "seed": 0, "lr": 1e-4, "commit": "abc"} | labels
+    key = {
+        "cell": "chain-6@10",
+        "method": "grpo",
+        "seed": 0,
+        "lr": 1e-4,
+        "train_seconds": 1.0,
+        "commit": "abc",
+    } | labels
     return pd.DataFrame(key, index=range(len(steps))).assign(step=steps, accuracy=values)
 
 
@@ -126,6 +134,19 @@ def test_primary_comparisons_are_paired_and_corrected():
     lead, corrected = found["early", "srpo", "grpo"]
     assert lead.mean == pytest.approx(0.1) and lead.pairs == 10 and 0.09 < lead.low < lead.high < 0.11
     assert corrected == pytest.approx(4 * lead.p)
+
+
+def test_a_summary_has_outcomes_differences_both_ways_and_the_choice():
+    keys = ("method", "less", "lr", "statistic")
+    found = {tuple(row.get(key) for key in keys): row for row in cell_rows(compared_runs())}
+    ahead, behind = found["srpo", "grpo", None, "early"], found["grpo", "srpo", None, "early"]
+    assert ahead["mean"] == pytest.approx(0.1)
+    assert (ahead["mean"], ahead["high"]) == pytest.approx((-behind["mean"], -behind["low"]))
+    assert ahead["holm"] == pytest.approx(4 * ahead["p"]) and behind["holm"] is None
+    assert found["srpo", None, 2e-4, "choice"]["mean"] == pytest.approx(0.6)
+    level = found["grpo", None, 1e-4, "end"]
+    assert level["mean"] == pytest.approx(0.39) and level["low"] < 0.39 < level["high"]
+    assert found["grpo", None, 1e-4, "collapsed"]["mean"] == 0
 
 
 def test_consistent_totals_follow_what_is_written():

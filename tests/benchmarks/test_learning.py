@@ -17,9 +17,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks.results import environment
-from studies.learning import policy_optimization
+from studies.learning import policy_optimization, summary
 from studies.learning import study as study_module
-from studies.learning.analysis import differences, stage_scores
+from studies.learning.analysis import complete, differences, stage_scores
 from studies.learning.base import make_model, make_tokenizer
 from studies.learning.drawing import draw
 from studies.learning.options import Draw, Pretrained, Recipe, Study
@@ -101,6 +101,7 @@ def test_a_study_is_resumed_and_drawn(tmp_path, monkeypatch):
     markers += ["mechanism", "stages", "differences"]
     document.write_text("".join(f"<!-- {m} -->\n<!-- /{m} -->\n" for m in markers))
     files = {"cells": tmp_path / "none.csv", "mechanism": tmp_path / "none.csv", "study": out}
+    files["summary"] = tmp_path / "summary.csv"
     draw(Draw(**files, pretrained=tmp_path / "none.csv", document=document, figures=tmp_path))
     assert document.read_text().count("learning pretrained`") == 3 and "learning sweep`" in document.read_text()
     pretrained_lines().to_csv(tmp_path / "smollm2.csv", index=False)
@@ -108,7 +109,21 @@ def test_a_study_is_resumed_and_drawn(tmp_path, monkeypatch):
     text = document.read_text()
     assert "`srpo`" in text and "p = " in text and "40 steps" in text
     assert "| `smollm2` | end | `srpo` less `grpo` | +10.0 (-2.7 to +22.7) | 2 |" in text
+    found = pd.read_csv(files["summary"]).set_index(["cell", "method", "less", "statistic"])["mean"]
+    assert found["smollm2", "srpo", "grpo", "end"] == pytest.approx(0.1)
     assert (tmp_path / "learning.png").exists() and (tmp_path / "learning_pretrained.svg").exists()
+
+
+def test_the_published_statistics_are_those_of_the_published_runs(tmp_path):
+    published = Draw()
+    runs = complete(pd.read_csv(published.study))
+    rows = list(summary.study_rows(runs, stage_scores(runs)))
+    for cells in (published.cells, published.pretrained):
+        rows += summary.cell_rows(pd.read_csv(cells))
+    rows += summary.mechanism_rows(pd.read_csv(published.mechanism))
+    summary.write(rows, tmp_path / "summary.csv")
+    # Another processor may round the last digit otherwise.
+    pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "summary.csv"), pd.read_csv(published.summary), rtol=1e-3)
 
 
 def pretrained_lines() -> pd.DataFrame:

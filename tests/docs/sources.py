@@ -68,8 +68,8 @@ class Claim(NamedTuple):
     line: str
 
 
-def prose(document: str, later: str | None = None) -> tuple[str, str]:
-    """A document without generated blocks, fenced code and the section ``later``, and the same without names and code.
+def prose(document: str) -> tuple[str, str]:
+    """A document without generated blocks and fenced code, and the same without names and code.
 
     Both have the length of the document: what is left out is blank.
     """
@@ -78,8 +78,6 @@ def prose(document: str, later: str | None = None) -> tuple[str, str]:
         return re.sub(r"[^\n]", " ", found.group())
 
     text = _GENERATED.sub(blank, document)
-    if later is not None:
-        text = re.sub(rf"^{re.escape(later)}\n.*?(?=^## )", blank, text, flags=re.DOTALL | re.MULTILINE)
     words = text
     for pattern in _NO_PROSE:
         words = pattern.sub(blank, words)
@@ -188,19 +186,22 @@ def _of_json(path: Path, keys: Sequence[str]) -> float:
     return float(value)
 
 
-def _result(entry: Entry, place: str) -> float:
+def _result(entry: Entry, place: str, column: str) -> float:
     """What a file of results has where an entry says, or at the change of that place that ``minus`` or ``per`` is."""
     if "json" in entry:
         return _of_json(_file(entry["json"]), entry[place].split("/"))
     where = {**entry["where"], **entry[place]}
-    return _of_rows(_file(entry["csv"]), where, entry.get("column", "median"), entry.get("take"))
+    return _of_rows(_file(entry["csv"]), where, column, entry.get("take"))
 
 
 def values(entry: Entry) -> list[float]:
     """The numbers that the source of an entry has, in the unit that the document prints."""
     if "csv" in entry or "json" in entry:
-        less = _result(entry, "minus") if "minus" in entry else 0.0
-        found = [(_result(entry, "where") - less) / (_result(entry, "per") if "per" in entry else 1.0)]
+        found = []
+        for column in entry.get("column", "median").split(", "):
+            less = _result(entry, "minus", column) if "minus" in entry else 0.0
+            divisor = _result(entry, "per", column) if "per" in entry else 1.0
+            found.append((_result(entry, "where", column) - less) / divisor)
     elif "code" in entry:
         path, _, names = entry["code"].partition(":")
         found = [float(constants(ROOT / path)[name]) for name in names.split(", ")]
@@ -244,9 +245,9 @@ def fault(entry: Entry, text: str) -> str | None:
         return f"{type(error).__name__}: {error}"
 
 
-def faults(document: str, entries: Sequence[Entry], later: str | None = None) -> list[str]:
+def faults(document: str, entries: Sequence[Entry]) -> list[str]:
     """What is wrong with a document: entries whose source is another or whose fragment is gone, and other numbers."""
-    text, words = prose(document, later)
+    text, words = prose(document)
     found: list[str] = []
     covered: list[tuple[int, int]] = []
     for entry in entries:
