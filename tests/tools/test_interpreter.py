@@ -151,6 +151,7 @@ def test_a_number_that_does_not_fit_makes_the_type_wider() -> None:
     [
         (lambda _: tl.arange(0, 8) + tl.arange(0, 4), "Cannot make_shape_compatible"),
         (lambda pointer: pointer + 1.0, "invalid operands"),
+        (lambda pointer: pointer + tl.full([8], 1.0, tl.float32), "invalid operands"),
         (lambda pointer: pointer + pointer, "cannot add pointers together"),
         (lambda pointer: pointer * 2, "invalid operands"),
         (lambda _: tl.arange(0, 8) * 2**40, "out of range"),
