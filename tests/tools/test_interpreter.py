@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+from triton.runtime.errors import InterpreterError
 
 from srpo_kernels.kernels import launch
 
@@ -48,6 +54,23 @@ def increment_kernel(x_ptr, out_ptr, BLOCK: tl.constexpr):
     tl.store(out_ptr + offsets, tl.load(x_ptr + offsets) + 1)
 
 
+@triton.jit
+def operate_kernel(x_ptr, y_ptr, out_ptr, OPERATE: tl.constexpr, NUMBER: tl.constexpr, BLOCK: tl.constexpr):
+    offsets = tl.arange(0, BLOCK)
+    x, y, scalar = tl.load(x_ptr + offsets), tl.load(y_ptr + offsets), tl.load(y_ptr)
+    tl.store(out_ptr + offsets, OPERATE(x, y))
+    tl.store(out_ptr + BLOCK + offsets, OPERATE(x, scalar))
+    tl.store(out_ptr + 2 * BLOCK + offsets, OPERATE(scalar, x))
+    tl.store(out_ptr + 3 * BLOCK + offsets, OPERATE(x, NUMBER))
+    tl.store(out_ptr + 4 * BLOCK + offsets, OPERATE(NUMBER, x))
+    tl.store(out_ptr + 5 * BLOCK, OPERATE(scalar, NUMBER))
+
+
+@triton.jit
+def call_kernel(x_ptr, CALL: tl.constexpr):
+    CALL(x_ptr)
+
+
 def test_a_multiply_add_rounds_once() -> None:
     x = torch.randn(64)
     out = torch.empty(64)
@@ -85,6 +108,67 @@ def test_operands_of_different_types_and_shapes_meet() -> None:
     # A number takes the type of what it meets.
     expected = torch.where(sums > 3, sums.float() / 4 + half.float() * x, (1 - half * 3.0).float()[None, :])
     torch.testing.assert_close(out, expected + (sums // 3 % 2) + 0.1)
+
+
+ARITHMETIC = [operator.add, operator.sub, operator.mul, operator.truediv]
+COMPARISONS = [operator.lt, operator.le, operator.gt, operator.ge, operator.eq, operator.ne]
+TYPES = [torch.float32, torch.int32, torch.int64, torch.float16]
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("operate", [*ARITHMETIC, *COMPARISONS, operator.and_, operator.or_])
+def test_operators_of_blocks_scalars_and_numbers(operate: Callable[[Any, Any], Tensor], dtype: torch.dtype) -> None:
+    x, y = torch.randint(-4, 5, (8,)).to(dtype), torch.tensor([3, -2, 1, 4, 2, -1, 3, 5]).to(dtype)
+    number: float = 2
+    if operate is operator.truediv:
+        x = x + 5
+    if dtype.is_floating_point:
+        x, number = x / 4, 0.5
+    if operate in (operator.and_, operator.or_) and dtype.is_floating_point:
+        with pytest.raises(InterpreterError, match="invalid operands"):
+            operate_kernel[(1,)](x, y, x, OPERATE=operate, NUMBER=number, BLOCK=8)
+        return
+    parts = operate(x, y), operate(x, y[0]), operate(y[0], x), operate(x, number), operate(number, x)
+    expected = torch.cat([*parts, operate(y[:1], number)])
+    out = torch.empty_like(expected)
+    operate_kernel[(1,)](x, y, out, OPERATE=operate, NUMBER=number, BLOCK=8)
+    assert torch.equal(out, expected)
+
+
+def test_a_number_that_does_not_fit_makes_the_type_wider() -> None:
+    x = torch.tensor([0, torch.iinfo(torch.int32).max], dtype=torch.int32)
+    out = torch.ones(2 * 5 + 1, dtype=torch.bool)
+    operate_kernel[(1,)](x, x, out, OPERATE=operator.ge, NUMBER=2**40, BLOCK=2)
+    assert out[6:].tolist() == [False, False, True, True, False]
+    # As an fp32 number it would be equal.
+    x = torch.full((2,), 1e-40)
+    operate_kernel[(1,)](x, x, out, OPERATE=operator.eq, NUMBER=1e-40, BLOCK=2)
+    assert out.tolist() == [True] * 6 + [False] * 5
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda _: tl.arange(0, 8) + tl.arange(0, 4), "Cannot make_shape_compatible"),
+        (lambda pointer: pointer + 1.0, "invalid operands"),
+        (lambda pointer: pointer + tl.full([8], 1.0, tl.float32), "invalid operands"),
+        (lambda pointer: pointer + pointer, "cannot add pointers together"),
+        (lambda pointer: pointer * 2, "invalid operands"),
+        (lambda _: tl.arange(0, 8) * 2**40, "out of range"),
+        (lambda _: tl.arange(0, 8) < "8", "cannot convert"),
+        (lambda _: tl.full([8], 1.0, None), "dtype must be specified"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(call: Callable[[Any], object], message: str) -> None:
+    with pytest.raises(InterpreterError, match=message):
+        call_kernel[(1,)](torch.zeros(8), CALL=call)
+
+
+def test_a_type_of_blocks_has_its_elements_and_sizes() -> None:
+    block = tl.block_type(tl.float32, [4, tl.constexpr(8)])
+    assert str(block) == "<['4', '8'], fp32>"
+    assert block != block.with_element_ty(tl.int1) == tl.block_type(tl.int1, [4, 8])
+    assert block.with_element_ty(tl.int1) != tl.block_type(tl.float32, [8, 4]).with_element_ty(tl.int1)
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
