@@ -54,7 +54,9 @@ REFUSALS: dict[str, Any] = {
     "entropy_coef": lambda folder: config(entropy_coef=0.1, method="distill"),
     "use_adaptive_entropy": lambda folder: config(use_adaptive_entropy=True, method="sdpo"),
     "gradient_accumulation_steps": lambda folder: config(gradient_accumulation_steps=2, questions_per_batch=32),
-    "fsdp": lambda folder: SRPOTrainer._refuse_models(state(fsdp=SimpleNamespace(fsdp_version=1))),
+    "fsdp": lambda folder: SRPOTrainer._refuse_models(
+        state(fsdp=SimpleNamespace(fsdp_version=1), model=with_a_head_of_its_own())
+    ),
     "deepspeed": lambda folder: SRPOTrainer._refuse_models(
         state(deepspeed=SimpleNamespace(zero_stage=3), model=with_a_head_of_its_own())
     ),

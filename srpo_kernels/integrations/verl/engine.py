@@ -105,7 +105,7 @@ class SRPOEngine(FSDPEngineWithLMHead):
     @property
     def base(self) -> Any:
         """The language model of transformers in FSDP's wrapper, and in PEFT's."""
-        return causal_model(getattr(self.module, "_fsdp_wrapped_module", self.module))
+        return causal_model(self.module)
 
     @property
     def head(self) -> nn.Module:

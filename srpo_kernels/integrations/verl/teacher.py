@@ -9,16 +9,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
+
+from srpo_kernels.integrations.transformers.shards import release
 
 
 class ShardAverage:
     """``average += rate * (parameter - average)`` of this rank's shard of each trained parameter.
 
     In fp32 or wider, beside the shards: no second model. ``applied`` exchanges the two in place, so that forwards are
-    the teacher's. FSDP1's flat parameters are shards like any others, which `AverageTeacher` cannot take: it knows the
-    parameters of modules, and gathers them for a checkpoint that verl keeps in shards.
+    the teacher's. verl keeps checkpoints in shards, for which `AverageTeacher` would gather them, and moves averages to
+    the host and back. FSDP1's flat parameters are shards like any others.
 
     Args:
         module: sharded by FSDP1 or FSDP2, or neither; LoRA pays for its adapters alone.
@@ -67,7 +68,7 @@ class ShardAverage:
     @torch.no_grad()
     def _exchange(self, kept: dict[str, Tensor]) -> None:
         """Swap shards and averages. An average that a shard would round stays, and the shard is ``kept`` meanwhile."""
-        reshard(self._module)
+        release(self._module)
         for name, shard in self._shards().items():
             average = self.averages[name]
             if name in kept:
@@ -104,17 +105,6 @@ class ShardAverage:
             raise ValueError(f"{path} must hold the averages of this run's shards, it has others for {different[:3]}")
         for name, average in self.averages.items():
             average.copy_(saved[name])
-
-
-def reshard(module: nn.Module) -> None:
-    """Free what a rank has gathered: it would keep the values of before; a root stays gathered after its forward."""
-    for unit in module.modules():
-        if isinstance(unit, FSDPModule):
-            unit.reshard()
-        elif isinstance(unit, FullyShardedDataParallel):
-            handle: Any = unit._handle
-            if handle is not None and handle.uses_sharded_strategy:
-                handle.reshard(True)
 
 
 def _path(folder: str, rank: int, world_size: int) -> str:

@@ -23,7 +23,7 @@ import tests.integrations.verl.cpu_platform  # noqa: F401
 from srpo_kernels.integrations.transformers import config_for
 from srpo_kernels.integrations.verl.engine import MODEL_TYPE, SRPOEngine
 from srpo_kernels.integrations.verl.options import EngineOptions
-from srpo_kernels.integrations.verl.teacher import reshard
+from srpo_kernels.integrations.transformers.shards import release
 from tests.integrations.verl import packed_attention, tiny
 
 logging.disable(logging.WARNING)
@@ -153,7 +153,7 @@ def mini_batch(case: Case, batch: tiny.Rollouts) -> Any:
 @torch.no_grad()
 def whole_parameters(engine: SRPOEngine) -> dict[str, Tensor]:
     """Every trained parameter, whole, by its name in the model of PEFT or transformers."""
-    reshard(engine.module)
+    release(engine.module)
     if isinstance(engine.module, FullyShardedDataParallel):
         with FullyShardedDataParallel.summon_full_params(engine.module, writeback=False):
             named = [(name, p.clone()) for name, p in engine.module.named_parameters()]

@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 
 import tests.integrations.verl.cpu_platform  # noqa: F401
 from srpo_kernels.integrations.verl.engine import SRPOEngine
-from srpo_kernels.integrations.verl.teacher import reshard
+from srpo_kernels.integrations.transformers.shards import release
 from tests.integrations.verl import tiny
 from tests.integrations.verl.engine_ranks import Case, build, mini_batch
 
@@ -66,7 +66,7 @@ def _train(engine: SRPOEngine, data: Any) -> dict[str, Any]:
 
 @torch.no_grad()
 def _shards(engine: SRPOEngine) -> dict[str, Tensor]:
-    reshard(engine.module)
+    release(engine.module)
     return {
         name: (p.to_local() if isinstance(p, DTensor) else p).clone()
         for name, p in engine.module.named_parameters()

@@ -1,0 +1,140 @@
+"""Losses and averages of a model whose parameters FSDP1 has made flat, and of heads that FSDP shards by themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy, fully_shard
+from torch.distributed.fsdp.wrap import lambda_auto_wrap_policy
+
+pytest.importorskip("transformers", "5", reason="the integration needs transformers >= 5")
+peft = pytest.importorskip("peft", reason="adapters are PEFT's")
+
+from srpo_kernels.integrations.transformers import AverageTeacher, check_model, response_loss, response_stats
+from tests.integrations.test_transformers_teacher import IDS, MASK, RESPONSES, ROUTED, model_of, shard, train
+from tests.processes import needs_gloo, run_ranks
+
+
+def flat(model: Any, *, units: tuple[str, ...] = ("DecoderLayer",), **options: Any) -> nn.Module:
+    """In FSDP1, whose ``units`` are the modules whose classes' names end so."""
+    policy = partial(lambda_auto_wrap_policy, lambda_fn=lambda module: type(module).__name__.endswith(units))
+    options = {"use_orig_params": True, "device_id": torch.device("cpu")} | options
+    return FullyShardedDataParallel(model, auto_wrap_policy=policy, **options)
+
+
+def adapted() -> Any:
+    """DoRA in the layers and on the head; B is not 0, so that it is in every gradient."""
+    torch.manual_seed(2)
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "lm_head"], use_dora=True, init_lora_weights=False)
+    return peft.get_peft_model(model_of(tied=False), config).eval()
+
+
+def with_a_head_in_fsdp2(model: Any) -> nn.Module:
+    fully_shard(model.lm_head)
+    return shard(model)
+
+
+untied = partial(model_of, tied=False)
+flattened = partial(flat, use_orig_params=False)
+OWN_HEAD = ("DecoderLayer", "Linear", "Gemma2Model")
+WAYS: dict[str, tuple[Callable[[], Any], Callable[[Any], nn.Module]]] = {
+    "original parameters": (untied, flat),
+    "original parameters, tied": (model_of, flat),
+    "flat parameters": (untied, flattened),
+    "flat parameters, tied": (model_of, flattened),
+    "gathered after the forward": (model_of, partial(flattened, sharding_strategy=ShardingStrategy.SHARD_GRAD_OP)),
+    "not sharded": (model_of, partial(flat, sharding_strategy=ShardingStrategy.NO_SHARD)),
+    "not sharded, flat": (untied, partial(flattened, sharding_strategy=ShardingStrategy.NO_SHARD)),
+    "a head of its own": (untied, partial(flat, units=OWN_HEAD)),
+    "a head of its own, flat": (untied, partial(flattened, units=OWN_HEAD)),
+    "a head of its own in FSDP2": (untied, with_a_head_in_fsdp2),
+    "adapters": (adapted, flat),
+}
+
+
+def whole_parameters(wrapped: nn.Module) -> dict[str, Tensor]:
+    if not isinstance(wrapped, FullyShardedDataParallel):
+        return {name: parameter.full_tensor() for name, parameter in wrapped.named_parameters()}
+    with FullyShardedDataParallel.summon_full_params(wrapped, writeback=False):
+        return {
+            name.replace("_fsdp_wrapped_module.", ""): parameter.detach().clone()
+            for name, parameter in wrapped.named_parameters()
+        }
+
+
+def exchange(model: Any, wrapped: nn.Module) -> None:
+    """Averages come and go whole, and between two forwards the model is what it was, whether it was gathered or not."""
+    teacher = AverageTeacher(wrapped, 0.0)
+    alone = AverageTeacher(model, 0.0)
+    alone.load_state_dict({name: torch.rand_like(value) for name, value in alone.state_dict().items()})
+    teacher.load_state_dict(alone.state_dict())
+    assert all(torch.equal(value, alone.state_dict()[name]) for name, value in teacher.state_dict().items())
+    before = response_stats(wrapped, IDS, MASK, response_mask=RESPONSES).log_probs
+    with torch.no_grad():
+        found, expected = (x.call_with_hidden(lambda hidden, _: hidden, input_ids=IDS) for x in (teacher, alone))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    after = response_stats(wrapped, IDS, MASK, response_mask=RESPONSES).log_probs
+    assert torch.equal(after, before)
+
+
+def train_a_rank(rank: int) -> dict[str, dict[str, Any]]:
+    results = {}
+    for name, (make, wrap) in WAYS.items():
+        model = make()
+        wrapped = wrap(model)
+        check_model(wrapped)
+        results[name] = train(model, wrapped, slice(2 * rank, 2 * rank + 2))
+        results[name]["parameters"] = whole_parameters(wrapped)
+        exchange(make(), wrapped)
+    return results
+
+
+@pytest.fixture(scope="module")
+def ranks() -> list[dict[str, dict[str, Any]]]:
+    return run_ranks(train_a_rank, 2, timeout_seconds=300)
+
+
+@needs_gloo
+@pytest.mark.parametrize("name", WAYS)
+def test_two_ranks_train_as_one(name: str, ranks: Any) -> None:
+    model = WAYS[name][0]()
+    expected = train(model, model, slice(0, 4))
+    results = [rank[name] for rank in ranks]
+    close = {"rtol": 1e-4, "atol": 1e-5}
+    torch.testing.assert_close(results[0]["losses"] + results[1]["losses"], expected["losses"], **close)
+    torch.testing.assert_close(torch.cat([x["log_probs"] for x in results]), expected["log_probs"], **close)
+    for result in results:
+        for key in ("averages", "parameters"):
+            assert result[key].keys() == expected[key].keys(), key
+            torch.testing.assert_close(result[key], expected[key], msg=lambda text, key=key: f"{key}: {text}", **close)
+
+
+def call_others(rank: int) -> list[tuple[Tensor, Tensor]]:
+    """Losses with another model for a teacher, in FSDP1 and not; heads whose adapters are units are refused."""
+    results = []
+    for wrap in (flat, flattened, partial(flat, units=OWN_HEAD)):
+        teachers = untied(), wrap(untied())
+        results.append(
+            tuple(
+                response_loss(
+                    model_of(), IDS, MASK, response_mask=RESPONSES, advantages=torch.ones(4), sdpo_mask=ROUTED, teacher=x
+                ).loss.detach()
+                for x in teachers
+            )
+        )
+    wrapped = flat(adapted(), units=("DecoderLayer", "Linear"))
+    with pytest.raises(ValueError, match="must not have adapters of its LM head that FSDP shards by themselves"):
+        response_stats(wrapped, IDS, MASK, response_mask=RESPONSES)
+    return results
+
+
+@needs_gloo
+def test_another_model_in_flat_parameters_is_a_teacher() -> None:
+    for results in run_ranks(call_others, 2, timeout_seconds=300):
+        for alone, sharded in results:
+            torch.testing.assert_close(sharded, alone)
