@@ -49,8 +49,8 @@ def response_loss(
     are the ``old_log_probs`` of another. The first call with a model runs ``check_model`` on it.
 
     Args:
-        model: bare, of PEFT, in DDP, in FSDP1, after ``fully_shard``: see ``call_with_hidden``. Its mode, autocast and gradient
-            checkpointing are those of a forward.
+        model: bare, of PEFT, in DDP, in FSDP1, after ``fully_shard``: see ``call_with_hidden``. Its mode, autocast and
+            gradient checkpointing are those of a forward.
         input_ids: ``[B, S]``: prompts and responses.
         attention_mask: ``[B, S]``: 0 at padding. None: there is none.
         response_mask: ``[B, S]``: the tokens of ``input_ids`` that are in the loss.
