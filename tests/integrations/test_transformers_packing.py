@@ -11,7 +11,7 @@ from torch import Tensor
 
 pytest.importorskip("transformers", "5", reason="the integration needs transformers >= 5")
 
-from srpo_kernels.integrations.transformers import AverageTeacher, check_model, config_for, head_operands, response_loss
+from srpo_kernels.integrations.transformers import AverageTeacher, check_model, config_for, response_loss
 from tests.integrations.test_transformers_models import ACCEPTED, OTHERS, padding_error
 from tests.tiny_models import VOCAB, tiny_model_of
 
@@ -92,14 +92,6 @@ def test_positions_of_ones_own_are_refused() -> None:
     inputs["sdpo_mask"][:] = False
     with pytest.raises(ValueError, match="position_ids must not be given with padding_free"):
         response_loss(model, **inputs, padding_free=True, model_inputs={"position_ids": torch.zeros(3, 7).long()})
-
-
-def test_a_head_on_another_device_is_refused() -> None:
-    head = tiny_model_of("llama").get_output_embeddings()
-    with pytest.raises(
-        ValueError, match=r"model must have its last layer and its LM head on one device, .* meta and cpu"
-    ):
-        head_operands(torch.empty(1, 2, 32, device="meta"), head)
 
 
 def test_a_trainer_trains_alike(tmp_path: Path) -> None:
