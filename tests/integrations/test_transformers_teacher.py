@@ -155,7 +155,7 @@ def test_an_error_within_leaves_the_model_as_it_was() -> None:
 # Several ranks.
 
 
-def train(model: nn.Module, wrapped: nn.Module, rows: slice) -> dict[str, Any]:
+def train(model: nn.Module, wrapped: nn.Module, rows: slice, backend: str = "auto") -> dict[str, Any]:
     """Two steps on ``rows`` of the batch, of which the second one has a teacher that has moved."""
     teacher, config = AverageTeacher(wrapped, 0.5), config_for(model, entropy_coef=0.01)
     optimizer = torch.optim.SGD(wrapped.parameters(), lr=1.0)
@@ -165,13 +165,14 @@ def train(model: nn.Module, wrapped: nn.Module, rows: slice) -> dict[str, Any]:
         # A rank with nothing to distill runs a row too, of which nothing is in the loss.
         shown = routed if routed.any() else torch.arange(len(routed)) == 0
         taught = teacher_rows(
-            teacher, ids[shown], mask[shown], response_mask=(responses & routed[:, None])[shown], config=config
-        )
+            teacher, ids[shown], mask[shown], response_mask=(responses & routed[:, None])[shown], config=config,
+            backend=backend,
+        )  # fmt: skip
         norms = response_normalizers(responses, routed, taught, config=config).all_reduce()
         # The second step leaves it to the call to run the teacher, on the same rows.
         out = response_loss(
             wrapped, ids, mask, response_mask=responses, advantages=ADVANTAGES[rows], sdpo_mask=routed,
-            teacher=taught if step == 0 else teacher, normalizers=norms, config=config,
+            teacher=taught if step == 0 else teacher, normalizers=norms, config=config, backend=backend,
         )  # fmt: skip
         sk.scale_for_gradient_mean(out.loss).backward()
         losses.append(out.loss.detach())
