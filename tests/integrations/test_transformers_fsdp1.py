@@ -13,7 +13,9 @@ from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy, f
 from torch.distributed.fsdp.wrap import lambda_auto_wrap_policy
 
 pytest.importorskip("transformers", "5", reason="the integration needs transformers >= 5")
-peft = pytest.importorskip("peft", reason="adapters are PEFT's")
+pytest.importorskip("peft", reason="adapters are PEFT's")
+
+import peft
 
 from srpo_kernels.integrations.transformers import AverageTeacher, check_model, response_loss, response_stats
 from tests.integrations.test_transformers_teacher import IDS, MASK, RESPONSES, ROUTED, model_of, shard, train

@@ -12,8 +12,8 @@ pytest.importorskip("trl", "1.16", reason="the trl integration needs trl >= 1.16
 pytest.importorskip("deepspeed", reason="ZeRO is DeepSpeed's")
 
 from tests.ddp_trainer import resolved
-from tests.integrations.test_trl_trainer import SHARED, curve, two_processes
-from tests.tiny_trainer import ScriptedSRPO, train
+from tests.integrations.test_trl_processes import SHARED, two_processes
+from tests.tiny_trainer import ScriptedSRPO, curve, train
 
 RUNS: dict[str, dict[str, Any]] = {
     "stage 1": SHARED | {"zero": 1},

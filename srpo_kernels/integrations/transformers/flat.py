@@ -87,7 +87,7 @@ def flat_parts(model: nn.Module) -> dict[nn.Module, dict[str, FlatPart]]:
 
 
 def reshard_flat(unit: FullyShardedDataParallel) -> None:
-    """Let go of what a unit has gathered, which a root keeps after its forward; before the first one it has nothing."""
+    """Let go of what a unit has gathered: a root keeps it after its forward. Before the first one there is nothing."""
     handle: Any = unit._handle
     if handle is not None and handle.uses_sharded_strategy and hasattr(handle.flat_param, "_local_shard"):
         handle.reshard(True)

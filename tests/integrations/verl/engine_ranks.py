@@ -21,9 +21,9 @@ from verl.workers.engine import EngineRegistry
 import srpo_kernels as sk
 import tests.integrations.verl.cpu_platform  # noqa: F401
 from srpo_kernels.integrations.transformers import config_for
+from srpo_kernels.integrations.transformers.shards import release
 from srpo_kernels.integrations.verl.engine import MODEL_TYPE, SRPOEngine
 from srpo_kernels.integrations.verl.options import EngineOptions
-from srpo_kernels.integrations.transformers.shards import release
 from tests.integrations.verl import packed_attention, tiny
 
 logging.disable(logging.WARNING)

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 import tests.integrations.verl.cpu_platform  # noqa: F401
-from srpo_kernels.integrations.verl.engine import SRPOEngine
 from srpo_kernels.integrations.transformers.shards import release
+from srpo_kernels.integrations.verl.engine import SRPOEngine
 from tests.integrations.verl import tiny
 from tests.integrations.verl.engine_ranks import Case, build, mini_batch
 
