@@ -136,7 +136,7 @@ def test_gradients_are_averaged_through_any_wrappers() -> None:
 
 @pytest.mark.parametrize("name", ["module", "_fsdp_wrapped_module", "_orig_mod"])
 def test_the_names_that_wrappers_give_what_they_wrap(name: str) -> None:
-    """Among them FSDP1's, which runs on no CPU."""
+    """Among them FSDP1's."""
 
     class Wrapped(nn.Module):
         def forward(self, x: Tensor) -> tuple[str, Tensor]:

@@ -14,19 +14,19 @@ FLAT_NAME = "_flat_param"
 
 
 class FlatPart(NamedTuple):
-    """A parameter, by the handle of a flat parameter and its place in that.
+    """A parameter, by the handle of a flat parameter and its number in that.
 
     The handle knows it with ``use_orig_params`` and without. The part of a rank is contiguous, and may be empty.
     """
 
     handle: Any
-    index: int
+    number: int
 
     @property
     def requires_grad(self) -> bool:
         """Whether it is trained: with ``use_orig_params`` a flat parameter may have others."""
         flat = self.handle.flat_param
-        trained: bool = (flat if flat._params is None else flat._params[self.index]).requires_grad
+        trained: bool = (flat if flat._params is None else flat._params[self.number]).requires_grad
         return trained
 
     @property
@@ -37,12 +37,12 @@ class FlatPart(NamedTuple):
     @property
     def shape(self) -> torch.Size:
         """Of the whole."""
-        shape: torch.Size = self.handle.flat_param._shapes[self.index]
+        shape: torch.Size = self.handle.flat_param._shapes[self.number]
         return shape
 
     @property
     def _extent(self) -> Any:
-        return self.handle.flat_param._shard_param_infos[self.index]
+        return self.handle.flat_param._shard_param_infos[self.number]
 
     def own(self) -> Tensor:
         """``[n]``: this rank's part, a view."""
@@ -56,11 +56,11 @@ class FlatPart(NamedTuple):
         flat, extent = self.handle.flat_param, self._extent
         whole = part
         if self.handle.uses_sharded_strategy:
-            whole = part.new_zeros(flat._numels[self.index], device=self.handle.device)
+            whole = part.new_zeros(flat._numels[self.number], device=self.handle.device)
             if extent.in_shard:
                 whole[extent.intra_param_start_idx : extent.intra_param_end_idx + 1] = part
             dist.all_reduce(whole, group=self.handle.process_group)
-        return whole.as_strided(self.shape, flat._strides[self.index])
+        return whole.as_strided(self.shape, flat._strides[self.number])
 
     def part_of(self, whole: Tensor) -> Tensor:
         """``[n]``: this rank's part of a ``whole``."""
@@ -68,7 +68,7 @@ class FlatPart(NamedTuple):
         if not extent.in_shard:
             return whole.new_empty(0)
         # In the order in which the flat parameter has it.
-        ordered = whole.new_empty_strided(self.shape, self.handle.flat_param._strides[self.index]).copy_(whole)
+        ordered = whole.new_empty_strided(self.shape, self.handle.flat_param._strides[self.number]).copy_(whole)
         return ordered.as_strided([whole.numel()], [1])[extent.intra_param_start_idx : extent.intra_param_end_idx + 1]
 
 
@@ -79,8 +79,8 @@ def flat_parts(model: nn.Module) -> dict[nn.Module, dict[str, FlatPart]]:
         handle: Any = unit._handle
         if handle is None:
             continue
-        for index, (name, module, _) in enumerate(handle.flat_param._param_infos):
-            found.setdefault(module, {})[name] = FlatPart(handle, index)
+        for number, (name, module, _) in enumerate(handle.flat_param._param_infos):
+            found.setdefault(module, {})[name] = FlatPart(handle, number)
         for name, module, _, first_name, first, _ in handle.flat_param._shared_param_infos:
             found.setdefault(module, {})[name] = found[first][first_name]
     return found

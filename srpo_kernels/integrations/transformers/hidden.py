@@ -118,9 +118,9 @@ def _with_whole_head(function: Callable[[Tensor, nn.Module], T], hidden: Tensor,
 
     In the backward it is whole again.
     """
-    head, unit = lm_head(model), model.get_output_embeddings()
-    if isinstance(unit, UNITS):
-        return sk.call_as_forward(unit, lambda hidden: function(hidden, head), hidden)
+    head, wrapped = lm_head(model), model.get_output_embeddings()
+    if isinstance(wrapped, UNITS):
+        return sk.call_as_forward(wrapped, lambda hidden: function(hidden, head), hidden)
     if not any(map(is_partitioned, head.parameters())):
         return function(hidden, head)
     if not torch.is_grad_enabled():
