@@ -118,7 +118,8 @@ def _with_whole_head(function: Callable[[Tensor, nn.Module], T], hidden: Tensor,
 
     In the backward it is whole again.
     """
-    head, wrapped = lm_head(model), model.get_output_embeddings()
+    head: nn.Module = lm_head(model)
+    wrapped: nn.Module = model.get_output_embeddings()
     if isinstance(wrapped, UNITS):
         return sk.call_as_forward(wrapped, lambda hidden: function(hidden, head), hidden)
     if not any(map(is_partitioned, head.parameters())):
