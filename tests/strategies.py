@@ -149,13 +149,14 @@ def configs(draw: st.DrawFn, *, whole_batch: bool = True) -> SRPOConfig:
 
 
 ROWS = ((2, 7), (1, 1), (5, 3), (3, 1), (1, 7), (17,), (5,), (1,))
+VOCABULARIES = (7, 1, 2, 129, 1000, 1009)
 
 
 @st.composite
-def loss_cases(draw: st.DrawFn) -> Case:
+def loss_cases(draw: st.DrawFn, vocabularies: tuple[int, ...] = VOCABULARIES) -> Case:
     """A call of ``srpo_loss`` in any form that it accepts."""
     config = draw(configs())
-    rows, vocab_size = draw(st.sampled_from(ROWS)), draw(st.sampled_from([7, 1, 2, 129, 1000, 1009]))
+    rows, vocab_size = draw(st.sampled_from(ROWS)), draw(st.sampled_from(vocabularies))
     teacher_size = draw(st.sampled_from([None, 5]))
     seed = draw(st.integers(0, 2**31))
     hidden_size, spread = draw(st.sampled_from([4, 1, 16])), draw(st.sampled_from([1.0, 4.0]))
@@ -207,10 +208,10 @@ def workspaces(vocab_size: int, models: int = 2) -> st.SearchStrategy[int | None
 
 
 @st.composite
-def stats_cases(draw: st.DrawFn) -> Case:
+def stats_cases(draw: st.DrawFn, vocabularies: tuple[int, ...] = VOCABULARIES) -> Case:
     """A call of ``token_stats`` in any form that it accepts."""
     rows = draw(st.sampled_from([(2, 7), (1, 1), (17,), (1,), (2, 3, 2)]))
-    vocab_size = draw(st.sampled_from([7, 1, 2, 129, 1000, 1009]))
+    vocab_size = draw(st.sampled_from(vocabularies))
     inputs = head_inputs(
         draw(st.integers(0, 2**31)),
         rows,

@@ -83,7 +83,10 @@ def test_divergences(regime: str, divergence: str, backend: str, device: torch.d
     ]
     check(runs, inputs, value="divergence", logarithms=of_logarithms(inputs, stats, device))
     config = SRPOConfig(divergence=divergence, dw_beta=0.0, reduction="constant", max_length=1, **options)
-    whole = distilled(z, y, sequence_ids=torch.zeros(ROWS, dtype=torch.int64))
+    # Gradients alone: of half of the rows they are thousands of numbers still.
+    half = ROWS // 2
+    inputs = heads(z[:half], y[:half])
+    whole = distilled(z[:half], y[:half], sequence_ids=torch.zeros(half, dtype=torch.int64))
     runs = [
         run_loss(srpo_loss, whole, ("weight",), backend=backend, config=config),
         run_loss(reference.srpo_loss, whole, ("weight",), config=config),
