@@ -245,21 +245,15 @@ class Cost:
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """Draw the pictures and write the tables of `docs/benchmarks.md` and `docs/gpu.md` from the results.
-
-    Of the repository's own files, unless others are given.
-    """
+    """Draw the pictures and write the tables of `docs/benchmarks.md` and `docs/gpu.md` from the results."""
 
     results: Path = RESULTS
     """Folder with speed.csv, accuracy.csv and scaling.csv; where memory.csv, trainers.csv or objectives.csv is not
     there, the command that writes it takes the place of its table. Reports of devices that
     `python -m srpo_kernels.verify --report` wrote are gpu.json and small.json."""
-    document: Path = _ROOT / "docs" / "benchmarks.md"
-    """Takes every table, between its markers."""
-    figures: Path = _ROOT / "docs" / "figures"
-    """Folder for the pictures."""
-    gpu: Path = _ROOT / "docs" / "gpu.md"
-    """Takes both reports whole, between their markers."""
+    docs: Path = _ROOT / "docs"
+    """Folder with benchmarks.md, which takes every table between its markers, and gpu.md, which takes both reports of
+    devices; the pictures go to its folder `figures`."""
 
 
 @dataclass(frozen=True, kw_only=True)

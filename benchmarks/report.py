@@ -29,7 +29,7 @@ _CASE = ["head", "hidden_size", "vocab_size", "rows", "workload", "dtype", "soft
 
 def report(options: Report) -> None:
     """What ``Report`` describes."""
-    results, figures = options.results, options.figures
+    results, figures = options.results, options.docs / "figures"
     speed, accuracy, scaling = (read_csv(results / f"{name}.csv") for name in ("speed", "accuracy", "scaling"))
     main = speed[speed["head"].isin(_HEADS) & speed["workload"].isin(_WORKLOADS) & (speed["dtype"] == "float32")]
     main = _usual_share(main)
@@ -44,7 +44,7 @@ def report(options: Report) -> None:
     pictures.save(pictures.growth(grown), figures, "scaling")
     pictures.save(pictures.errors(accuracy, _ERRORS), figures, "accuracy")
     replace_marked(
-        options.document,
+        options.docs / "benchmarks.md",
         {
             "providers": _providers(speed),
             "speed": _speed(speed),
@@ -58,7 +58,7 @@ def report(options: Report) -> None:
         },
     )
     replace_marked(
-        options.gpu,
+        options.docs / "gpu.md",
         {
             "report:gpu": device_reports.whole(results / "gpu.json"),
             "report": device_reports.whole(results / "small.json"),

@@ -117,7 +117,7 @@ def test_scaling_and_report_make_the_documents(run: Run, tmp_path: Path) -> None
     document.write_text("before\n" + "".join(f"<!-- {name} -->\nold\n<!-- /{name} -->\n" for name in markers))
     gpu = tmp_path / "gpu.md"
     gpu.write_text("".join(f"<!-- {name} -->\n<!-- /{name} -->\n" for name in ("report:gpu", "report")))
-    options = Report(results=tmp_path, document=document, figures=tmp_path / "figures", gpu=gpu)
+    options = Report(results=tmp_path, docs=tmp_path)
     report(options)
     text = document.read_text()
     assert text.startswith("before\n") and "old" not in text
@@ -206,7 +206,7 @@ def test_a_run_that_was_stopped_is_resumed(run: Run, tmp_path: Path) -> None:
 
 def test_a_report_without_results_says_what_to_run(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="run `python -m benchmarks speed` first"):
-        report(Report(results=tmp_path, document=tmp_path / "a.md", figures=tmp_path))
+        report(Report(results=tmp_path, docs=tmp_path))
 
 
 def test_an_unchanged_picture_is_an_unchanged_file(tmp_path: Path) -> None:

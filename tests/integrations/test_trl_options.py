@@ -182,10 +182,3 @@ def test_a_model_that_is_compiled_as_a_whole_trains_alike(tmp_path: Path) -> Non
     plain, compiled = (train(ScriptedSRPO, tmp_path / str(on), torch_compile=on) for on in (False, True))
     assert isinstance(compiled.model_wrapped, torch._dynamo.OptimizedModule)
     assert curve(compiled) == pytest.approx(curve(plain), rel=1e-6)
-
-
-def test_a_model_on_several_devices_is_refused(tmp_path: Path) -> None:
-    model = tiny_model()
-    model.hf_device_map = {"model": 0, "lm_head": 1}
-    with pytest.raises(ValueError, match=r"device_map must have the model on one device .* got \['0', '1'\]"):
-        tiny_trainer(ScriptedSRPO, tmp_path, model=model)
