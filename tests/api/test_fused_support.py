@@ -15,11 +15,12 @@ from srpo_kernels.losses.derived import Derivation
 from srpo_kernels.rows.mixture import Divergence
 from srpo_kernels.rows.spec import DIVERGENCES
 from tests.api.test_fused_loss import BACKENDS, actual, close, extras
-from tests.inputs import Inputs, cast, head_inputs, random_support, take, with_given_topk
+from tests.inputs import Inputs, cast, head_inputs, random_support, take, with_given_topk, workspace_floor
 from tests.meters import ProductMeter
 from tests.parity import STATS_FIELDS
 
 Objective = Any
+FEW = torch.arange(11)
 
 
 def batch(vocab_size: int = 33, support: int | None = 5, teacher_size: int | None = 5) -> Inputs:
@@ -70,13 +71,12 @@ GIVEN: dict[str, Any] = {"distillation_mode": "topk", "topk_of": "teacher"}
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("support", [None, 1, 5])
 def test_all_statistics_at_once(support: int | None, divergence: Divergence, backend: str) -> None:
-    few = torch.arange(11)
-    inputs, extra, has = take(batch(support=support), few), extras(11), torch.rand(11) < 0.6
+    inputs, extra, has = take(batch(support=support), FEW), extras(11), torch.rand(11) < 0.6
+    chunks_of_two = 2 * workspace_floor(33, 8 if backend == "torch" else 4, 2, backend)
     for options in MODES:
         config = sk.SRPOConfig(divergence=divergence, alpha=0.3, temperature=0.8, softcap=9.0, **options)
-        for rows in (None, 4):
-            workspace = None if rows is None else rows * row_stride(33) * 8 * 2
-            expected = exact(inputs, extra, everything, config, has)
+        expected = exact(inputs, extra, everything, config, has)
+        for workspace in (None, chunks_of_two):
             results, _ = actual(
                 inputs, extra, everything, backend, config=config, teacher_mask=has, workspace_bytes=workspace
             )
@@ -89,7 +89,8 @@ def test_all_statistics_at_once(support: int | None, divergence: Divergence, bac
 def test_a_teacher_that_is_its_likeliest_tokens(divergence: Divergence, add_tail: bool, backend: str) -> None:
     config = sk.SRPOConfig(divergence=divergence, add_tail=add_tail, softcap=9.0, **GIVEN)
     for support in (None, 5):
-        inputs, extra, has = with_given_topk(batch(support=support), config, 4), extras(), torch.rand(23) < 0.6
+        inputs = with_given_topk(take(batch(support=support), FEW), config, 4)
+        extra, has = extras(11), torch.rand(11) < 0.6
         expected = exact(inputs, extra, everything, config, has)
         results, _ = actual(inputs, extra, everything, backend, config=config, teacher_mask=has)
         close(results, expected, backend)
