@@ -32,8 +32,8 @@ def shard_on_cpu() -> None:
 
     FSDP1 is given the id of a device, of which a CPU has none, and moves what it saves to the CPU, where it is already.
     """
-    fsdp_init._get_device_from_device_id = lambda *_: None  # type: ignore[attr-defined]
-    FlatParamHandle.to_cpu = nullcontext  # type: ignore[method-assign]
+    fsdp_init._get_device_from_device_id = lambda *_: None
+    FlatParamHandle.to_cpu = nullcontext
     prepare = AcceleratorState.__init__
 
     def prepared(self: Any, *args: Any, **kwargs: Any) -> None:

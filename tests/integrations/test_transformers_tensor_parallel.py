@@ -191,11 +191,9 @@ def gathered() -> Iterator[list[torch.Size]]:
         shapes.append(tensor.shape)
         return own(tensor, **options)
 
-    DTensor.full_tensor = full_tensor  # type: ignore[method-assign]
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DTensor, "full_tensor", full_tensor)
         yield shapes
-    finally:
-        DTensor.full_tensor = own  # type: ignore[method-assign]
 
 
 def train_a_rank(rank: int, folder: Path) -> dict[str, Any]:
