@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -155,12 +156,30 @@ def test_an_error_within_leaves_the_model_as_it_was() -> None:
 # Several ranks.
 
 
-def train(model: nn.Module, wrapped: nn.Module, rows: slice, backend: str = "auto") -> dict[str, Any]:
-    """Two steps on ``rows`` of the batch, of which the second one has a teacher that has moved."""
+def train(
+    model: nn.Module,
+    wrapped: nn.Module,
+    rows: slice,
+    backend: str = "auto",
+    step_of: Callable[[Tensor], None] | None = None,
+) -> dict[str, Any]:
+    """Two steps on ``rows`` of the batch, of which the second one has a teacher that has moved.
+
+    ``step_of`` makes an optimizer step of a loss; None: PyTorch's own.
+    """
     teacher, config = AverageTeacher(wrapped, 0.5), config_for(model, entropy_coef=0.01)
-    optimizer = torch.optim.SGD(wrapped.parameters(), lr=1.0)
+    gradients: dict[str, Tensor] = {}
+
+    def step_of_torch(loss: Tensor) -> None:
+        optimizer = torch.optim.SGD(wrapped.parameters(), lr=1.0)
+        loss.backward()
+        gradients.update({name: whole(p.grad) for name, p in model.named_parameters() if p.grad is not None})
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step_of = step_of or step_of_torch
     ids, mask, responses, routed = IDS[rows], MASK[rows], RESPONSES[rows], ROUTED[rows]
-    losses, gradients, rows_taught = [], {}, None
+    losses, rows_taught = [], None
     for step in range(2):
         # A rank with nothing to distill runs a row too, of which nothing is in the loss.
         shown = routed if routed.any() else torch.arange(len(routed)) == 0
@@ -174,11 +193,8 @@ def train(model: nn.Module, wrapped: nn.Module, rows: slice, backend: str = "aut
             wrapped, ids, mask, response_mask=responses, advantages=ADVANTAGES[rows], sdpo_mask=routed,
             teacher=taught if step == 0 else teacher, normalizers=norms, config=config, backend=backend,
         )  # fmt: skip
-        sk.scale_for_gradient_mean(out.loss).backward()
         losses.append(out.loss.detach())
-        gradients = {name: whole(p.grad) for name, p in model.named_parameters() if p.grad is not None}
-        optimizer.step()
-        optimizer.zero_grad()
+        step_of(sk.scale_for_gradient_mean(out.loss))
         teacher.update()
         rows_taught = out.log_probs
     return {

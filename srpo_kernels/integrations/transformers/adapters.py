@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 
 # The layers of PEFT that adapt a head.
 LORA = "peft.tuners.lora.layer.Linear"
+SAVED = "peft.utils.other.ModulesToSaveWrapper"
 TOKENS = "peft.tuners.trainable_tokens.layer.TrainableTokensLayer"
 # Rows of the head that are in fp32 at a time.
 SLICE = 8192
@@ -50,22 +53,41 @@ def linear_of(head: Any) -> nn.Linear:
     return linear
 
 
+def modules_in_use(head: nn.Module) -> Iterator[nn.Module]:
+    """An LM head and the modules in it, the outer ones first, without those that PEFT keeps beside the saved one."""
+    yield head
+    for child in [_saved(head)] if _kind(head) == SAVED else head.children():
+        yield from modules_in_use(child)
+
+
+def unwrapped(module: Any) -> Any:
+    """``module`` without FSDP1's wrapper."""
+    return module.module if isinstance(module, FullyShardedDataParallel) else module
+
+
+def _saved(head: Any) -> Any:
+    active = () if head.disable_adapters else head.active_adapters
+    return head.modules_to_save[active[0]] if active else head.original_module
+
+
 def _parts_of(head: Any) -> tuple[Any, Any]:
     """The linear layer of a head, and the adapter of it that is more than another linear layer; None without one."""
+    head = unwrapped(head)
     kind = _kind(head)
-    if kind == "peft.utils.other.ModulesToSaveWrapper":
-        active = () if head.disable_adapters else head.active_adapters
-        return _parts_of(head.modules_to_save[active[0]] if active else head.original_module)
-    adapter = head.token_adapter if kind == "peft.utils.other.TrainableTokensWrapper" else head
+    if kind == SAVED:
+        return _parts_of(_saved(head))
+    adapter = unwrapped(head.token_adapter) if kind == "peft.utils.other.TrainableTokensWrapper" else head
     if _kind(adapter) not in (TOKENS, LORA):
         adapter = None
-    linear = head if adapter is None else adapter.base_layer
+    linear = head if adapter is None else unwrapped(adapter.base_layer)
     _check_is_plain(linear, head)
     return linear, adapter
 
 
 def _kind(module: Any) -> str:
-    return f"{type(module).__module__}.{type(module).__qualname__}"
+    """The class of a module, whatever FSDP2 has made of it."""
+    kind = next(kind for kind in type(module).__mro__ if not issubclass(kind, FSDPModule))
+    return f"{kind.__module__}.{kind.__qualname__}"
 
 
 def _check_is_plain(linear: Any, head: Any) -> None:

@@ -13,6 +13,7 @@ import srpo_kernels as sk
 from srpo_kernels.integrations.transformers.adapters import SLICE, linear_head, linear_of
 from srpo_kernels.integrations.transformers.head import head_operands, resolve_config
 from srpo_kernels.integrations.transformers.hidden import call_with_hidden, causal_model, evaluating, lm_head, outermost
+from srpo_kernels.integrations.transformers.shards import whole_parameters
 from srpo_kernels.integrations.transformers.tensor_parallel import columns_of_all, shard_of
 
 
@@ -104,7 +105,10 @@ class _Probe:
             # torch's parallelize_module gives a head one, and takes one from it.
             return DTensor.from_local(self._multiply(hidden.full_tensor()), hidden.device_mesh, [Replicate()])
         self.entered = hidden
-        products, bias = self._products(hidden)
+        # In the forward of a head its adapters, whose forwards are to come, may still be in parts.
+        adapters = whole_parameters(self.head, like=linear_of(self.head).weight)
+        with adapters if any(self.head.children()) else nullcontext():
+            products, bias = self._products(hidden)
         if not isinstance(self.head, nn.Linear):
             own = self._forward(hidden) if self._forward is not None else type(self.head).forward(self.head, hidden)
             error = own - (products if bias is None else products + bias)
@@ -112,13 +116,14 @@ class _Probe:
             self.rounding = max(torch.finfo(dtype).eps for dtype in (own.dtype, hidden.dtype))
         reach = 4.0 ** torch.arange(hidden.shape[-2], device=products.device).remainder(8)[:, None]
         self._stretch = reach / products.abs().amax(-1, keepdim=True).clamp(min=1e-30)
-        return self.products(hidden)
+        return self._stretched(products, bias)
 
     def products(self, hidden: Tensor) -> Tensor:
         """``[..., V]`` in fp32, stretched as those of what has entered the head."""
-        products, bias = self._products(hidden)
-        products = products * self._stretch
-        return products if bias is None else products + bias
+        return self._stretched(*self._products(hidden))
+
+    def _stretched(self, products: Tensor, bias: Tensor | None) -> Tensor:
+        return products * self._stretch if bias is None else products * self._stretch + bias
 
     def _products(self, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
         with torch.autocast(linear_head(self.head).weight.device.type, enabled=False):

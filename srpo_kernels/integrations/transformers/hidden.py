@@ -6,6 +6,7 @@ import inspect
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -15,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 import srpo_kernels as sk
+from srpo_kernels.integrations.transformers.adapters import modules_in_use, unwrapped
 from srpo_kernels.integrations.transformers.shards import UNITS, is_partitioned, whole_parameters
 
 T = TypeVar("T")
@@ -51,21 +53,8 @@ def outermost(model: nn.Module) -> Any:
 
 
 def lm_head(model: Any) -> Any:
-    """The module of the LM head of a model of transformers, without FSDP1's wrapper.
-
-    Raises ValueError where FSDP has units within it: their parameters are whole in their own forwards alone.
-    """
-    head = _unwrapped(model.get_output_embeddings())
-    if any(isinstance(module, UNITS) for child in head.children() for module in child.modules()):
-        raise ValueError(
-            f"model must not have adapters of its LM head that FSDP shards by themselves, got {type(head).__name__}: "
-            "keep them off the head or out of the units of FSDP"
-        )
-    return head
-
-
-def _unwrapped(module: Any) -> Any:
-    return module.module if isinstance(module, FullyShardedDataParallel) else module
+    """The module of the LM head of a model of transformers, without FSDP1's wrapper."""
+    return unwrapped(model.get_output_embeddings())
 
 
 def call_with_hidden(
@@ -114,25 +103,28 @@ def call_with_hidden(
 
 
 def _with_whole_head(function: Callable[[Tensor, nn.Module], T], hidden: Tensor, model: Any) -> T:
-    """``function(hidden, head)``; a head in a unit of FSDP of its own, or that ZeRO-3 has partitioned, is whole there.
+    """``function(hidden, head)``, where every part of the head is whole, and again in its backward.
 
-    In the backward it is whole again.
+    A unit of FSDP makes its own parameters whole in its own forward, and a module of ZeRO-3 as well: the function runs
+    in those of all that the head has, one in the other.
     """
     head: nn.Module = lm_head(model)
     wrapped: nn.Module = model.get_output_embeddings()
-    if isinstance(wrapped, UNITS):
-        return sk.call_as_forward(wrapped, lambda hidden: function(hidden, head), hidden)
-    if not any(map(is_partitioned, head.parameters())):
-        return function(hidden, head)
-    if not torch.is_grad_enabled():
+    if any(map(is_partitioned, head.parameters())) and not torch.is_grad_enabled():
         with whole_parameters(head):
             return function(hidden, head)
-    if any(head.children()):
-        raise ValueError(
-            f"model must have a plain LM head with DeepSpeed's ZeRO-3, got {type(head).__name__}: the hooks of a "
-            "module gather its own parameters, not those of adapters; ZeRO-2 and fully_shard are supported"
-        )
-    return sk.call_as_forward(head, lambda hidden: function(hidden, head), hidden)
+
+    def call(hidden: Tensor) -> T:
+        return function(hidden, head)
+
+    # An adapter may have a module of another one, and a module is called once.
+    for module in reversed(dict.fromkeys(modules_in_use(wrapped))):
+        if isinstance(module, nn.ParameterDict):
+            # PyTorch has no call of it. ZeRO-3 gathers what is read of it in a forward, for the module that is called.
+            continue
+        if isinstance(module, UNITS) or any(map(is_partitioned, module.parameters(recurse=False))):
+            call = partial(sk.call_as_forward, module, call)
+    return call(hidden)
 
 
 @contextmanager
@@ -211,7 +203,7 @@ def last_hidden_states(
 
 def _packed_hidden_states(backbone: Any, attended: Tensor, inputs: dict[str, Any]) -> Tensor:
     """``[B, S, H]`` of the tokens in ``attended``, ``[B, S]``, by a forward of one row; 0 elsewhere."""
-    if "position_ids" not in inspect.signature(_unwrapped(backbone).forward).parameters:
+    if "position_ids" not in inspect.signature(unwrapped(backbone).forward).parameters:
         raise ValueError(f"padding_free must be False with {type(backbone).__name__}, which takes no position_ids")
     if "position_ids" in inputs:
         raise ValueError("position_ids must not be given with padding_free, which counts them itself")

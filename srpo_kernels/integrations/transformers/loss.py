@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -169,14 +170,13 @@ def _teacher_head(
 ) -> tuple[Tensor, Tensor | None] | None:
     """Weight and bias of the teacher's head, in the shards of the student's; None for those of ``model`` as it is."""
     source, like = causal_model(_source(taught)), student.weight
-    head = lm_head(source)
-    if isinstance(taught.teacher, AverageTeacher):
-        parameters = taught.teacher.applied(head, like)
-    elif source is causal_model(model):
+    head, is_student = lm_head(source), source is causal_model(model)
+    average = taught.teacher if isinstance(taught.teacher, AverageTeacher) else None
+    if is_student and average is None:
         return None
-    else:
-        parameters = whole_parameters(head, _source(taught), like)
-    with parameters:
+    # The student's are whole in its own forward.
+    parameters = nullcontext() if is_student else whole_parameters(head, _source(taught), like)
+    with parameters, nullcontext() if average is None else average.applied(head, like):
         weight, bias = head_weight(head, in_head_dtype=in_head_dtype)
         return rows_of(weight, like), None if bias is None else rows_of(bias, like)
 
