@@ -18,11 +18,12 @@ from typing import Any
 import torch
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.fsdp import _init_utils as fsdp_init
 from torch.distributed.fsdp._flat_param import FlatParamHandle
 from torch.distributed.tensor import DTensor
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from tests import tiny_trainer
 
@@ -91,8 +92,11 @@ def resolved(options: dict[str, Any]) -> dict[str, Any]:
         options["model"] = tiny_trainer.tiny_model(tie_word_embeddings=True)
     if options.pop("other", False):
         options |= {"teacher_model": tiny_trainer.tiny_model(), "teacher_model_kind": "other"}
-    if options.pop("lora", False):
-        options["peft_config"] = LoraConfig(r=2, target_modules=["q_proj"])
+    if (adapters := options.pop("lora", None)) is not None:
+        # Made before ZeRO-3 is known of: PEFT would read its tokens' first values on an accelerator alone.
+        unset_hf_deepspeed_config()
+        config = LoraConfig(r=2, target_modules=["q_proj"], **adapters)
+        options["model"] = get_peft_model(tiny_trainer.tiny_model(), config)
     return options
 
 

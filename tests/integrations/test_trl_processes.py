@@ -45,7 +45,9 @@ RUNS: dict[str, dict[str, Any]] = {
     "FSDP1, flat, resumed": SHARED | RESUMED | {"shards": FLAT},
     "FSDP1, live": SHARED | {"shards": FSDP1, "teacher_model_kind": "live", "method": "sdpo"},
     "FSDP1, another model": SHARED | {"shards": BY_SIZE, "other": True},
-    "FSDP1, flat, LoRA": SHARED | {"shards": FLAT, "lora": True},
+    "FSDP1, flat, LoRA": SHARED | {"shards": FLAT, "lora": {}},
+    "FSDP1, flat, a saved head": SHARED | RESUMED | {"shards": FLAT, "lora": {"modules_to_save": ["lm_head"]}},
+    "FSDP1, tokens": SHARED | {"shards": FSDP1, "lora": {"trainable_token_indices": {"lm_head": [5, 20]}}},
     "FSDP1, log-probs": SHARED | {"shards": FSDP1, "off_policy_mask_threshold": 1e6},
     "FSDP1, padding-free": SHARED | {"shards": BY_SIZE, "padding_free": True},
 }

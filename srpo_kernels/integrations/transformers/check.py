@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
 
 import srpo_kernels as sk
-from srpo_kernels.integrations.transformers.adapters import SLICE, linear_head, linear_of
+from srpo_kernels.integrations.transformers.adapters import SLICE, linear_head, linear_of, modules_in_use
 from srpo_kernels.integrations.transformers.head import head_operands, resolve_config
 from srpo_kernels.integrations.transformers.hidden import call_with_hidden, causal_model, evaluating, lm_head, outermost
 from srpo_kernels.integrations.transformers.shards import whole_parameters
@@ -106,7 +106,7 @@ class _Probe:
             return DTensor.from_local(self._multiply(hidden.full_tensor()), hidden.device_mesh, [Replicate()])
         self.entered = hidden
         # In the forward of a head its adapters, whose forwards are to come, may still be in parts.
-        adapters = whole_parameters(self.head, like=linear_of(self.head).weight)
+        adapters = whole_parameters(self.head, modules_in_use(self.head), like=linear_of(self.head).weight)
         with adapters if any(self.head.children()) else nullcontext():
             products, bias = self._products(hidden)
         if not isinstance(self.head, nn.Linear):

@@ -111,7 +111,7 @@ def _with_whole_head(function: Callable[[Tensor, nn.Module], T], hidden: Tensor,
     head: nn.Module = lm_head(model)
     wrapped: nn.Module = model.get_output_embeddings()
     if any(map(is_partitioned, head.parameters())) and not torch.is_grad_enabled():
-        with whole_parameters(head):
+        with whole_parameters(head, modules_in_use(head)):
             return function(hidden, head)
 
     def call(hidden: Tensor) -> T:

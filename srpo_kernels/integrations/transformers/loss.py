@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import srpo_kernels as sk
-from srpo_kernels.integrations.transformers.adapters import linear_of
+from srpo_kernels.integrations.transformers.adapters import linear_of, modules_in_use
 from srpo_kernels.integrations.transformers.head import Head, head_operands, head_weight, teacher_config
 from srpo_kernels.integrations.transformers.hidden import call_with_hidden, causal_model, lm_head
 from srpo_kernels.integrations.transformers.responses import find_responses, on_device
@@ -175,7 +175,7 @@ def _teacher_head(
     if is_student and average is None:
         return None
     # The student's are whole in its own forward.
-    parameters = nullcontext() if is_student else whole_parameters(head, _source(taught), like)
+    parameters = nullcontext() if is_student else whole_parameters(_source(taught), modules_in_use(head), like)
     with parameters, nullcontext() if average is None else average.applied(head, like):
         weight, bias = head_weight(head, in_head_dtype=in_head_dtype)
         return rows_of(weight, like), None if bias is None else rows_of(bias, like)

@@ -8,7 +8,7 @@ other parameter is the whole.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeGuard
 
@@ -149,7 +149,8 @@ def swapped_parameters(values: list[tuple[Place, Tensor]]) -> Iterator[None]:
         for (module, name), value in values:
             # An attribute, which FSDP1 sets, comes before a parameter.
             held: dict[str, Any] = vars(module) if name in vars(module) else module._parameters
-            kept.append((held, name, held[name]))
+            # ZeRO-3 gathers what is read by its name.
+            kept.append((held, name, held.get(name)))
             held[name] = value if held is vars(module) else nn.Parameter(value, requires_grad=False)
         yield
     finally:
@@ -158,15 +159,15 @@ def swapped_parameters(values: list[tuple[Place, Tensor]]) -> Iterator[None]:
 
 
 @contextmanager
-def whole_parameters(module: nn.Module, model: nn.Module | None = None, like: Tensor | None = None) -> Iterator[None]:
-    """``module`` of ``model``, outside of its forward, with whole parameters; see ``from_parts``.
+def whole_parameters(model: nn.Module, modules: Iterable[nn.Module], like: Tensor | None = None) -> Iterator[None]:
+    """``modules`` of ``model``, outside of their forwards, with whole parameters of their own; see ``from_parts``.
 
     Every rank makes the call.
     """
-    within = set(module.modules())
+    within = set(modules)
     parts = [
         (place, from_parts(parameter, own_part(parameter), like))
-        for _, place, parameter in parameters_of(module if model is None else model)
+        for _, place, parameter in parameters_of(model)
         if place[0] in within and is_part(parameter)
     ]
     with swapped_parameters(parts):

@@ -104,14 +104,6 @@ class SRPOTrainer(SteppingTrainer):
         refuse_tensor_parallelism("model", causal_model(self.model).tp_size)
         if self._is_vlm and self.args.padding_free:
             raise ValueError("padding_free must be False with a processor: the positions of images are the model's own")
-        head = causal_model(self.model).get_output_embeddings()
-        if not any(head.children()):
-            return
-        with_head = f"with an adapter or modules_to_save on the LM head, got {type(head).__name__} and"
-        if self.is_fsdp_enabled and self.accelerator.state.fsdp_plugin.fsdp_version == 1:
-            raise ValueError(f"fsdp must be of version 2 {with_head} version 1, which shards these by themselves")
-        if self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage == 3:
-            raise ValueError(f"deepspeed must be of stage 1 or 2 {with_head} stage 3")
 
     def _max_teacher_length(self) -> int | None:
         positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
