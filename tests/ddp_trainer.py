@@ -65,19 +65,18 @@ def run(folder: Path, name: str, options: dict[str, Any]) -> Any:
     if stage:
         without_shared_memory()
         sharding["deepspeed"] = zero(stage, whole)
-    options = resolved(options)
     AcceleratorState._reset_state()
     os.environ["ACCELERATE_USE_FSDP"] = "true" if "fsdp" in sharding else "false"
     os.environ["ACCELERATE_USE_DEEPSPEED"] = "true" if stage else "false"
     options |= sharding | {"ddp_backend": "gloo"}
     if (step := options.pop("resume", None)) is not None:
         saved = options | {"save_strategy": "steps", "save_steps": step}
-        tiny_trainer.train(cls, folder / name, **saved | {"max_steps": step})
+        tiny_trainer.train(cls, folder / name, **resolved(saved) | {"max_steps": step})
         AcceleratorState._reset_state()
-        trainer = tiny_trainer.tiny_trainer(cls, folder / name, **saved)
+        trainer = tiny_trainer.tiny_trainer(cls, folder / name, **resolved(saved))
         trainer.train(resume_from_checkpoint=str(folder / name / f"checkpoint-{step}"))
     else:
-        trainer = tiny_trainer.train(cls, folder / name, **options)
+        trainer = tiny_trainer.train(cls, folder / name, **resolved(options))
     version = shards["version"] if shards is not None else None
     assert isinstance(trainer.model, FullyShardedDataParallel) == (version == 1)
     assert all(isinstance(parameter, DTensor) == (version == 2) for parameter in trainer.model.parameters())

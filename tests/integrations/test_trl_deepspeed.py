@@ -12,7 +12,7 @@ pytest.importorskip("trl", "1.16", reason="the trl integration needs trl >= 1.16
 pytest.importorskip("deepspeed", reason="ZeRO is DeepSpeed's")
 
 from tests.ddp_trainer import resolved
-from tests.integrations.test_trl_processes import SHARED, two_processes
+from tests.integrations.test_trl_processes import RESUMED, SHARED, two_processes
 from tests.tiny_trainer import ScriptedSRPO, curve, train
 
 RUNS: dict[str, dict[str, Any]] = {
@@ -24,11 +24,11 @@ RUNS: dict[str, dict[str, Any]] = {
     "stage 3, live": SHARED | {"zero": 3, "teacher_model_kind": "live", "method": "sdpo"},
     "stage 3, another model": SHARED | {"zero": 3, "other": True},
     "stage 3, LoRA": SHARED | {"zero": 3, "lora": {}},
-    "stage 3, a saved head": SHARED | {"zero": 3, "lora": {"modules_to_save": ["lm_head"]}},
+    "stage 3, a saved head, resumed": SHARED | RESUMED | {"zero": 3, "lora": {"modules_to_save": ["lm_head"]}},
     "stage 3, tokens": SHARED | {"zero": 3, "lora": {"trainable_token_indices": {"lm_head": [5, 20]}}},
     "stage 3, log-probs": SHARED | {"zero": 3, "off_policy_mask_threshold": 1e6},
     "stage 3, padding-free": SHARED | {"zero": 3, "padding_free": True},
-    "stage 3, resumed": SHARED | {"zero": 3, "resume": 2, "lr_scheduler_type": "constant"},
+    "stage 3, resumed": SHARED | RESUMED | {"zero": 3},
 }
 OF_ZERO = ("zero", "persistent", "resume")
 
