@@ -92,7 +92,7 @@ def call_with_hidden(
 
     def run(**inputs: Any) -> T:
         hidden = last_hidden_states(base, padding_free=padding_free, **inputs)
-        return _with_whole_head(function, hidden, base)
+        return with_whole_head(function, hidden, base)
 
     def run_adapted(**inputs: Any) -> T:
         with _forward_of(base, run):
@@ -102,7 +102,7 @@ def call_with_hidden(
     return sk.call_as_forward(model, run if adapted is None else run_adapted, **inputs)
 
 
-def _with_whole_head(function: Callable[[Tensor, nn.Module], T], hidden: Tensor, model: Any) -> T:
+def with_whole_head(function: Callable[[Tensor, nn.Module], T], hidden: Tensor, model: Any) -> T:
     """``function(hidden, head)``, where every part of the head is whole, and again in its backward.
 
     A unit of FSDP makes its own parameters whole in its own forward, and a module of ZeRO-3 as well: the function runs

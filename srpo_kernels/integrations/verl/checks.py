@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC
 from typing import Any
 
 import torch
@@ -40,13 +41,16 @@ def temperature_of(value: Any) -> float:
     return float(value)
 
 
-def check_head(module: torch.nn.Module) -> None:
-    """Raise ValueError for an LM head with an adapter, of which no version of FSDP makes one unit."""
-    head = causal_model(module).get_output_embeddings()
-    if not isinstance(head, torch.nn.Linear):
+def check_head(module: torch.nn.Module, strategy: str) -> None:
+    """Raise ValueError for LoRA on an LM head that verl makes a unit of FSDP2 of its own."""
+    base = causal_model(module)
+    head = base.get_output_embeddings()
+    # FSDP2 gives a unit another class, which Python does not allow of an abstract one.
+    if strategy == "fsdp2" and isinstance(head, ABC) and not base.config.get_text_config().tie_word_embeddings:
         raise ValueError(
-            "model.target_modules must leave out the LM head, as all-linear does: FSDP1 shards an adapter of it by "
-            f"itself, FSDP2 cannot shard it, got one on a {type(head).__module__}.{type(head).__name__}"
+            "model.target_modules must leave out the LM head, as all-linear does, or strategy must be 'fsdp', got "
+            f"{strategy!r} and a head that is a {type(head).__module__}.{type(head).__name__}, which verl's FSDP2 "
+            "cannot make a unit of"
         )
 
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -19,7 +20,7 @@ from verl.workers.engine import EngineRegistry, FSDPEngineWithLMHead
 
 import srpo_kernels as sk
 from srpo_kernels.integrations.transformers import causal_model, config_for, head_operands
-from srpo_kernels.integrations.transformers.hidden import last_hidden_states
+from srpo_kernels.integrations.transformers.hidden import last_hidden_states, with_whole_head
 from srpo_kernels.integrations.verl.checks import check_head, check_log_probs, refuse_options, temperature_of
 from srpo_kernels.integrations.verl.compatibility import check_signature, check_version
 from srpo_kernels.integrations.verl.options import EngineOptions
@@ -97,7 +98,7 @@ class SRPOEngine(FSDPEngineWithLMHead):
 
     def _build_lora_module(self, module: Any) -> Any:
         module = super()._build_lora_module(module)
-        check_head(module)
+        check_head(module, self.engine_config.strategy)
         return module
 
     # Forwards: everything from hidden states and head, where FSDP has gathered both.
@@ -106,12 +107,6 @@ class SRPOEngine(FSDPEngineWithLMHead):
     def base(self) -> Any:
         """The language model of transformers in FSDP's wrapper, and in PEFT's."""
         return causal_model(self.module)
-
-    @property
-    def head(self) -> nn.Module:
-        """The module of the LM head."""
-        head: nn.Module = self.base.get_output_embeddings()
-        return head
 
     @property
     def sequence_group(self) -> Any:
@@ -129,8 +124,7 @@ class SRPOEngine(FSDPEngineWithLMHead):
         rows = ResponseRows.of(
             micro_batch["input_ids"], micro_batch["responses"], inputs["input_ids"].shape, packed=packed, rank=rank
         )
-        base, head = self.base, self.head
-        inner = getattr(head, "_fsdp_wrapped_module", head)
+        base = self.base
         narrow = self._autocast_dtype != torch.float32
         autocast: AbstractContextManager[Any] = (
             torch.autocast(get_device_name(), self._autocast_dtype) if narrow else nullcontext()
@@ -139,8 +133,7 @@ class SRPOEngine(FSDPEngineWithLMHead):
         def forward() -> T:
             with autocast:
                 hidden = last_hidden_states(base, **inputs).flatten(0, 1)[rows.own]
-                # FSDP2 makes an untied head a unit of its own, FSDP1 one that is large enough, with a wrapper.
-                return sk.call_as_forward(head, lambda hidden: function(rows, hidden, inner), hidden)
+                return with_whole_head(partial(function, rows), hidden, base)
 
         return sk.call_as_forward(self.module, forward)
 

@@ -15,7 +15,7 @@ from verl.utils.device import get_device_id
 
 import srpo_kernels as sk
 from srpo_kernels.integrations.transformers import head_operands
-from srpo_kernels.integrations.transformers.hidden import evaluating, peft_model
+from srpo_kernels.integrations.transformers.hidden import evaluating, lm_head, peft_model
 from srpo_kernels.integrations.verl.rows import ResponseRows
 
 
@@ -57,8 +57,8 @@ def teacher_pass(engine: Any, data: TensorDict, config: sk.SRPOConfig) -> Taught
     count = torch.tensor(len(groups), device=get_device_id())
     dist.all_reduce(count, op=dist.ReduceOp.MAX)
     averaged = engine.average is not None
-    # LoRA leaves the head as it is.
-    own_head = averaged and peft_model(engine.module) is None
+    # LoRA elsewhere leaves the head as it is.
+    own_head = averaged and (peft_model(engine.module) is None or any(lm_head(engine.base).children()))
     taught = TaughtRows({}, {})
 
     def read(rows: ResponseRows, hidden: Tensor, head: nn.Module) -> tuple[ResponseRows, Any, Any, Any, Any]:

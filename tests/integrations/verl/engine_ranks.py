@@ -177,6 +177,15 @@ def plain_model(case: Case, folder: Path, suffix: str = "") -> Any:
     return model.eval()
 
 
+def head_of(model: Any) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of the LM head, LoRA's product in the former."""
+    head = model.get_output_embeddings()
+    weight = head.weight
+    for name, down in getattr(head, "lora_A", {}).items():
+        weight = weight + head.scaling[name] * head.lora_B[name].weight @ down.weight
+    return weight, head.bias
+
+
 def plain_loss(case: Case, batch: tiny.Rollouts, student: Any, teacher: Any) -> Tensor:
     """The loss of the whole batch at once, from hidden states one sequence at a time."""
     base = student.get_base_model() if case.lora else student
@@ -199,18 +208,18 @@ def plain_loss(case: Case, batch: tiny.Rollouts, student: Any, teacher: Any) -> 
         logit_scale=(transform := config_for(base)).logit_scale,
         softcap=transform.softcap,
     )
-    head, teacher_head = base.get_output_embeddings(), other.get_output_embeddings()
+    (weight, bias), (teacher_weight, teacher_bias) = head_of(base), head_of(other)
     return sk.srpo_loss(
         hidden,
-        head.weight,
+        weight,
         torch.cat(batch.responses),
-        bias=head.bias,
+        bias=bias,
         advantages=batch.advantages[sequences],
         mask=torch.cat(batch.masks),
         sdpo_mask=sdpo,
         teacher_hidden=torch.cat(shown) if shown else None,
-        teacher_weight=teacher_head.weight if shown else None,
-        teacher_bias=teacher_head.bias if shown else None,
+        teacher_weight=teacher_weight if shown else None,
+        teacher_bias=teacher_bias if shown else None,
         old_log_probs=torch.cat(batch.old_log_probs),
         ref_log_probs=torch.cat(batch.ref_log_probs) if config.kl_coef else None,
         is_weights=torch.cat(batch.is_weights),
