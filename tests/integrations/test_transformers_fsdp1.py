@@ -18,15 +18,19 @@ pytest.importorskip("peft", reason="adapters are PEFT's")
 import peft
 
 from srpo_kernels.integrations.transformers import AverageTeacher, check_model, response_loss, response_stats
+from srpo_kernels.integrations.transformers.hidden import causal_model
+from srpo_kernels.integrations.transformers.shards import UNITS
 from tests.integrations.test_transformers_teacher import IDS, MASK, RESPONSES, ROUTED, model_of, shard, train
 from tests.processes import needs_gloo, run_ranks
-
 
 TRAINED = "what is trained"
 
 
 def flat(model: Any, *, units: tuple[str, ...] = ("DecoderLayer",), **options: Any) -> nn.Module:
-    """In FSDP1, whose ``units`` are the modules whose classes' names end so; each of `TRAINED` is one, as PEFT has it."""
+    """In FSDP1, whose ``units`` are the modules whose classes' names end so.
+
+    With `TRAINED` among them, a layer that is trained is one, as PEFT has it.
+    """
 
     def is_unit(module: nn.Module) -> bool:
         trained = TRAINED in units and "weight" in module._parameters and module.weight.requires_grad
@@ -86,6 +90,12 @@ WAYS: dict[str, tuple[Callable[[], Any], Callable[[Any], nn.Module]]] = {
 }
 
 
+# The ways in which the LM head has units of FSDP, and how many.
+UNITS_OF_A_HEAD = {name: 1 for name in WAYS if name.startswith("a head") or name == "a saved head"} | {
+    name: 2 if "own" in name else 3 for name in WAYS if name.startswith("adapters in units")
+}
+
+
 def whole_parameters(wrapped: nn.Module) -> dict[str, Tensor]:
     if not isinstance(wrapped, FullyShardedDataParallel):
         return {name: parameter.full_tensor() for name, parameter in wrapped.named_parameters()}
@@ -126,6 +136,8 @@ def train_a_rank(rank: int) -> dict[str, Any]:
     for name, (make, wrap) in WAYS.items():
         model = make()
         wrapped = wrap(model)
+        head = causal_model(wrapped).get_output_embeddings()
+        assert sum(isinstance(unit, UNITS) for unit in head.modules()) == UNITS_OF_A_HEAD.get(name, 0), name
         check_model(wrapped, padding_free=True)
         results[name] = train(model, wrapped, slice(2 * rank, 2 * rank + 2), "torch")
         results[name]["parameters"] = whole_parameters(wrapped)

@@ -169,9 +169,10 @@ def train(
     """
     teacher, config = AverageTeacher(wrapped, 0.5), config_for(model, entropy_coef=0.01)
     gradients: dict[str, Tensor] = {}
+    # Before a forward, after which FSDP2 may have other parameters.
+    optimizer = torch.optim.SGD(wrapped.parameters(), lr=1.0)
 
     def step_of_torch(loss: Tensor) -> None:
-        optimizer = torch.optim.SGD(wrapped.parameters(), lr=1.0)
         loss.backward()
         gradients.update({name: whole(p.grad) for name, p in model.named_parameters() if p.grad is not None})
         optimizer.step()

@@ -29,24 +29,6 @@ LISTED = {name for row in ROWS for name in re.findall(r"`(\w+)`", row)}
 OF_THE_TRAINER = {"model", "reward_funcs"}
 
 
-def state(model: Any = None, **attributes: Any) -> Any:
-    """A trainer under a launcher that is not there."""
-    plugins = SimpleNamespace(**{f"{name}_plugin": plugin for name, plugin in attributes.items()})
-    return SimpleNamespace(
-        _is_vlm=False,
-        args=config(),
-        model=tiny_model() if model is None else model,
-        is_fsdp_enabled="fsdp" in attributes,
-        is_deepspeed_enabled="deepspeed" in attributes,
-        accelerator=SimpleNamespace(state=plugins),
-    )
-
-
-def with_a_head_of_its_own() -> Any:
-    peft = pytest.importorskip("peft", reason="modules_to_save are PEFT's")
-    return peft.get_peft_model(tiny_model(), peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]))
-
-
 REFUSALS: dict[str, Any] = {
     "loss_type": lambda folder: config(loss_type="other"),
     "importance_sampling_level": lambda folder: config(importance_sampling_level="sequence", loss_type="reinforce"),
@@ -54,12 +36,6 @@ REFUSALS: dict[str, Any] = {
     "entropy_coef": lambda folder: config(entropy_coef=0.1, method="distill"),
     "use_adaptive_entropy": lambda folder: config(use_adaptive_entropy=True, method="sdpo"),
     "gradient_accumulation_steps": lambda folder: config(gradient_accumulation_steps=2, questions_per_batch=32),
-    "fsdp": lambda folder: SRPOTrainer._refuse_models(
-        state(fsdp=SimpleNamespace(fsdp_version=1), model=with_a_head_of_its_own())
-    ),
-    "deepspeed": lambda folder: SRPOTrainer._refuse_models(
-        state(deepspeed=SimpleNamespace(zero_stage=3), model=with_a_head_of_its_own())
-    ),
     "parallelism_config": lambda folder: config(parallelism_config=ParallelismConfig(tp_size=2)),
     "model": lambda folder: tiny_trainer(ScriptedSRPO, folder, model=tiny_model_of("bert", vocab_size=47)),
     "reward_funcs": lambda folder: train(
@@ -82,7 +58,7 @@ def test_models_in_shards_of_tensor_parallelism_are_refused(tmp_path: Path) -> N
     model = tiny_model()
     model._tp_size = 2
     with pytest.raises(ValueError, match="model must be without tensor parallelism with SRPOTrainer, got tp_size=2"):
-        SRPOTrainer._refuse_models(state(model=model))
+        SRPOTrainer._refuse_models(SimpleNamespace(_is_vlm=False, args=config(), model=model))
     with pytest.raises(ValueError, match="teacher_model must be without tensor parallelism"):
         tiny_trainer(ScriptedSRPO, tmp_path, teacher_model=model, teacher_model_kind="other")
 
@@ -98,4 +74,4 @@ def test_what_is_refused_is_listed() -> None:
                 refused |= set(re.findall(r"\w+", text.split(" must ")[0].split(" are terms ")[0])) & options
     # A product that has to divide, and a checkpoint of another trainer.
     assert refused <= LISTED | {"num_generations", "resume_from_checkpoint"}
-    assert {"fsdp", "deepspeed", "beta", "gradient_accumulation_steps"} <= refused
+    assert {"beta", "gradient_accumulation_steps"} <= refused
