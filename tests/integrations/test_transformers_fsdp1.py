@@ -91,8 +91,15 @@ WAYS: dict[str, tuple[Callable[[], Any], Callable[[Any], nn.Module]]] = {
 
 
 # The ways in which the LM head has units of FSDP, and how many.
-UNITS_OF_A_HEAD = {name: 1 for name in WAYS if name.startswith("a head") or name == "a saved head"} | {
-    name: 2 if "own" in name else 3 for name in WAYS if name.startswith("adapters in units")
+UNITS_OF_A_HEAD = {
+    "a head of its own": 1,
+    "a head of its own, flat": 1,
+    "a head of its own in FSDP2": 1,
+    "adapters in units of their own": 2,
+    "adapters in units of their own, flat": 2,
+    "adapters in units in a unit": 4,
+    "adapters in units of FSDP2": 3,
+    "a saved head": 1,
 }
 
 
