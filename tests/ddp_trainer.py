@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import ParallelismConfig
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from peft import LoraConfig, get_peft_model
@@ -23,6 +24,8 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.fsdp import _init_utils as fsdp_init
 from torch.distributed.fsdp._flat_param import FlatParamHandle
 from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM
+from transformers.distributed import DistributedConfig
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from tests import tiny_trainer
@@ -44,6 +47,17 @@ def shard_on_cpu() -> None:
             self.fsdp_plugin = kwargs.get("fsdp_plugin") or self.fsdp_plugin
 
     AcceleratorState.__init__ = prepared
+
+
+def in_shards(folder: Path) -> Any:
+    """`tiny_trainer.divisible_model` in tensor parallelism, which accelerate takes for accelerators alone, too."""
+    ParallelismConfig._validate_accelerator = lambda *_: None
+    if not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("gloo")
+    # By the first process.
+    tiny_trainer.divisible_model().save_pretrained(folder)
+    torch.distributed.barrier()
+    return AutoModelForCausalLM.from_pretrained(folder, distributed_config=DistributedConfig(tp_size=2, tp_plan="auto"))
 
 
 def without_shared_memory() -> None:
@@ -69,6 +83,8 @@ def run(folder: Path, name: str, options: dict[str, Any]) -> Any:
     os.environ["ACCELERATE_USE_FSDP"] = "true" if "fsdp" in sharding else "false"
     os.environ["ACCELERATE_USE_DEEPSPEED"] = "true" if stage else "false"
     options |= sharding | {"ddp_backend": "gloo"}
+    if tensor_parallel := options.pop("tensor_parallel", False):
+        options["model"] = in_shards(folder / "whole")
     if (step := options.pop("resume", None)) is not None:
         saved = options | {"save_strategy": "steps", "save_steps": step}
         tiny_trainer.train(cls, folder / name, **resolved(saved) | {"max_steps": step})
@@ -79,7 +95,8 @@ def run(folder: Path, name: str, options: dict[str, Any]) -> Any:
         trainer = tiny_trainer.train(cls, folder / name, **resolved(options))
     version = shards["version"] if shards is not None else None
     assert isinstance(trainer.model, FullyShardedDataParallel) == (version == 1)
-    assert all(isinstance(parameter, DTensor) == (version == 2) for parameter in trainer.model.parameters())
+    in_parts = [isinstance(parameter, DTensor) for parameter in trainer.model.parameters()]
+    assert (all(in_parts), any(in_parts)) == (version == 2, version == 2 or tensor_parallel)
     assert all(hasattr(parameter, "ds_tensor") == (stage == 3) for parameter in trainer.model.parameters())
     return trainer
 

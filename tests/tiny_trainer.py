@@ -50,6 +50,11 @@ def tiny_model(**options: Any) -> LlamaForCausalLM:
     return model
 
 
+def divisible_model() -> LlamaForCausalLM:
+    """One of which two ranks can have equal shards."""
+    return tiny_model(num_key_value_heads=2, vocab_size=48)
+
+
 def saved_model(folder: Path, dtype: torch.dtype = torch.float32) -> str:
     """The path of a `tiny_model`: TRL loads reference and teacher from where the model came from."""
     tiny_model().to(dtype).save_pretrained(folder)
@@ -109,6 +114,10 @@ class ScriptedSRPO(Scripted, SRPOTrainer):
 class ScriptedSDPO(Scripted, SDPOTrainer):
     def _generate(self, prompt_ids: Any) -> Any:
         return prompt_ids, self._script(len(prompt_ids))
+
+
+class SharedSRPO(SRPOTrainer, ScriptedGRPO):
+    """Which has the script in the place of what TRL samples, that a group of tensor parallelism shares."""
 
 
 CONFIGS = {SRPOTrainer: SRPOTrainerConfig, GRPOTrainer: GRPOConfig, SDPOTrainer: SDPOConfig}

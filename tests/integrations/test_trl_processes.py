@@ -68,7 +68,7 @@ OTHER_RUNS: dict[str, dict[str, Any]] = {
 def two_processes(folder: Path, runs: dict[str, dict[str, Any]]) -> dict[str, list[dict[str, float]]]:
     """What two processes logged in each run."""
     port = str(free_port())
-    runs = {name: options | {"per_device_train_batch_size": 4} for name, options in runs.items()}
+    runs = {name: {"per_device_train_batch_size": 4} | options for name, options in runs.items()}
     command = [sys.executable, "-m", "tests.ddp_trainer", str(folder), json.dumps(runs)]
     shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     workers = [

@@ -15,6 +15,7 @@ from typing import Any, TypeGuard
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 
@@ -38,6 +39,14 @@ def is_tensor_parallel(parameter: Any) -> TypeGuard[DTensor]:
     transformers names its mesh. What FSDP2 leaves in shards, outside of its forward, is over another one.
     """
     return isinstance(parameter, DTensor) and parameter.device_mesh.mesh_dim_names == ("tp",)
+
+
+def tensor_parallel_group(model: nn.Module) -> ProcessGroup | None:
+    """The ranks of which each has shards of one model of tensor parallelism; None for a model that is in none."""
+    for parameter in model.parameters():
+        if isinstance(parameter, DTensor) and "tp" in (parameter.device_mesh.mesh_dim_names or ()):
+            return parameter.device_mesh.get_group("tp")
+    return None
 
 
 def is_part(parameter: Any) -> bool:

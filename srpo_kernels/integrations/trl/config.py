@@ -24,15 +24,6 @@ TeacherKind = Literal["ema", "live", "frozen", "other"]
 _NO_TRANSFORM = sk.LogitTransform()
 
 
-def refuse_tensor_parallelism(name: str, size: int | None) -> None:
-    """Raise ValueError for a ``size`` of more than one rank."""
-    if (size or 1) > 1:
-        raise ValueError(
-            f"{name} must be without tensor parallelism with SRPOTrainer, got tp_size={size}: TRL samples other "
-            "completions on each rank, and the ranks of a model in shards have to read the same ones"
-        )
-
-
 @dataclass
 class SRPOTrainerConfig(GRPOConfig):
     """`GRPOConfig` and the options of SRPO's distillation branch, with the paper's hyperparameters.
@@ -111,7 +102,8 @@ class SRPOTrainerConfig(GRPOConfig):
                 f"got {questions} and {self.gradient_accumulation_steps}"
             )
         # Every launcher sets it; TRL's own world_size is known only after the checks that need the result.
-        processes = int(os.environ.get("WORLD_SIZE", "1"))
+        parallel = self.parallelism_config
+        processes = int(os.environ.get("WORLD_SIZE", "1")) // (1 if parallel is None else parallel.tp_size)
         completions, per_pass = questions * self.num_generations, self.per_device_train_batch_size * processes
         if completions < 1 or completions % per_pass:
             raise ValueError(
@@ -153,8 +145,12 @@ class SRPOTrainerConfig(GRPOConfig):
             )
 
     def _check_inherited_options(self) -> None:
-        if self.parallelism_config is not None:
-            refuse_tensor_parallelism("parallelism_config", self.parallelism_config.tp_size)
+        parallel = self.parallelism_config
+        if parallel is not None and (parallel.cp_size > 1 or parallel.sp_size > 1):
+            raise ValueError(
+                "parallelism_config must be without context and sequence parallelism, which cut batches that have "
+                f"labels, as GRPOTrainer's have not, got cp_size={parallel.cp_size} and sp_size={parallel.sp_size}"
+            )
         if self.importance_sampling_level == "sequence" and not is_trls(self.loss_type):
             raise ValueError(
                 f"importance_sampling_level must be 'token' with loss_type={self.loss_type!r}, which says itself what "

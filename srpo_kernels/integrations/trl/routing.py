@@ -8,19 +8,19 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor
-from trl import GRPOTrainer
 
 from srpo_kernels.integrations.transformers.solutions import Solutions
 from srpo_kernels.integrations.trl.config import SRPOTrainerConfig
 from srpo_kernels.integrations.trl.forwards import valid_tokens
 from srpo_kernels.integrations.trl.images import teacher_token_types
 from srpo_kernels.integrations.trl.rewards import correctness_scores, equal_groups, route_completions
+from srpo_kernels.integrations.trl.tensor_parallel import SharedRowsTrainer
 
 # Generation batches without a routed completion after which a run says so.
 _PATIENCE = 10
 
 
-class RoutingTrainer(GRPOTrainer):
+class RoutingTrainer(SharedRowsTrainer):
     """The part of `SRPOTrainer` that scores: it adds ``sdpo_mask`` and ``teacher_prompt_ids`` to a batch."""
 
     args: SRPOTrainerConfig
@@ -68,7 +68,8 @@ class RoutingTrainer(GRPOTrainer):
                 pass
         if self.args.method != "grpo":
             output |= teacher_token_types(output, self.processing_class, output["teacher_prompt_ids"])
-        return output
+        shared: dict[str, Any] = self._shared(output)
+        return shared
 
     def _route(self, inputs: list[dict[str, Any]], output: dict[str, Any], own: slice, group_size: int) -> None:
         """Set who of this process's completions, ``own`` of all, is distilled, and from which prompt."""

@@ -6,13 +6,15 @@ import textwrap
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch.distributed as dist
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl.models import prepare_deepspeed, prepare_fsdp
 from trl.trainer.utils import create_model_from_path
 
-from srpo_kernels.integrations.transformers import causal_model, check_model, logit_transform
+from srpo_kernels.integrations.transformers import check_model, logit_transform
+from srpo_kernels.integrations.transformers.shards import tensor_parallel_group
 from srpo_kernels.integrations.transformers.solutions import Solutions
-from srpo_kernels.integrations.trl.config import SRPOTrainerConfig, refuse_tensor_parallelism
+from srpo_kernels.integrations.trl.config import SRPOTrainerConfig
 from srpo_kernels.integrations.trl.forwards import Forwards
 from srpo_kernels.integrations.trl.images import media_tokens
 from srpo_kernels.integrations.trl.losses import reasons_for_log_probs
@@ -73,6 +75,7 @@ class SRPOTrainer(SteppingTrainer):
         super().__init__(
             model, reward_funcs, args, train_dataset, eval_dataset, processing_class, *arguments, **keywords
         )
+        self._share_rows()
         self._refuse_models()
         self._from_log_probs = bool(reasons_for_log_probs(args)) or _scores_by_itself(type(self))
         transform = logit_transform(self.model.config)
@@ -101,7 +104,6 @@ class SRPOTrainer(SteppingTrainer):
         self._metric_sums = {}
 
     def _refuse_models(self) -> None:
-        refuse_tensor_parallelism("model", causal_model(self.model).tp_size)
         if self._is_vlm and self.args.padding_free:
             raise ValueError("padding_free must be False with a processor: the positions of images are the model's own")
 
@@ -125,7 +127,13 @@ class SRPOTrainer(SteppingTrainer):
         if given is None:
             options = {"dtype": self.model.dtype, "device_map": None} | dict(args.model_init_kwargs or {})
             given = create_model_from_path(args.teacher_model_name_or_path, **options)
-        refuse_tensor_parallelism("teacher_model", given.tp_size)
+        groups = [self._tp_group, tensor_parallel_group(given)]
+        ranks = [None if group is None else dist.get_process_group_ranks(group) for group in groups]
+        if ranks[1] not in (None, ranks[0]):
+            raise ValueError(
+                "teacher_model must be whole or in tensor-parallel shards on the ranks that model has them on, which "
+                f"read the same rows, {ranks[0]}, got {ranks[1]}"
+            )
         sizes = [len(one.get_output_embeddings().weight) for one in (given, self.model)]
         if sizes[0] != sizes[1]:
             raise ValueError(f"teacher_model must have the vocabulary of model, {sizes[1]} tokens, got {sizes[0]}")
