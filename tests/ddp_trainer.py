@@ -83,37 +83,42 @@ def run(folder: Path, name: str, options: dict[str, Any]) -> Any:
     os.environ["ACCELERATE_USE_FSDP"] = "true" if "fsdp" in sharding else "false"
     os.environ["ACCELERATE_USE_DEEPSPEED"] = "true" if stage else "false"
     options |= sharding | {"ddp_backend": "gloo"}
-    if tensor_parallel := options.pop("tensor_parallel", False):
-        options["model"] = in_shards(folder / "whole")
     if (step := options.pop("resume", None)) is not None:
         saved = options | {"save_strategy": "steps", "save_steps": step}
-        tiny_trainer.train(cls, folder / name, **resolved(saved) | {"max_steps": step})
+        tiny_trainer.train(cls, folder / name, **resolved(saved, folder) | {"max_steps": step})
         AcceleratorState._reset_state()
-        trainer = tiny_trainer.tiny_trainer(cls, folder / name, **resolved(saved))
+        trainer = tiny_trainer.tiny_trainer(cls, folder / name, **resolved(saved, folder))
         trainer.train(resume_from_checkpoint=str(folder / name / f"checkpoint-{step}"))
     else:
-        trainer = tiny_trainer.train(cls, folder / name, **resolved(options))
+        trainer = tiny_trainer.train(cls, folder / name, **resolved(options, folder))
     version = shards["version"] if shards is not None else None
     assert isinstance(trainer.model, FullyShardedDataParallel) == (version == 1)
     in_parts = [isinstance(parameter, DTensor) for parameter in trainer.model.parameters()]
-    assert (all(in_parts), any(in_parts)) == (version == 2, version == 2 or tensor_parallel)
+    assert (all(in_parts), any(in_parts)) == (version == 2, version == 2 or "tensor_parallel" in options)
     assert all(hasattr(parameter, "ds_tensor") == (stage == 3) for parameter in trainer.model.parameters())
     return trainer
 
 
-def resolved(options: dict[str, Any]) -> dict[str, Any]:
-    """``options`` with the models that they name."""
+def resolved(options: dict[str, Any], folder: Path | None = None) -> dict[str, Any]:
+    """``options`` with the models that they name; those of tensor parallelism are whole without a ``folder``."""
     options = dict(options)
+    model = tiny_trainer.tiny_model()
     if options.pop("tied", False):
-        options["model"] = tiny_trainer.tiny_model(tie_word_embeddings=True)
-    if options.pop("other", False):
-        options |= {"teacher_model": tiny_trainer.tiny_model(), "teacher_model_kind": "other"}
+        model = tiny_trainer.tiny_model(tie_word_embeddings=True)
+    if options.pop("tensor_parallel", False):
+        model = tiny_trainer.divisible_model() if folder is None else in_shards(folder / "whole")
+    if (name := options.pop("other", None)) is not None:
+        options |= {"teacher_model": getattr(tiny_trainer, name)(), "teacher_model_kind": "other"}
     if (adapters := options.pop("lora", None)) is not None:
         # Made before ZeRO-3 is known of: PEFT would read its tokens' first values on an accelerator alone.
         unset_hf_deepspeed_config()
         config = LoraConfig(r=2, target_modules=["q_proj"], **adapters)
-        options["model"] = get_peft_model(tiny_trainer.tiny_model(), config)
-    return options
+        model = get_peft_model(model, config)
+        for adapted, parameter in model.named_parameters():
+            if "lora_A" in adapted:
+                # The same on every rank, however the model was made.
+                torch.nn.init.normal_(parameter, std=0.2, generator=torch.Generator().manual_seed(0))
+    return options | {"model": model}
 
 
 def zero(stage: int, whole: int) -> dict[str, Any]:

@@ -22,7 +22,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "stage 3, small ones whole": SHARED | {"zero": 3, "persistent": 100},
     "stage 3, tied": SHARED | {"zero": 3, "tied": True},
     "stage 3, live": SHARED | {"zero": 3, "teacher_model_kind": "live", "method": "sdpo"},
-    "stage 3, another model": SHARED | {"zero": 3, "other": True},
+    "stage 3, another model": SHARED | {"zero": 3, "other": "tiny_model"},
     "stage 3, LoRA": SHARED | {"zero": 3, "lora": {}},
     "stage 3, a saved head, resumed": SHARED | RESUMED | {"zero": 3, "lora": {"modules_to_save": ["lm_head"]}},
     "stage 3, tokens": SHARED | {"zero": 3, "lora": {"trainable_token_indices": {"lm_head": [5, 20]}}},

@@ -34,6 +34,13 @@ FLAT = FSDP1 | {"use_orig_params": False}
 # The LM head, of 752 elements, is a unit of its own.
 BY_SIZE = FSDP1 | {"auto_wrap_policy": "SIZE_BASED_WRAP", "min_num_params": 700}
 RESUMED = {"resume": 2, "lr_scheduler_type": "constant"}
+# Both ranks have the rows of a process.
+IN_SHARDS = SHARED | {
+    "tensor_parallel": True,
+    "trainer": "SharedSRPO",
+    "num_generations": 8,
+    "per_device_train_batch_size": 8,
+}
 RUNS: dict[str, dict[str, Any]] = {
     "tokens": SHARED,
     "sequences": SHARED | {"loss_type": "grpo"},
@@ -45,12 +52,18 @@ RUNS: dict[str, dict[str, Any]] = {
     "FSDP1, resumed": SHARED | RESUMED | {"shards": FSDP1},
     "FSDP1, flat, resumed": SHARED | RESUMED | {"shards": FLAT},
     "FSDP1, live": SHARED | {"shards": FSDP1, "teacher_model_kind": "live", "method": "sdpo"},
-    "FSDP1, another model": SHARED | {"shards": BY_SIZE, "other": True},
+    "FSDP1, another model": SHARED | {"shards": BY_SIZE, "other": "tiny_model"},
     "FSDP1, flat, LoRA": SHARED | {"shards": FLAT, "lora": {}},
     "FSDP1, flat, a saved head": SHARED | {"shards": FLAT, "lora": {"modules_to_save": ["lm_head"]}},
     "FSDP1, tokens": SHARED | {"shards": FSDP1, "lora": {"trainable_token_indices": {"lm_head": [5, 20]}}},
     "FSDP1, log-probs": SHARED | {"shards": FSDP1, "off_policy_mask_threshold": 1e6},
     "FSDP1, padding-free": SHARED | {"shards": BY_SIZE, "padding_free": True},
+    # transformers resumes none.
+    "tensor parallelism": IN_SHARDS | {"save_strategy": "steps", "save_steps": 2, "save_only_model": True},
+    "tensor parallelism, log-probs": IN_SHARDS | {"off_policy_mask_threshold": 1e6},
+    "tensor parallelism, live": IN_SHARDS | {"teacher_model_kind": "live", "method": "sdpo", "padding_free": True},
+    "tensor parallelism, another model": IN_SHARDS | {"other": "divisible_model"},
+    "tensor parallelism, LoRA": IN_SHARDS | {"lora": {}, "num_iterations": 2},
 }
 # The ratios move far enough for the clips.
 CLIPPED = SHARED | {"num_iterations": 2, "learning_rate": 3e-2, "epsilon": 0.02, "epsilon_high": 0.03}
@@ -95,7 +108,7 @@ def histories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[s
 
 @pytest.mark.parametrize("name", RUNS)
 def test_two_processes_train_as_one(name: str, histories: Any, tmp_path: Path) -> None:
-    options = {key: value for key, value in RUNS[name].items() if key not in ("shards", "resume")}
+    options = {key: value for key, value in RUNS[name].items() if key not in ("shards", "resume", "trainer")}
     alone = train(ScriptedSRPO, tmp_path, **resolved(options))
     assert curve(alone, "srpo/sdpo_token_fraction")[0] > 0.0
     for metric in ("loss", "grad_norm", *(key for key in alone.state.log_history[0] if key.startswith("srpo/"))):
