@@ -1,7 +1,8 @@
 """One process of distributed training runs: `python -m tests.ddp_trainer FOLDER RUNS`, options by name as JSON.
 
 Classes and rewards are those of `tests.tiny_trainer`, by their names. A run with ``"shards"`` is one of FSDP with that
-config, with ``"zero": 3`` one of DeepSpeed at that stage; ``"resume": 2`` goes on from the checkpoint of a run of two
+config, with ``"zero": 3`` one of DeepSpeed at that stage, with ``"loaded"`` one of a model that transformers loads in
+shards of these sizes; ``"resume": 2`` goes on from the checkpoint of a run of two
 steps.
 """
 
@@ -49,15 +50,15 @@ def shard_on_cpu() -> None:
     AcceleratorState.__init__ = prepared
 
 
-def in_shards(folder: Path) -> Any:
-    """`tiny_trainer.divisible_model` in tensor parallelism, which accelerate takes for accelerators alone, too."""
+def in_shards(folder: Path, sizes: dict[str, int]) -> Any:
+    """`tiny_trainer.divisible_model` in the shards of transformers, which accelerate takes for accelerators alone."""
     ParallelismConfig._validate_accelerator = lambda *_: None
     if not torch.distributed.is_initialized():
         torch.distributed.init_process_group("gloo")
     # By the first process.
     tiny_trainer.divisible_model().save_pretrained(folder)
     torch.distributed.barrier()
-    return AutoModelForCausalLM.from_pretrained(folder, distributed_config=DistributedConfig(tp_size=2, tp_plan="auto"))
+    return AutoModelForCausalLM.from_pretrained(folder, distributed_config=DistributedConfig(tp_plan="auto", **sizes))
 
 
 def without_shared_memory() -> None:
@@ -94,19 +95,22 @@ def run(folder: Path, name: str, options: dict[str, Any]) -> Any:
     version = shards["version"] if shards is not None else None
     assert isinstance(trainer.model, FullyShardedDataParallel) == (version == 1)
     in_parts = [isinstance(parameter, DTensor) for parameter in trainer.model.parameters()]
-    assert (all(in_parts), any(in_parts)) == (version == 2, version == 2 or "tensor_parallel" in options)
+    loaded = options.get("loaded", {})
+    # Tensor parallelism leaves norms whole.
+    assert all(in_parts) == (version == 2 or "fsdp_size" in loaded)
+    assert any(in_parts) == (version == 2 or bool(loaded))
     assert all(hasattr(parameter, "ds_tensor") == (stage == 3) for parameter in trainer.model.parameters())
     return trainer
 
 
 def resolved(options: dict[str, Any], folder: Path | None = None) -> dict[str, Any]:
-    """``options`` with the models that they name; those of tensor parallelism are whole without a ``folder``."""
+    """``options`` with the models that they name; what is loaded in shards is whole without a ``folder``."""
     options = dict(options)
     model = tiny_trainer.tiny_model()
     if options.pop("tied", False):
         model = tiny_trainer.tiny_model(tie_word_embeddings=True)
-    if options.pop("tensor_parallel", False):
-        model = tiny_trainer.divisible_model() if folder is None else in_shards(folder / "whole")
+    if (sizes := options.pop("loaded", None)) is not None:
+        model = tiny_trainer.divisible_model() if folder is None else in_shards(folder / "whole", sizes)
     if (name := options.pop("other", None)) is not None:
         options |= {"teacher_model": getattr(tiny_trainer, name)(), "teacher_model_kind": "other"}
     if (adapters := options.pop("lora", None)) is not None:

@@ -117,7 +117,12 @@ class ScriptedSDPO(Scripted, SDPOTrainer):
 
 
 class SharedSRPO(SRPOTrainer, ScriptedGRPO):
-    """Which has the script in the place of what TRL samples, that a group of tensor parallelism shares."""
+    """The script is in the place of what TRL samples, and another one on every rank that has the same rows."""
+
+    def _script(self, count: int) -> list[list[int]]:
+        group, rank = divmod(self.accelerator.process_index, self._tp_size)
+        first = group * count + 1000 * rank
+        return [completion(self.state.global_step, first + index) for index in range(count)]
 
 
 CONFIGS = {SRPOTrainer: SRPOTrainerConfig, GRPOTrainer: GRPOConfig, SDPOTrainer: SDPOConfig}

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 pytest.importorskip("transformers", "5", reason="the integration needs transformers >= 5")
@@ -224,6 +225,8 @@ def train_a_rank(rank: int, name: str, tied: bool) -> dict[str, Any]:
     model = model_of(tied)
     wrapped = WRAPPERS[name](model)
     check_model(wrapped)
+    # What an optimizer would be made of.
+    assert all(isinstance(parameter, DTensor) for parameter in wrapped.parameters()) == (name == "FSDP2")
     result = train(model, wrapped, slice(2 * rank, 2 * rank + 2))
     if name == "FSDP2":
         # Between two forwards the model is what it was, whether it was gathered or not.

@@ -36,7 +36,7 @@ BY_SIZE = FSDP1 | {"auto_wrap_policy": "SIZE_BASED_WRAP", "min_num_params": 700}
 RESUMED = {"resume": 2, "lr_scheduler_type": "constant"}
 # Both ranks have the rows of a process.
 IN_SHARDS = SHARED | {
-    "tensor_parallel": True,
+    "loaded": {"tp_size": 2},
     "trainer": "SharedSRPO",
     "num_generations": 8,
     "per_device_train_batch_size": 8,
@@ -49,6 +49,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "FSDP2": SHARED | {"shards": FSDP2},
     "FSDP2, log-probs": SHARED | {"shards": FSDP2, "off_policy_mask_threshold": 1e6},
     "FSDP2, a saved head, resumed": SHARED | RESUMED | {"shards": FSDP2, "lora": {"modules_to_save": ["lm_head"]}},
+    "FSDP2 of transformers": SHARED | {"loaded": {"fsdp_size": 2}},
     "FSDP1, resumed": SHARED | RESUMED | {"shards": FSDP1},
     "FSDP1, flat, resumed": SHARED | RESUMED | {"shards": FLAT},
     "FSDP1, live": SHARED | {"shards": FSDP1, "teacher_model_kind": "live", "method": "sdpo"},
@@ -78,24 +79,27 @@ OTHER_RUNS: dict[str, dict[str, Any]] = {
 }
 
 
-def two_processes(folder: Path, runs: dict[str, dict[str, Any]]) -> dict[str, list[dict[str, float]]]:
-    """What two processes logged in each run."""
+def two_processes(
+    folder: Path, runs: dict[str, dict[str, Any]], processes: int = 2
+) -> dict[str, list[dict[str, float]]]:
+    """What two processes, or more, logged in each run."""
     port = str(free_port())
     runs = {name: {"per_device_train_batch_size": 4} | options for name, options in runs.items()}
     command = [sys.executable, "-m", "tests.ddp_trainer", str(folder), json.dumps(runs)]
-    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    size = str(processes)
+    shared = {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     workers = [
         subprocess.Popen(
             command,
-            env=os.environ | shared | {"RANK": rank, "LOCAL_RANK": rank, "OMP_NUM_THREADS": "1"},
+            env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"},
             cwd=Path(__file__).parents[2],
             stderr=subprocess.PIPE,
             text=True,
         )
-        for rank in ("0", "1")
+        for rank in range(processes)
     ]
     errors = [worker.communicate(timeout=600)[1] for worker in workers]
-    assert [worker.returncode for worker in workers] == [0, 0], errors
+    assert [worker.returncode for worker in workers] == [0] * processes, errors
     read: dict[str, list[dict[str, float]]] = json.loads((folder / "histories.json").read_text())
     return read
 
@@ -114,6 +118,17 @@ def test_two_processes_train_as_one(name: str, histories: Any, tmp_path: Path) -
     for metric in ("loss", "grad_norm", *(key for key in alone.state.log_history[0] if key.startswith("srpo/"))):
         together = [entry[metric] for entry in histories[name] if metric in entry]
         assert together == pytest.approx(curve(alone, metric), rel=1e-4, abs=1e-5), metric
+
+
+@pytest.mark.slow
+def test_two_groups_of_tensor_parallelism_train_as_one_process(tmp_path: Path) -> None:
+    # In groups that are drawn from in another order, another sibling would be shown.
+    options = IN_SHARDS | {"method": "grpo", "num_generations": 4, "num_iterations": 2}
+    loaded = {"loaded": {"tp_size": 2, "fsdp_size": 2}, "per_device_train_batch_size": 4}
+    together = two_processes(tmp_path, {"both": options | loaded}, 4)["both"]
+    alone = train(ScriptedSRPO, tmp_path, **resolved({name: x for name, x in options.items() if name != "trainer"}))
+    for metric in ("loss", "grad_norm", "num_tokens", "reward"):
+        assert [x[metric] for x in together if metric in x] == pytest.approx(curve(alone, metric), rel=1e-4, abs=1e-5)
 
 
 def test_equal_rewards_over_two_processes_move_nothing(histories: Any) -> None:

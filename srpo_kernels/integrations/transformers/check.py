@@ -13,7 +13,7 @@ import srpo_kernels as sk
 from srpo_kernels.integrations.transformers.adapters import SLICE, linear_head, linear_of, modules_in_use
 from srpo_kernels.integrations.transformers.head import head_operands, resolve_config
 from srpo_kernels.integrations.transformers.hidden import call_with_hidden, causal_model, evaluating, lm_head, outermost
-from srpo_kernels.integrations.transformers.shards import whole_parameters
+from srpo_kernels.integrations.transformers.shards import release, whole_parameters
 from srpo_kernels.integrations.transformers.tensor_parallel import columns_of_all, shard_of
 
 
@@ -69,6 +69,8 @@ def check_model(model: Any, config: sk.SRPOConfig | None = None, *, padding_free
             )
             for tokens in ([rows, others] if padding_free else [rows])
         )
+    # An optimizer that is made next has to hold the shards, not what FSDP2 leaves gathered in their place.
+    release(model)
     # A model that divides its hidden states has rounded them once more.
     is_same = torch.equal(alone.float(), probe.entered.to(alone.device).float())
     tolerance = 1e-5 if is_same else max(1e-5, 4 * torch.finfo(probe.entered.dtype).eps)
