@@ -10,14 +10,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("trl", "1.16", reason="the trl integration needs trl >= 1.16")
 
-from accelerate import ParallelismConfig
 from trl import GRPOConfig
 
 import srpo_kernels.integrations.trl as integration
-from srpo_kernels.integrations.trl import SRPOTrainer
+from srpo_kernels.integrations.trl import tensor_parallel
 from tests.integrations.test_trl_options import config
 from tests.tiny_models import tiny_model_of
 from tests.tiny_trainer import ScriptedSRPO, tiny_model, tiny_trainer, train
@@ -36,7 +36,6 @@ REFUSALS: dict[str, Any] = {
     "entropy_coef": lambda folder: config(entropy_coef=0.1, method="distill"),
     "use_adaptive_entropy": lambda folder: config(use_adaptive_entropy=True, method="sdpo"),
     "gradient_accumulation_steps": lambda folder: config(gradient_accumulation_steps=2, questions_per_batch=32),
-    "parallelism_config": lambda folder: config(parallelism_config=ParallelismConfig(tp_size=2)),
     "model": lambda folder: tiny_trainer(ScriptedSRPO, folder, model=tiny_model_of("bert", vocab_size=47)),
     "reward_funcs": lambda folder: train(
         ScriptedSRPO, folder, reward=lambda completion_ids, **_: [float("inf")] * len(completion_ids)
@@ -54,13 +53,29 @@ def test_what_is_listed_is_refused_by_name(name: str, tmp_path: Path) -> None:
         REFUSALS[name](tmp_path)
 
 
-def test_models_in_shards_of_tensor_parallelism_are_refused(tmp_path: Path) -> None:
-    model = tiny_model()
-    model._tp_size = 2
-    with pytest.raises(ValueError, match="model must be without tensor parallelism with SRPOTrainer, got tp_size=2"):
-        SRPOTrainer._refuse_models(SimpleNamespace(_is_vlm=False, args=config(), model=model))
-    with pytest.raises(ValueError, match="teacher_model must be without tensor parallelism"):
-        tiny_trainer(ScriptedSRPO, tmp_path, teacher_model=model, teacher_model_kind="other")
+def test_refusals_of_tensor_parallelism(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = tiny_trainer(ScriptedSRPO, tmp_path)
+    monkeypatch.setattr(trainer, "get_tp_size", lambda: 2)
+    with pytest.raises(ValueError, match=r"model must be loaded in shards by transformers, .* got one in 1 parts"):
+        trainer._share_rows()
+    group = SimpleNamespace(size=lambda: 2)
+    monkeypatch.setattr(tensor_parallel, "tensor_parallel_group", lambda model: group)
+    trainer.args.questions_per_batch = 4
+    with pytest.raises(ValueError, match="questions_per_batch must come with a parallelism_config of tp_size=2"):
+        trainer._share_rows()
+    trainer.num_generations_eval = 5
+    with pytest.raises(ValueError, match="per_device_eval_batch_size must give a process whole groups"):
+        trainer._share_rows()
+    trainer.num_generations = 3
+    with pytest.raises(ValueError, match=r"steps_per_generation must give a process whole groups .* got 8 .* of 3"):
+        trainer._share_rows()
+
+
+def test_a_teacher_in_shards_on_other_ranks_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(integration.trainer, "tensor_parallel_group", lambda model: "other")
+    monkeypatch.setattr(torch.distributed, "get_process_group_ranks", lambda group: [0, 1])
+    with pytest.raises(ValueError, match=r"teacher_model must be whole or .* on the ranks .* None, got \[0, 1\]"):
+        tiny_trainer(ScriptedSRPO, tmp_path, teacher_model=tiny_model(), teacher_model_kind="other")
 
 
 def test_what_is_refused_is_listed() -> None:

@@ -145,12 +145,6 @@ class SRPOTrainerConfig(GRPOConfig):
             )
 
     def _check_inherited_options(self) -> None:
-        parallel = self.parallelism_config
-        if parallel is not None and (parallel.cp_size > 1 or parallel.sp_size > 1):
-            raise ValueError(
-                "parallelism_config must be without context and sequence parallelism, which cut batches that have "
-                f"labels, as GRPOTrainer's have not, got cp_size={parallel.cp_size} and sp_size={parallel.sp_size}"
-            )
         if self.importance_sampling_level == "sequence" and not is_trls(self.loss_type):
             raise ValueError(
                 f"importance_sampling_level must be 'token' with loss_type={self.loss_type!r}, which says itself what "

@@ -30,6 +30,12 @@ class SharedRowsTrainer(GRPOTrainer):
     def _share_rows(self) -> None:
         """Find the group. Its ranks draw the same numbers from here on, for dropout and for the order of rows."""
         self._tp_group = tensor_parallel_group(self.model)
+        if self.get_tp_size() != self._tp_size:
+            raise ValueError(
+                "model must be loaded in shards by transformers, with tp_size in a distributed_config, where "
+                f"parallelism_config or DeepSpeed has tensor parallelism, got one in {self._tp_size} parts and "
+                f"tp_size={self.get_tp_size()}"
+            )
         if self._tp_group is None:
             return
         for name, rows, size in (
@@ -44,8 +50,8 @@ class SharedRowsTrainer(GRPOTrainer):
         configured = self.args.parallelism_config
         if self.args.questions_per_batch is not None and (configured is None or configured.tp_size != self._tp_size):
             raise ValueError(
-                "parallelism_config must say how many processes have the same questions with questions_per_batch, "
-                f"tp_size={self._tp_size} as the model has it, got {configured}"
+                f"questions_per_batch must come with a parallelism_config of tp_size={self._tp_size}, which says how "
+                f"many processes have the same questions, got {configured}"
             )
         set_seed(self.args.seed + dist.get_global_rank(self._tp_group, 0))
 
@@ -64,11 +70,13 @@ class SharedRowsTrainer(GRPOTrainer):
         return sampler
 
     def _generate_single_turn(self, *arguments: Any, **keywords: Any) -> Any:
+        # Before each turn, too: what the ranks read next is what they have said.
         return self._shared(super()._generate_single_turn(*arguments, **keywords))
 
     def _generate(self, prompts: list[Any]) -> Any:
         before = self.state.num_input_tokens_seen
-        result = super()._generate(prompts)
+        # A ``rollout_func`` has turns of its own.
+        result = self._shared(super()._generate(prompts))
         self.state.num_input_tokens_seen = before + (self.state.num_input_tokens_seen - before) // self._tp_size
         self._metrics["train" if self.model.training else "eval"]["num_tokens"] = [self.state.num_input_tokens_seen]
         return result
