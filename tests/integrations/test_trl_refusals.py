@@ -63,7 +63,7 @@ def test_refusals_of_tensor_parallelism(tmp_path: Path, monkeypatch: pytest.Monk
     trainer.args.questions_per_batch = 4
     with pytest.raises(ValueError, match="questions_per_batch must come with a parallelism_config of tp_size=2"):
         trainer._share_rows()
-    trainer.num_generations_eval = 5
+    trainer.eval_dataset, trainer.num_generations_eval = trainer.train_dataset, 5
     with pytest.raises(ValueError, match="per_device_eval_batch_size must give a process whole groups"):
         trainer._share_rows()
     trainer.num_generations = 3

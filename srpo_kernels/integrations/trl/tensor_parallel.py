@@ -38,10 +38,12 @@ class SharedRowsTrainer(GRPOTrainer):
             )
         if self._tp_group is None:
             return
-        for name, rows, size in (
-            ("steps_per_generation", self._train_batch_size * self.args.steps_per_generation, self.num_generations),
-            ("per_device_eval_batch_size", self.args.per_device_eval_batch_size, self.num_generations_eval),
-        ):
+        generated = self._train_batch_size * self.args.steps_per_generation
+        batches = [("steps_per_generation", generated, self.num_generations)]
+        if self.eval_dataset is not None:
+            evaluated = self.args.per_device_eval_batch_size
+            batches.append(("per_device_eval_batch_size", evaluated, self.num_generations_eval))
+        for name, rows, size in batches:
             if rows % size:
                 raise ValueError(
                     f"{name} must give a process whole groups with tensor parallelism, got {rows} completions of a "
