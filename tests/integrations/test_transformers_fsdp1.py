@@ -20,7 +20,16 @@ import peft
 from srpo_kernels.integrations.transformers import AverageTeacher, check_model, response_loss, response_stats
 from srpo_kernels.integrations.transformers.hidden import causal_model
 from srpo_kernels.integrations.transformers.shards import UNITS
-from tests.integrations.test_transformers_teacher import IDS, MASK, RESPONSES, ROUTED, model_of, shard, train
+from tests.integrations.test_transformers_teacher import (
+    IDS,
+    MASK,
+    RESPONSES,
+    ROUTED,
+    assert_train_as,
+    model_of,
+    shard,
+    train,
+)
 from tests.processes import needs_gloo, run_ranks
 
 TRAINED = "what is trained"
@@ -160,16 +169,7 @@ def ranks() -> list[dict[str, Any]]:
 @needs_gloo
 @pytest.mark.parametrize("name", WAYS)
 def test_two_ranks_train_as_one(name: str, ranks: Any) -> None:
-    model = WAYS[name][0]()
-    expected = train(model, model, slice(0, 4), "torch")
-    results = [rank[name] for rank in ranks]
-    close = {"rtol": 1e-4, "atol": 1e-5}
-    torch.testing.assert_close(results[0]["losses"] + results[1]["losses"], expected["losses"], **close)
-    torch.testing.assert_close(torch.cat([x["log_probs"] for x in results]), expected["log_probs"], **close)
-    for result in results:
-        for key in ("averages", "parameters"):
-            assert result[key].keys() == expected[key].keys(), key
-            torch.testing.assert_close(result[key], expected[key], msg=lambda text, key=key: f"{key}: {text}", **close)
+    assert_train_as(WAYS[name][0](), [rank[name] for rank in ranks])
 
 
 @needs_gloo

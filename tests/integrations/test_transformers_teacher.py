@@ -208,6 +208,18 @@ def train(
     }
 
 
+def assert_train_as(model: Any, ranks: list[dict[str, Any]]) -> None:
+    """What `train` returned on two ranks is what it returns of one process, with ``model`` and all rows."""
+    expected = train(model, model, slice(0, 4), "torch")
+    close = {"rtol": 1e-4, "atol": 1e-5}
+    torch.testing.assert_close(ranks[0]["losses"] + ranks[1]["losses"], expected["losses"], **close)
+    torch.testing.assert_close(torch.cat([rank["log_probs"] for rank in ranks]), expected["log_probs"], **close)
+    for rank in ranks:
+        for key in ("averages", "parameters"):
+            assert rank[key].keys() == expected[key].keys(), key
+            torch.testing.assert_close(rank[key], expected[key], msg=lambda text, key=key: f"{key}: {text}", **close)
+
+
 def whole(x: Tensor) -> Tensor:
     return x.full_tensor() if hasattr(x, "full_tensor") else x.clone()
 

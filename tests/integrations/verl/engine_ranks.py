@@ -177,15 +177,6 @@ def plain_model(case: Case, folder: Path, suffix: str = "") -> Any:
     return model.eval()
 
 
-def head_of(model: Any) -> tuple[Tensor, Tensor | None]:
-    """Weight and bias of the LM head, LoRA's product in the former."""
-    head = model.get_output_embeddings()
-    weight = head.weight
-    for name, down in getattr(head, "lora_A", {}).items():
-        weight = weight + head.scaling[name] * head.lora_B[name].weight @ down.weight
-    return weight, head.bias
-
-
 def plain_loss(case: Case, batch: tiny.Rollouts, student: Any, teacher: Any) -> Tensor:
     """The loss of the whole batch at once, from hidden states one sequence at a time."""
     base = student.get_base_model() if case.lora else student
@@ -208,7 +199,7 @@ def plain_loss(case: Case, batch: tiny.Rollouts, student: Any, teacher: Any) -> 
         logit_scale=(transform := config_for(base)).logit_scale,
         softcap=transform.softcap,
     )
-    (weight, bias), (teacher_weight, teacher_bias) = head_of(base), head_of(other)
+    (weight, bias), (teacher_weight, teacher_bias) = tiny.head_of(base), tiny.head_of(other)
     return sk.srpo_loss(
         hidden,
         weight,

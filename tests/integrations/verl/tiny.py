@@ -72,6 +72,15 @@ def save_models(folder: Path) -> None:
         adapted.save_pretrained(folder / name)
 
 
+def head_of(model: Any) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of the LM head, LoRA's product in the former."""
+    head = model.get_output_embeddings()
+    weight = head.weight
+    for name, down in getattr(head, "lora_A", {}).items():
+        weight = weight + head.scaling[name] * head.lora_B[name].weight @ down.weight
+    return weight, head.bias
+
+
 class Rollouts(NamedTuple):
     """Eight rollouts of two prompts; lists hold one tensor for each."""
 
