@@ -20,7 +20,8 @@ import peft
 from srpo_kernels.integrations.transformers import AverageTeacher, check_model, response_loss, response_stats
 from srpo_kernels.integrations.transformers.hidden import causal_model
 from srpo_kernels.integrations.transformers.shards import UNITS
-from tests.integrations.test_transformers_teacher import (
+from tests.processes import needs_gloo, run_ranks
+from tests.rank_training import (
     IDS,
     MASK,
     RESPONSES,
@@ -30,7 +31,6 @@ from tests.integrations.test_transformers_teacher import (
     shard,
     train,
 )
-from tests.processes import needs_gloo, run_ranks
 
 TRAINED = "what is trained"
 

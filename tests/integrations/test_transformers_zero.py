@@ -19,7 +19,8 @@ import peft
 
 from srpo_kernels.integrations.transformers import AverageTeacher, check_model, response_loss
 from tests.ddp_trainer import without_shared_memory, zero
-from tests.integrations.test_transformers_teacher import (
+from tests.processes import needs_gloo, run_ranks
+from tests.rank_training import (
     ADVANTAGES,
     IDS,
     MASK,
@@ -28,7 +29,6 @@ from tests.integrations.test_transformers_teacher import (
     model_of,
     train,
 )
-from tests.processes import needs_gloo, run_ranks
 
 
 def adapted(tied: bool = False, **options: Any) -> Any:
